@@ -1,0 +1,34 @@
+# Every source file of the project, listed: a new file is one line here.
+
+set(CTX_SOURCES
+    csrc/core/attention.cpp
+    csrc/core/compressor.cpp
+    csrc/core/init.cpp
+    csrc/core/memory.cpp
+    csrc/core/schedule.cpp
+    csrc/kernels/cpu/capability.cpp
+    csrc/ops/attend.cpp
+    csrc/ops/compress.cpp
+    csrc/ops/memory.cpp
+    csrc/ops/registry.cpp
+    csrc/ops/rotary.cpp
+    csrc/ops/sequence.cpp
+    csrc/ops/settings.cpp)
+
+# Compiled once for each instruction set.
+set(CTX_CPU_KERNEL_SOURCES
+    csrc/kernels/cpu/append.cpp
+    csrc/kernels/cpu/attend.cpp
+    csrc/kernels/cpu/compress.cpp
+    csrc/kernels/cpu/rotary.cpp
+    csrc/kernels/cpu/table.cpp)
+
+set(CTX_CUDA_SOURCES)
+
+set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp)
+
+# One program each, named after the file.
+set(CTX_TEST_SOURCES)
+
+set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>
+                            <torch/library.h>)

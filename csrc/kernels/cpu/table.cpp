@@ -1,0 +1,12 @@
+#include "kernels/cpu/table.h"
+
+#include "kernels/cpu/capability.h"
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+#define CTX_STRING(x) #x
+#define CTX_NAME(x) CTX_STRING(x)
+
+const Kernels kTable = {CTX_NAME(CTX_CPU_CAPABILITY), &rotate, &append, &compress, &attend};
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

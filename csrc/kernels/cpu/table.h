@@ -1,0 +1,12 @@
+#pragma once
+
+#include "ops/kernels.h"
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+void rotate(const RotateArgs& args);
+void append(const AppendArgs& args);
+void compress(const CompressArgs& args);
+void attend(const AttendArgs& args);
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

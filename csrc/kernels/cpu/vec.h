@@ -1,0 +1,101 @@
+// Rows of numbers: loops that the compiler turns into the instruction set that this file is compiled for.
+//
+// Each loop's order depends on its length alone, never on how a call was cut: the same row gives the same bits.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef CTX_CPU_CAPABILITY
+#error "kernel sources are compiled once per instruction set, with -DCTX_CPU_CAPABILITY=DEFAULT|AVX2|AVX512"
+#endif
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+// Arithmetic is float32, float64 for float64.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T, typename A>
+inline void load_row(const T* __restrict source, A* __restrict target, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) target[i] = static_cast<A>(source[i]);
+}
+
+// The upper half of a float32.
+template <>
+inline void load_row(const c10::BFloat16* __restrict source, float* __restrict target, int64_t n) {
+  const auto* bits = reinterpret_cast<const uint16_t*>(source);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+    std::memcpy(&target[i], &wide, sizeof(wide));
+  }
+}
+
+#if defined(__F16C__)
+template <>
+inline void load_row(const c10::Half* __restrict source, float* __restrict target, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+  }
+  for (; i < n; ++i) target[i] = static_cast<float>(source[i]);
+}
+#endif
+
+template <typename T, typename A>
+inline void store_row(const A* __restrict source, T* __restrict target, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) target[i] = static_cast<T>(source[i]);
+}
+
+template <typename A>
+inline A dot(const A* __restrict x, const A* __restrict y, int64_t n) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+// y += a x
+template <typename A>
+inline void axpy(A a, const A* __restrict x, A* __restrict y, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+template <typename A>
+inline void scale_row(A a, A* x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] *= a;
+}
+
+inline double exp_row_value(double x) { return std::exp(x); }
+
+// e^x for x <= 0: Cephes' expf, without branches so that a row of them vectorises; error below 2 units in the last place.
+inline float exp_row_value(float x) {
+  const float clamped = std::max(x, -87.0f);
+  const float n = std::nearbyint(clamped * 1.44269504f);
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &exponent, sizeof(power));
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

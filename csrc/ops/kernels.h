@@ -1,0 +1,137 @@
+// The seam between operators and kernels: plain structs of pointers and sizes, one table of functions per device.
+//
+// Nothing here knows ATen, so that a kernel file compiles fast and a device kernel can be compiled for the host in tests.
+// Operators have checked everything before a kernel sees it.
+#pragma once
+
+#include <cstdint>
+
+#include "ctx/schedule.h"
+
+namespace ctx {
+
+enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A [B, heads, T, width] tensor whose last dimension is contiguous; strides count elements.
+struct Strided {
+  void* data = nullptr;
+  int64_t batch = 0;
+  int64_t head = 0;
+  int64_t token = 0;
+};
+
+// Angles are position * base^(-2i/dim), in float64; dim = 0 rotates nothing.
+struct Rotary {
+  int64_t dim = 0;
+  double base = 10000.0;
+  bool interleaved = false;
+};
+
+// The rings of one memory, all contiguous: keys [B, Hkv, capacity, D], values [B, Hkv, capacity, Dv].
+struct MemoryView {
+  Clock clock;
+  Rotary rotary;
+  Storage storage = Storage::kFloat32;
+  int device = 0;  // index among devices of its kind
+  int64_t batch = 0;
+  int64_t kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t value_dim = 0;
+  int64_t window_capacity = 0;
+  int64_t compressed_capacity = 0;
+  void* window_keys = nullptr;
+  void* window_values = nullptr;
+  void* compressed_keys = nullptr;
+  void* compressed_values = nullptr;
+  void* sink_keys = nullptr;
+  void* sink_values = nullptr;
+};
+
+// A piece of a call: tokens offset ... offset + tokens - 1 of it. Row b holds token seen[b] + offset first, and
+// lengths[b] (or all) of the call's tokens; `seen` is as it was when the call began, or counts some of it already.
+struct Block {
+  const int64_t* seen = nullptr;
+  const int64_t* lengths = nullptr;  // null: every row is as long as the call
+  int64_t offset = 0;
+  int64_t tokens = 0;
+  int64_t counted = 0;  // tokens of the call that `seen` counts already
+
+  CTX_HOST_DEVICE int64_t first(int64_t b) const { return seen[b] - counted + offset; }
+  CTX_HOST_DEVICE int64_t count(int64_t b) const {
+    if (lengths == nullptr) return tokens;
+    const int64_t left = lengths[b] - offset;
+    return left < 0 ? 0 : left < tokens ? left : tokens;
+  }
+};
+
+struct AppendArgs {
+  MemoryView memory;
+  Block block;
+  Strided keys;    // of the whole call
+  Strided values;  // of the whole call
+};
+
+enum class CompressorKind : uint8_t { kMean, kMax, kConv, kGated };
+
+struct CompressArgs {
+  MemoryView memory;
+  Block block;
+  CompressorKind kind = CompressorKind::kMean;
+  bool wide_parameters = false;           // parameters are stored in the arithmetic's type, not in the memory's
+  const void* parameters[4] = {nullptr};  // as compressor.h orders them, null where absent; contiguous
+};
+
+struct AttendArgs {
+  MemoryView memory;
+  Block block;
+  int64_t heads = 0;
+  double scale = 1.0;
+  const void* bias = nullptr;  // [heads] in the arithmetic's type, null: none
+  Strided queries;             // of the whole call, un-rotated
+  Strided out;                 // of the whole call
+};
+
+struct RotateArgs {
+  Rotary rotary;
+  Storage storage = Storage::kFloat32;
+  int device = 0;
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t tokens = 0;
+  int64_t head_dim = 0;
+  const double* positions = nullptr;  // [B, T]
+  Strided in;
+  Strided out;
+};
+
+// What a device offers; work is queued on the calling thread's current stream, where a device has one. Arithmetic is
+// float32, float64 for float64.
+struct Kernels {
+  const char* name = "";  // what the kernels were built for: an instruction set, an architecture
+  // Rotates every row of [B, heads, T, D] to its token's position.
+  void (*rotate)(const RotateArgs&) = nullptr;
+  // Rotates the block's keys to their positions and writes pairs into the window ring, or the sinks.
+  void (*append)(const AppendArgs&) = nullptr;
+  // Makes every group due for the block's last token: read back, un-rotate, compress, rotate, write.
+  void (*compress)(const CompressArgs&) = nullptr;
+  // Attends over sinks, slots and window; outputs of absent tokens (past lengths, before the stream) are zero.
+  void (*attend)(const AttendArgs&) = nullptr;
+};
+
+// Groups that row b of a block makes due, first inclusive, last exclusive; those that a later one would overwrite
+// are left out, so that no two writers meet.
+struct DueGroups {
+  int64_t first = 0;
+  int64_t last = 0;
+};
+CTX_HOST_DEVICE inline DueGroups due_groups(const MemoryView& memory, const Block& block, int64_t b) {
+  const int64_t count = block.count(b);
+  if (count == 0 || memory.compressed_capacity == 0) return {};
+  const Schedule& schedule = memory.clock.schedule;
+  const int64_t last = schedule.groups(block.first(b) + count - 1);
+  const int64_t begun = schedule.groups(block.first(b) - 1);
+  const int64_t kept = last - memory.compressed_capacity;
+  return {begun > kept ? begun : kept, last};
+}
+
+}  // namespace ctx

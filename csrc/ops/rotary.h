@@ -1,0 +1,12 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "ops/kernels.h"
+
+namespace ctx::ops {
+
+// Dispatches ctx::rotary: x [B, heads, T, D] rotated to positions [B, T] (integers or float64); differentiable in x.
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& position, const Rotary& rotary);
+
+}  // namespace ctx::ops

@@ -1,0 +1,42 @@
+// What operators take as plain numbers and strings, parsed and checked.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string_view>
+
+#include "ctx/schedule.h"
+#include "ops/kernels.h"
+
+namespace ctx::ops {
+
+// Arithmetic is float32, float64 for float64.
+inline at::ScalarType arithmetic_type(at::ScalarType storage) {
+  return storage == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The storage of a dtype; throws TypeError for one that a memory cannot have.
+Storage storage_of(at::ScalarType dtype, const char* where, const char* name);
+
+// [window, compressed, ratio, segment, sinks], validated.
+Schedule parse_schedule(at::IntArrayRef values, const char* where);
+
+// "slot" or "token".
+bool parse_token_distance(std::string_view distance, const char* where);
+
+// 0 <= dim <= head_dim and even, base positive and finite.
+Rotary parse_rotary(int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where);
+
+CompressorKind parse_compressor(std::string_view name, const char* where);
+
+// Number, shapes and devices of a compressor's parameters (compressor.h).
+void check_parameters(
+    CompressorKind kind, at::TensorList parameters, int64_t kv_heads, int64_t ratio, int64_t head_dim,
+    int64_t value_dim, at::Device device, const char* where);
+
+// n(t) and w(t) of semantics.md for a tensor of positions.
+at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);
+at::Tensor edge_of(const Schedule& schedule, const at::Tensor& groups);
+
+}  // namespace ctx::ops

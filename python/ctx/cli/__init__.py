@@ -1,0 +1,1 @@
+"""`python -m ctx`: train, evaluate and generate with a byte-level Compressive Transformer."""

@@ -1,0 +1,51 @@
+"""`python -m ctx eval RUN FILE`: streams a text through a trained model, with and without memory."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctx.cli.data import read_text
+from ctx.cli.evaluation import evaluate, table
+from ctx.cli.limits import check_fits
+from ctx.cli.loading import load_model, set_threads
+from ctx.cli.progress import Progress
+from ctx.cli.settings import in_options
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to `python -m ctx`."""
+    parser = commands.add_parser(
+        "eval", help="bits per byte of a text under a trained model", description=__doc__
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder or a checkpoint")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a UTF-8 text")
+    parser.add_argument("--window", type=int, metavar="N", help="other sizes than trained with")
+    parser.add_argument("--compressed", type=int, metavar="N")
+    parser.add_argument("--segment", type=int, metavar="N")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table of `ctx train` for another text."""
+    set_threads(args.threads)
+    model = load_model(args.folder)
+    data = read_text(args.file)
+    try:
+        model = model.with_memory(
+            window=args.window, compressed=args.compressed, segment=args.segment
+        )
+    except (TypeError, ValueError) as error:
+        raise in_options(error) from None
+    check_fits(model.config, 1, 1, training=False)
+    text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    with Progress("evaluation", 3 * len(text), lines=0) as progress:
+        results = evaluate(model, text, progress.advance)
+    print(table(results, text))
+    return 0

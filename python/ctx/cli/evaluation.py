@@ -1,0 +1,109 @@
+"""Bits per byte of a text that is streamed through a model, and of what its memories are worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctx.cli.data import unigram_entropy
+from ctx.cli.errors import CliError
+from ctx.transformer import CompressiveTransformer, ModelMemory
+
+__all__ = ["Result", "evaluate", "stream", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One line of the table; the memory's bytes are those of one stream."""
+
+    name: str
+    bits_per_byte: float
+    tokens_per_second: float
+    memory_bytes: int
+    reach: int
+
+
+def evaluate(
+    model: CompressiveTransformer, text: Tensor, advance: Callable[[int], None]
+) -> list[Result]:
+    """The same weights with both memories, without CMem, and with none between segments.
+
+    `advance` is told the number of bytes read, three times the text in all.
+    """
+    segment_only = model.with_memory(window=0, compressed=0)
+    return [
+        stream("both memories", model, text, advance),
+        stream("CMem off", model.with_memory(compressed=0), text, advance),
+        stream("empty memory at every segment", segment_only, text, advance, forget=True),
+    ]
+
+
+def stream(
+    name: str,
+    model: CompressiveTransformer,
+    text: Tensor,  # uint8 [N]
+    advance: Callable[[int], None],
+    *,
+    forget: bool = False,
+) -> Result:
+    """Streams a text through a model in inference mode, a segment per call.
+
+    A long text is read in up to 16 rows side by side, each many times longer than the reach, so that
+    starting with an empty memory does not show. `forget` empties the memory at every segment.
+    """
+    if len(text) < 2:
+        raise CliError(f"the text must have at least 2 bytes, got {len(text)}")
+    schedule = model.schedule
+    rows = max(1, min(16, len(text) // (16 * (schedule.reach + schedule.segment))))
+    size = len(text) // rows
+    lines = text[: rows * size].view(rows, size)
+    was_training = model.training
+    model.eval()
+    bits, memory_bytes = 0.0, 0
+    memory: ModelMemory | None = None
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for start in range(0, size - 1, schedule.segment):
+            both = lines[:, start : start + schedule.segment + 1].long()
+            if memory is None or forget:
+                memory = model.init_memory(rows)
+            logits, memory = model(both[:, :-1], memory)
+            loss = F.cross_entropy(logits.flatten(0, 1), both[:, 1:].flatten(), reduction="sum")
+            bits += loss.item() / math.log(2)
+            advance(both.numel() - rows)
+        memory_bytes = sum(part.nbytes for layer in memory or [] for part in layer.values())
+    took = time.perf_counter() - began
+    model.train(was_training)
+    tokens = rows * (size - 1)
+    return Result(name, bits / tokens, tokens / took, memory_bytes // rows, schedule.reach)
+
+
+def table(results: Sequence[Result], text: Tensor) -> str:
+    """The results as lines of text, aligned, with the text's own entropy for comparison."""
+    head = ("same weights, streamed", "bits/byte", "tokens/s", "memory/stream", "reach")
+    lines = [
+        (
+            result.name,
+            f"{result.bits_per_byte:.4f}",
+            f"{result.tokens_per_second:,.0f}",
+            f"{result.memory_bytes / 1024:,.0f} KiB",
+            f"{result.reach:,} tokens",
+        )
+        for result in results
+    ]
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    printed = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in (head, *lines)
+    ]
+    printed.insert(1, "-" * len(printed[0]))
+    printed.append(f"{len(text):,} bytes of text; byte-unigram entropy {unigram_entropy(text):.4f}")
+    return "\n".join(printed)

@@ -1,0 +1,71 @@
+"""The parser of `python -m ctx`, and the place where errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import ctx
+from ctx.cli import eval, generate, info, train
+from ctx.cli.errors import CliError
+
+__all__ = ["main"]
+
+_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line; --help has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{_name(self.prog)}: {message} (see --help)\n")
+
+
+def _name(prog: str) -> str:
+    return prog.removeprefix("python -m ")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m ctx", description=ctx.__doc__)
+    parser.add_argument("--version", action="version", version=f"ctx {ctx.__version__}")
+    parser.add_argument(
+        "--cmake-prefix-path",
+        action="store_true",
+        help="print where C++ projects find ctx: cmake -DCMAKE_PREFIX_PATH=…",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for module in (train, eval, generate, info):
+        module.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for a user's error, 130 for Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.cmake_prefix_path:
+        print(ctx.cmake_prefix_path)
+        return 0
+    if args.command is None:
+        parser.error("a command is missing: train, eval, generate or info")
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except CliError as error:
+        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print(f"ctx {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head`: nobody reads on; Python must not complain at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(x in str(error) for x in _MEMORY):
+            raise
+        message = "these sizes do not fit: the machine's memory is used up"
+    print(f"ctx {args.command}: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,115 @@
+"""What a training run is made of; every default of `ctx train` is written here, once.
+
+Chosen for about three minutes on two cores, the final evaluation included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ctx.cli.errors import CliError
+from ctx.transformer import CompressiveTransformerConfig
+
+__all__ = ["MODEL", "MODEL_OPTIONS", "RUN_OPTIONS", "TrainSettings", "in_options", "model_config"]
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 256,
+    "embed_dim": 128,
+    "num_layers": 3,
+    "num_heads": 4,
+    "window": 64,
+    "compressed": 64,
+    "ratio": 4,
+    "segment": 64,
+}
+
+# option, name in CompressiveTransformerConfig, type or choices, meaning
+MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
+    ("--width", "embed_dim", int, "width of the residual stream"),
+    ("--layers", "num_layers", int, "blocks"),
+    ("--heads", "num_heads", int, "query heads; must divide the width"),
+    ("--kv-heads", "num_kv_heads", int, "key/value heads"),
+    ("--window", "window", int, "exact tokens behind every query"),
+    ("--compressed", "compressed", int, "slots of the compressive memory; 0: none"),
+    ("--ratio", "ratio", int, "tokens per slot"),
+    ("--segment", "segment", int, "tokens between evictions"),
+    ("--sinks", "sinks", int, "first tokens that are kept for ever"),
+    ("--compression", "compression", str, "mean, max, conv or gated"),
+    ("--distance", "distance", str, "slot or token"),
+    ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
+    ("--mlp", "mlp", str, "swiglu or gelu"),
+    ("--norm", "norm", str, "rms or layer"),
+    ("--dropout", "dropout", float, "share of activations dropped in training"),
+]
+# option, name in TrainSettings, type, meaning
+RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
+    ("--steps", "steps", int, "optimiser steps"),
+    ("--batch", "batch", int, "streams side by side"),
+    ("--length", "length", int, "tokens per stream and step; gradients reach this far back"),
+    ("--lr", "lr", float, "peak learning rate"),
+    ("--final-lr", "final_lr", float, "learning rate at the end, as a share of the peak"),
+    ("--warmup", "warmup", int, "steps of linear warm-up"),
+    ("--weight-decay", "weight_decay", float, "of AdamW, on matrices"),
+    ("--clip", "clip", float, "largest norm of the gradient; 0: no limit"),
+    ("--seed", "seed", int, "of the initial weights and of dropout"),
+    ("--threads", "threads", int, "0: torch's choice"),
+    ("--held-out", "held_out", int, "bytes at the end of the text kept for the evaluation"),
+    ("--checkpoint-every", "checkpoint_every", int, "steps between checkpoints"),
+]
+
+
+def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
+    """The default model with some settings changed."""
+    try:
+        return CompressiveTransformerConfig(**{**MODEL, **changed})
+    except (TypeError, ValueError) as error:
+        raise in_options(error) from None
+
+
+def in_options(error: Exception) -> CliError:
+    """An error of the library in the words of the command line."""
+    message = str(error).partition(": ")[2]
+    names = {name: option for option, name, _, _ in MODEL_OPTIONS}
+    names |= {"num_tokens": "--tokens", "top_k": "--top-k", "top_p": "--top-p"}
+    names |= {"temperature": "--temperature", "seed": "--seed"}
+    return CliError(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), message))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Everything about a run that is neither model nor text."""
+
+    steps: int = 1700
+    batch: int = 8
+    length: int = 128
+    lr: float = 3e-3
+    final_lr: float = 0.05
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    threads: int = 0
+    held_out: int = 256 * 1024
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch": 1, "length": 1, "held_out": 2, "checkpoint_every": 1}
+        for field in dataclasses.fields(self):
+            value, name = getattr(self, field.name), field.name.replace("_", "-")
+            low = least.get(field.name, 0)
+            if not (math.isfinite(value) and value >= low):
+                raise CliError(f"--{name} must be at least {low}, got {value}")
+            if isinstance(value, int) and value >= 2**63:
+                raise CliError(f"--{name} must be below 2**63, got {value}")
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to `final_lr` of the peak at the last step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)

@@ -1,0 +1,156 @@
+"""`python -m ctx train`: trains on text, writes a run folder, and says what the memory is worth."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from ctx.cli import checkpoint, curves
+from ctx.cli.data import load_corpus
+from ctx.cli.errors import CliError
+from ctx.cli.evaluation import evaluate, table
+from ctx.cli.limits import check_fits
+from ctx.cli.loading import load_settings, set_threads
+from ctx.cli.progress import Progress
+from ctx.cli.run_folder import RunFolder, next_run
+from ctx.cli.settings import MODEL_OPTIONS, RUN_OPTIONS, TrainSettings, model_config
+from ctx.cli.trainer import Trainer
+
+__all__ = ["add_parser", "run"]
+
+def add_parser(commands: Any) -> None:
+    """Adds the command to `python -m ctx`."""
+    parser = commands.add_parser(
+        "train",
+        help="train a byte-level model and evaluate it with and without its memories",
+        description=__doc__,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILES",
+                        help="UTF-8 texts, read in this order; none: Python's standard library")  # fmt: skip
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--run", dest="folder", type=Path, metavar="RUN",
+                        help="folder to write (default: runs/1, runs/2, ...)")  # fmt: skip
+    folder.add_argument("--resume", type=Path, metavar="RUN",
+                        help="continue this run, bit for bit, with its own settings")  # fmt: skip
+    defaults = model_config({})
+    group = parser.add_argument_group("model")
+    for option, name, kind, text in MODEL_OPTIONS:
+        _add(group, option, name, kind, text, getattr(defaults, name))
+    group = parser.add_argument_group("training")
+    for option, name, kind, text in RUN_OPTIONS:
+        _add(group, option, name, kind, text, getattr(TrainSettings(), name))
+
+
+def _add(group: Any, option: str, name: str, kind: Any, text: str, default: Any) -> None:
+    if default is not None:
+        text += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+    # No default here: what was not said must be told apart from what was, for --resume.
+    group.add_argument(
+        option, dest=name, type=kind, help=text, default=argparse.SUPPRESS,
+        metavar={int: "N", float: "X", str: "NAME"}[kind],
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or continues to; then evaluates. 0, or 130 where a signal stopped it."""
+    trainer, folder, parts = _resume(args) if args.resume else _begin(args)
+    model, settings = trainer.model, trainer.settings
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{folder.path}: {size:,} parameters, {len(trainer.corpus.training):,} bytes of text, "
+        f"{settings.threads} threads; reach {model.schedule.reach:,} tokens",
+        flush=True,
+    )
+    finished = _train(trainer, folder, parts)
+    if not finished:
+        print(
+            f"ctx train: stopped after step {trainer.step:,} of {settings.steps:,}; continue with: "
+            f"python -m ctx train --resume {folder.path}",
+            file=sys.stderr,
+        )
+        return 130
+    with Progress("evaluation", 3 * len(trainer.corpus.held_out), lines=0) as progress:
+        results = evaluate(model, trainer.corpus.held_out, progress.advance)
+    folder.write_evaluation(results)
+    print(table(results, trainer.corpus.held_out))
+    if not curves.draw(folder.curves, folder.history(), results):
+        print("no curves.png: pip install matplotlib", file=sys.stderr)
+    folder.close()
+    print(f"trained for {trainer.seconds:.0f} s; written to {folder.path}")
+    return 0
+
+
+def _given(args: argparse.Namespace, options: list[tuple[str, str, Any, str]]) -> dict[str, Any]:
+    return {name: getattr(args, name) for _, name, _, _ in options if hasattr(args, name)}
+
+
+def _begin(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any]]:
+    config = model_config(_given(args, MODEL_OPTIONS))
+    settings = TrainSettings(**_given(args, RUN_OPTIONS))
+    settings = dataclasses.replace(settings, threads=set_threads(settings.threads))
+    check_fits(config, settings.batch, settings.length, training=True)
+    corpus = load_corpus(args.files, settings.held_out)
+    trainer = Trainer(config, settings, corpus)
+    files = [str(path.resolve()) for path in args.files]
+    return trainer, RunFolder(args.folder or next_run()), {"files": files, "digest": corpus.digest}
+
+
+def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any]]:
+    given = {**_given(args, MODEL_OPTIONS), **_given(args, RUN_OPTIONS)}
+    options = [option for option, name, _, _ in MODEL_OPTIONS + RUN_OPTIONS if name in given]
+    if options or args.files:
+        dropped = ", ".join(options + ["FILES"] * bool(args.files))
+        raise CliError(f"--resume takes all settings from the run: drop {dropped}")
+    path = checkpoint.find(args.resume)
+    state = checkpoint.load(path)
+    config, settings = load_settings(state)
+    set_threads(settings.threads)
+    corpus = load_corpus([Path(name) for name in state["files"]], settings.held_out)
+    if corpus.digest != state["digest"]:
+        raise CliError(f"the texts must be those that {args.resume} was trained on, got others")
+    trainer = Trainer(config, settings, corpus)
+    trainer.load(state)
+    parts = {"files": state["files"], "digest": state["digest"]}
+    return trainer, RunFolder(path.parent, resumed=trainer.step), parts
+
+
+def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any]) -> bool:
+    """Trains to the last step; False where a signal came first. Ends with a checkpoint."""
+    settings = trainer.settings
+    smooth = None
+    with _Stop() as stop, Progress("training", settings.steps, trainer.step) as progress:
+        while trainer.step < settings.steps and not stop.asked:
+            metrics = trainer.train_step()
+            folder.log(metrics)
+            loss, speed = metrics["bits_per_byte"], metrics["tokens_per_second"]
+            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
+            progress.to(trainer.step, f"{smooth:.3f} bits/byte {speed:,.0f} tokens/s")
+            if trainer.step % settings.checkpoint_every == 0:
+                checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
+        checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
+    return trainer.step == settings.steps
+
+
+class _Stop:
+    """Turns the first SIGINT or SIGTERM into a request; the second acts as ever."""
+
+    asked = False
+
+    def __enter__(self) -> _Stop:
+        self._before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+        for name in self._before:
+            signal.signal(name, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *exception: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,109 @@
+"""One training run: model, optimiser, streams and the memory that is carried along."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctx.cli.data import Corpus, Streams
+from ctx.cli.errors import CliError
+from ctx.cli.settings import TrainSettings
+from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig, ModelMemory
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Trains step by step; `state` and `load` make it continue bit for bit.
+
+    All that a step depends on is in `state`: weights, optimiser, memory, position in the text (the
+    step itself) and random numbers. Nothing may depend on time.
+    """
+
+    def __init__(
+        self, config: CompressiveTransformerConfig, settings: TrainSettings, corpus: Corpus
+    ) -> None:
+        self.settings, self.corpus = settings, corpus
+        self.streams = Streams(corpus.training, settings.batch, settings.length)
+        torch.manual_seed(settings.seed)
+        self.model = CompressiveTransformer(config)
+        self.optimizer = _optimizer(self.model, settings)
+        self.memory: ModelMemory | None = None
+        self.step = 0
+        self.seconds = 0.0
+
+    def train_step(self) -> dict[str, float]:
+        """One step on the next chunk of every stream; returns what there is to know about it.
+
+        Raises:
+            CliError: the loss is not finite; the model is as it was before the step.
+        """
+        began = time.perf_counter()
+        tokens, targets = self.streams.chunk(self.step)
+        lr = self.settings.learning_rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        memory = None if self.streams.starts(self.step) else self.memory
+        logits, memory = self.model(tokens, memory)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        clip = self.settings.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise CliError(f"the loss is not finite at step {self.step + 1}: lower --lr")
+        self.optimizer.step()
+        self.memory = memory
+        self.step += 1
+        took = time.perf_counter() - began
+        self.seconds += took
+        return {
+            "step": self.step,
+            "bits_per_byte": loss.item() / math.log(2),
+            "lr": lr,
+            "grad_norm": norm.item(),
+            "tokens_per_second": tokens.numel() / took,
+            "seconds": self.seconds,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The parts of a checkpoint that the trainer knows."""
+        return {
+            "config": self.model.config.to_dict(),
+            "settings": dataclasses.asdict(self.settings),
+            "step": self.step,
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "memory": self.memory,
+            "rng": torch.get_rng_state(),
+            "seconds": self.seconds,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continues from a `state` of the same configuration."""
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.memory = state["memory"]
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        torch.set_rng_state(state["rng"])
+
+
+def _optimizer(model: CompressiveTransformer, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW that decays matrices only, and never the compressor, which starts as a mean."""
+    decayed: list[Tensor] = []
+    kept: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() == 2 and ".compressor." not in name
+        (decayed if matrix else kept).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)

@@ -1,0 +1,91 @@
+"""Drawing the next token: temperature, top-k, top-p, seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sampling", "check_count"]
+
+
+def check_count(value: Any, where: str) -> None:
+    """Raises unless `value` can be a number of tokens."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{where}: num_tokens must be an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{where}: num_tokens must be at least 0, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from logits; checked where it is made.
+
+    Args:
+        temperature: >= 0; 0 takes the likeliest token.
+        top_k: >= 1 or None; k beyond the vocabulary keeps everything.
+        top_p: in (0, 1] or None; the likeliest token is always kept.
+        seed: of a generator of its own, or None for torch's global one.
+        where: who is to blame in error messages.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    where: str = "ctx.generation.Sampling"
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            value = getattr(self, name)
+            if value is None and name == "top_p":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{self.where}: {name} must be a number, got {value!r}")
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{self.where}: {name} must be an int or None, got {value!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"{self.where}: temperature must be finite and at least 0, got {self.temperature}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"{self.where}: top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"{self.where}: top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"{self.where}: seed must be at least 0 and below 2**63, got {self.seed}")
+
+    def sampler(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """A function from logits [B, V] to drawn tokens int64 [B], with its own random numbers."""
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator(device).manual_seed(self.seed)
+
+        def draw(logits: Tensor) -> Tensor:
+            if self.temperature == 0:
+                return logits.argmax(-1)
+            return torch.multinomial(self.probabilities(logits), 1, generator=generator)[:, 0]
+
+        return draw
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution that is drawn from, [B, V]; needs temperature > 0."""
+        logits = logits.float()
+        # Relative to the maximum, so that a tiny temperature cannot overflow the likeliest token.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            kept, index = logits.topk(self.top_k)
+            logits = torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
+        probabilities = logits.softmax(-1)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, index = probabilities.sort(-1, descending=True)
+            before = ordered.cumsum(-1) - ordered  # of all likelier tokens: 0 for the first
+            ordered = ordered.masked_fill(before >= self.top_p, 0.0)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
+        return probabilities

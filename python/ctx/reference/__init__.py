@@ -1,0 +1,27 @@
+"""The law of the compressive memory in plain PyTorch, written to be read.
+
+Same names as `ctx`, one token at a time, importing nothing but torch: read it to know what the
+kernels compute, compare against it to know that they do. It is slow, and nothing in `ctx` calls it.
+"""
+
+from .attention import attend, compressive_attention, working_dtype
+from .compression import COMPRESSORS, compress_group, conv, gated, initial_parameters, maximum, mean
+from .memory import KVMemory
+from .rotary import Rotary
+from .schedule import Schedule
+
+__all__ = [
+    "COMPRESSORS",
+    "KVMemory",
+    "Rotary",
+    "Schedule",
+    "attend",
+    "compress_group",
+    "compressive_attention",
+    "conv",
+    "gated",
+    "initial_parameters",
+    "maximum",
+    "mean",
+    "working_dtype",
+]

@@ -1,0 +1,208 @@
+"""The memory of one attention layer, one token after another, in Python lists.
+
+Rae et al. 2019 (arXiv:1911.05507), section 3 and algorithm 1. Deviations: keys and values are
+stored instead of hidden states; see schedule.py for when groups leave the window.
+
+A list index is an absolute number: `tokens[t]` is token t, `slots[g]` is group g. Nothing is ever
+dropped, the schedule alone says what a query may see; only `tensors` lays the lists out in rings.
+What is stored is what the real memory stores: keys turned to the clock of their region, everything
+rounded to the dtype of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import mix, scores_of, slot_bias, working_dtype
+from .compression import Compressor, compress_group, make_compressor
+from .rotary import make_position
+from .schedule import Schedule
+
+
+class Pair(NamedTuple):
+    """A key [Hkv, D] and a value [Hkv, Dv] as stored."""
+
+    key: Tensor
+    value: Tensor
+
+
+class Row:
+    """One stream."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Pair] = []
+        self.slots: list[Pair] = []
+
+
+class KVMemory:
+    """Sinks, window and compressed memory of `batch_size` independent streams.
+
+    The arguments are those of `ctx.KVMemory`. `headroom` shapes `tensors` and nothing else.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        compressor: str | Compressor = "mean",
+        position: str | None = "rotary",
+        rotary_base: float = 10000.0,
+        rotary_dim: int | None = None,
+        rotary_interleaved: bool = False,
+        distance: str = "slot",
+        compressed_bias: str | Tensor | Sequence[float] = "none",
+        scale: float | None = None,
+        headroom: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if distance not in ("slot", "token"):
+            raise ValueError(
+                f"ctx.reference.KVMemory: distance must be 'slot' or 'token', got {distance!r}"
+            )
+        self.schedule = schedule
+        self.batch_size = batch_size
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.distance = distance
+        self.compressed_bias = compressed_bias
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.headroom = headroom
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.work = working_dtype(dtype)
+        self.turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
+        self.compress = make_compressor(
+            compressor, kv_heads, schedule.ratio, head_dim, self.value_dim, self.work
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything: all streams start again at token 0."""
+        self.rows = [Row() for _ in range(self.batch_size)]
+
+    @torch.no_grad()
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Appends T tokens and returns what each of them sees, [B, H, T, Dv].
+
+        Args:
+            q: [B, H, T, D].
+            k: [B, Hkv, T, D], without rotation.
+            v: [B, Hkv, T, Dv].
+        """
+        out = q.new_empty(*q.shape[:3], self.value_dim)
+        for i in range(q.shape[2]):
+            self.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+            out[:, :, i : i + 1] = self.attend(q[:, :, i : i + 1])
+        return out
+
+    @torch.no_grad()
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Appends T tokens, k [B, Hkv, T, D] without rotation and v [B, Hkv, T, Dv]."""
+        for b, row in enumerate(self.rows):
+            for i in range(k.shape[2]):
+                self._append_token(row, k[b, :, i], v[b, :, i])
+
+    @torch.no_grad()
+    def attend(self, q: Tensor) -> Tensor:
+        """What the last T tokens see, [B, H, T, Dv]; q [B, H, T, D] holds their queries."""
+        out = q.new_empty(*q.shape[:3], self.value_dim)
+        for b, row in enumerate(self.rows):
+            first = len(row.tokens) - q.shape[2]
+            for i in range(q.shape[2]):
+                out[b, :, i] = self._attend_token(row, first + i, q[b, :, i])
+        return out
+
+    def _append_token(self, row: Row, key: Tensor, value: Tensor) -> None:
+        t = len(row.tokens)
+        for g in range(len(row.slots), self.schedule.groups(t)):
+            row.slots.append(self._make_slot(row, g))
+        row.tokens.append(self._store(key.to(self.work), value, position=t))
+
+    def _make_slot(self, row: Row, g: int) -> Pair:
+        keys, values = [], []
+        for j in self.schedule.members(g):
+            token = row.tokens[j]
+            keys.append(self.turn(token.key.to(self.work), -j)[None])
+            values.append(token.value.to(self.work)[None])
+        key, value = compress_group(self.compress, keys, values)
+        return self._store(key[0], value[0], position=self._slot_clock(g))
+
+    def _store(self, key: Tensor, value: Tensor, position: float) -> Pair:
+        turned = self.turn(key, position)
+        return Pair(turned.to(self.dtype, copy=True), value.to(self.dtype, copy=True))
+
+    def _slot_clock(self, g: int) -> float:
+        return g if self.distance == "slot" else self.schedule.centre(g)
+
+    def _attend_token(self, row: Row, t: int, q: Tensor) -> Tensor:
+        """Every region has a clock of its own, to which the query is turned."""
+        sinks, groups, tokens = self.schedule.visible(t)
+        sink_clock = group_clock = t
+        if self.distance == "slot":
+            behind_edge = t - self.schedule.edge(t)
+            group_clock = behind_edge + self.schedule.groups(t)
+            sink_clock = behind_edge + self.schedule.slots(t) + self.schedule.sinks
+        regions = [
+            (sink_clock, [row.tokens[j] for j in sinks], 0.0),
+            (group_clock, [row.slots[g] for g in groups], 1.0),
+            (t, [row.tokens[j] for j in tokens], 0.0),
+        ]
+        query = q.to(self.work)
+        bias = slot_bias(self.compressed_bias, self.schedule.ratio, len(q), self.work)
+        scores, values = [], []
+        for clock, pairs, biased in regions:
+            if not pairs:
+                continue
+            keys = torch.stack([pair.key for pair in pairs], 1).to(self.work)
+            score = self.scale * scores_of(self.turn(query, clock)[None], keys[None])[0]
+            scores.append(score + biased * bias[:, None])
+            values += [pair.value.to(self.work) for pair in pairs]
+        weights = torch.cat(scores, 1).softmax(-1)
+        return mix(weights[None], torch.stack(values, 1)[None])[0]
+
+    @property
+    def seen(self) -> Tensor:
+        """How many tokens each stream has brought, int64 [B]."""
+        return torch.tensor([len(row.tokens) for row in self.rows], dtype=torch.int64)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The lists laid out as the real memory lays them out: token t >= A of the window and
+        group g of the compressed memory stand at their number modulo the capacity of the ring, and
+        a place never written is zero.
+        """
+        s = self.schedule
+        segment = s.segment or s.ratio
+        window = s.window + segment + s.ratio - 1 + self.headroom
+        late = segment * -(-(self.headroom - 1) // segment)  # tokens evicted late by long calls
+        compressed = s.compressed + -(-late // s.ratio) if s.compressed else 0
+        places = {"window": window, "compressed": compressed, "sink": s.sinks}
+        rings = {}
+        for region, capacity in places.items():
+            for part, width in (("keys", self.head_dim), ("values", self.value_dim)):
+                shape = self.batch_size, self.kv_heads, capacity, width
+                rings[f"{region}_{part}"] = torch.zeros(shape, dtype=self.dtype)
+        for b, row in enumerate(self.rows):
+            for t, pair in enumerate(row.tokens):
+                region, place = ("sink", t) if t < s.sinks else ("window", t % window)
+                rings[f"{region}_keys"][b, :, place] = pair.key
+                rings[f"{region}_values"][b, :, place] = pair.value
+            for g, pair in enumerate(row.slots if compressed else []):
+                rings["compressed_keys"][b, :, g % compressed] = pair.key
+                rings["compressed_values"][b, :, g % compressed] = pair.value
+        return {**rings, "seen": self.seen}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `tensors`."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -1,0 +1,89 @@
+"""The law of a compressive memory as integers: which tokens a query sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from ctx import _C
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sizes of a compressive memory; everything it holds at any moment follows from them.
+
+    ``segment = n_s, sinks = 0`` is the Compressive Transformer (Rae et al. 2019, arXiv:1911.05507, section 3);
+    ``segment = 1`` streams token by token; ``compressed = 0`` is a sliding window, with ``sinks`` as in StreamingLLM
+    (Xiao et al. 2023, arXiv:2309.17453). Deviation from the paper: tokens that wait for their group to fill stay
+    exact and visible, they are never padded.
+
+    Args:
+        window: exact tokens that every query is guaranteed to see behind it (*Mem*), >= 0.
+        compressed: capacity of the compressive memory (*CMem*) in slots, >= 0.
+        ratio: tokens that become one slot, >= 1.
+        segment: eviction happens only at positions that are multiples of it, >= 1; default ``ratio``.
+        sinks: first tokens of a stream that are kept exactly for ever, >= 0.
+
+    Raises:
+        ValueError: a setting is out of range.
+        TypeError: a setting is not an integer.
+    """
+
+    window: int
+    compressed: int
+    ratio: int
+    segment: int = None  # type: ignore[assignment]  # resolved to ratio below
+    sinks: int = 0
+    def __post_init__(self) -> None:
+        if self.segment is None:
+            object.__setattr__(self, "segment", self.ratio)
+        for name in ("window", "compressed", "ratio", "segment", "sinks"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"ctx.Schedule: {name} must be an integer, got {value!r}")
+            if not -(2**63) <= (number := value.__index__()) < 2**63:
+                raise ValueError(f"ctx.Schedule: {name} must fit into 64 bits, got {value}")
+            object.__setattr__(self, name, number)
+        _ = self._law  # validates
+
+    @property
+    def _law(self) -> _C.Schedule:
+        return _C.Schedule(*self.numbers)
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int]:
+        """``(window, compressed, ratio, segment, sinks)``, as operators take them."""
+        return (self.window, self.compressed, self.ratio, self.segment, self.sinks)
+
+    def groups(self, t: int) -> int:
+        """Groups compressed before the segment of token ``t`` began: n(t)."""
+        return self._law.groups(t)
+
+    def edge(self, t: int) -> int:
+        """First token still held exactly in the window when token ``t`` attends: w(t)."""
+        return self._law.edge(t)
+
+    def slots(self, t: int) -> int:
+        """Compressed slots that token ``t`` attends to: m(t)."""
+        return self._law.slots(t)
+
+    def visible(self, t: int) -> tuple[range, range, range]:
+        """What token ``t`` attends to: (sink tokens, groups, window tokens)."""
+        groups = self.groups(t)
+        return (
+            range(self._law.visible_sinks(t)),
+            range(groups - self.slots(t), groups),
+            range(self.edge(t), t + 1),
+        )
+
+    @property
+    def reach(self) -> int:
+        """Tokens that the memory reaches back to, exactly or compressed: A + c C + M."""
+        return self._law.reach
+
+    @property
+    def max_slots(self) -> int:
+        """The most a query ever attends to: A + C + M + S + c - 1."""
+        return self._law.max_slots
+
+    def resized(self, **sizes: int) -> Schedule:
+        """The same schedule with other sizes, e.g. ``resized(compressed=0)``."""
+        return replace(self, **sizes)

@@ -1,0 +1,443 @@
+"""A decoder language model over compressive attention (Rae et al. 2019, arXiv:1911.05507)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctx import generation
+from ctx.attention import CompressiveAttention
+from ctx.compression import COMPRESSORS
+from ctx.memory import state_sizes
+from ctx.schedule import Schedule
+
+__all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
+
+# One dict of tensors per layer, first layer first: what `init_memory` returns and `model` carries.
+ModelMemory = list[dict[str, Tensor]]
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "compression": tuple(COMPRESSORS),
+    "position": ("rotary", None),
+    "distance": ("slot", "token"),
+    "compressed_bias": ("none", "log_ratio", "learned"),
+    "compressor_grad": ("task", "aux"),
+    "mlp": ("swiglu", "gelu"),
+    "norm": ("rms", "layer"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressiveTransformerConfig:
+    """Everything that is needed to build a model again; plain values only, so it goes into a checkpoint.
+
+    Args:
+        vocab_size: number of different tokens; 256 for bytes.
+        embed_dim: width of the residual stream.
+        num_layers, num_heads, num_kv_heads: blocks, query heads, key/value heads (None: num_heads).
+        window, compressed, ratio, segment, sinks: the memory, as in `ctx.Schedule`.
+        compression ... rotary_interleaved, headroom: as in `ctx.CompressiveAttention`.
+        mlp: "swiglu" or "gelu".
+        mlp_dim: inner width of the MLP; None: 4 x embed_dim, and 2/3 of that for "swiglu".
+        norm: "rms" or "layer", applied before each branch.
+        tied: the output layer shares the embedding's weights.
+        dropout: share of embeddings and of both branches' outputs that is dropped in training.
+        bias: every linear layer has one.
+
+    Raises:
+        TypeError, ValueError: a setting is of the wrong type or out of range.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    window: int
+    compressed: int
+    ratio: int
+    segment: int | None = None
+    sinks: int = 0
+    compression: str = "conv"
+    position: str | None = "rotary"
+    distance: str = "slot"
+    compressed_bias: str = "learned"
+    compressor_grad: str = "task"
+    rotary_base: float = 10000.0
+    rotary_dim: int | None = None
+    rotary_interleaved: bool = False
+    headroom: int = 64
+    mlp: str = "swiglu"
+    mlp_dim: int | None = None
+    norm: str = "rms"
+    tied: bool = True
+    dropout: float = 0.0
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        where = "ctx.CompressiveTransformerConfig"
+        optional = ("num_kv_heads", "mlp_dim", "rotary_dim")
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "headroom", *optional):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{where}: {name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+        for name in ("rotary_interleaved", "tied", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}")
+        for name in ("rotary_base", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                names = ", ".join(map(repr, choices))
+                got = getattr(self, name)
+                raise ValueError(f"{where}: {name} must be one of {names}, got {got!r}")
+        if not (math.isfinite(self.rotary_base) and self.rotary_base > 0):
+            raise ValueError(f"{where}: rotary_base must be positive and finite, got {self.rotary_base}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{where}: dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"{where}: embed_dim must be a multiple of num_heads = {self.num_heads}, "
+                f"got {self.embed_dim}"
+            )
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(
+                f"{where}: num_kv_heads must divide num_heads = {self.num_heads}, "
+                f"got {self.num_kv_heads}"
+            )
+        head_dim = self.embed_dim // self.num_heads
+        rotary_dim = head_dim if self.rotary_dim is None else self.rotary_dim
+        if self.position == "rotary" and (rotary_dim % 2 or rotary_dim > head_dim):
+            raise ValueError(
+                f"{where}: rotary_dim must be even and at most embed_dim / num_heads = {head_dim}, "
+                f"got {rotary_dim}"
+            )
+        self.schedule()
+
+    def schedule(self) -> Schedule:
+        """The memory's sizes as the law reads them."""
+        sizes = (self.window, self.compressed, self.ratio, self.segment, self.sinks)
+        return Schedule(*sizes)  # type: ignore[arg-type]  # segment: None means ratio
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name; `from_dict` is the way back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CompressiveTransformerConfig:
+        """Builds the configuration that `to_dict` described.
+
+        Raises:
+            ValueError: a name is unknown or missing, or a value out of range.
+        """
+        fields = dataclasses.fields(cls)
+        required = {f.name for f in fields if f.default is dataclasses.MISSING}
+        unknown = sorted(set(settings) - {f.name for f in fields})
+        missing = sorted(required - set(settings))
+        if unknown or missing:
+            raise ValueError(
+                "ctx.CompressiveTransformerConfig.from_dict: settings must have the names of the "
+                f"configuration, got unknown {unknown} and missing {missing}"
+            )
+        return cls(**settings)
+
+    def attention(self) -> dict[str, Any]:
+        """The keyword arguments of each layer's `ctx.CompressiveAttention`."""
+        elsewhere = ("vocab_size", "num_layers", "mlp", "mlp_dim", "norm", "tied")
+        return {name: value for name, value in self.to_dict().items() if name not in elsewhere}
+
+
+def _norm(config: CompressiveTransformerConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.embed_dim, eps=1e-6)
+    return nn.LayerNorm(config.embed_dim, bias=config.bias)
+
+
+class _MLP(nn.Module):
+    """x [B, T, E] -> [B, T, E]; "swiglu" (Shazeer 2020, arXiv:2002.05202) or "gelu"."""
+
+    def __init__(self, config: CompressiveTransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        inner = config.mlp_dim
+        if inner is None:  # equal parameters: the gated form has three matrices, not two
+            inner = 4 * config.embed_dim
+            inner = -(-2 * inner // 24) * 8 if self.gated else inner
+        self.up = nn.Linear(config.embed_dim, 2 * inner if self.gated else inner, bias=config.bias)
+        self.down = nn.Linear(inner, config.embed_dim, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.up(x)
+        if self.gated:
+            gate, value = hidden.chunk(2, -1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = F.gelu(hidden)
+        out: Tensor = self.down(hidden)
+        return out
+
+
+class _Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: CompressiveTransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = CompressiveAttention(**config.attention())
+        self.mlp_norm = _norm(config)
+        self.mlp = _MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, memory: dict[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        y, memory = self.attention(self.attention_norm(x), memory)
+        x = x + y  # dropped out by the layer itself
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), memory
+
+
+class CompressiveTransformer(nn.Module):
+    """A language model whose memory has a constant size, however long the stream.
+
+    Under grad every call is differentiable and returns a new memory, which is constant for the next
+    call (truncated back-propagation); under `torch.no_grad()` or `torch.inference_mode()` the memory
+    is streamed into in place. Both give the same logits, however the stream is cut into calls.
+
+    Args:
+        config: sizes and choices; kept as `model.config`.
+    """
+
+    def __init__(self, config: CompressiveTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.norm = _norm(config)
+        self.head: nn.Linear | None = None
+        if not config.tied:
+            self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights; branches that write to the residual stream start smaller (GPT-2)."""
+        std = 0.02
+        branch = std / math.sqrt(2 * self.config.num_layers)
+        nn.init.normal_(self.embedding.weight, std=std)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(
+                    module.weight, std=branch if name.endswith(("out_proj", "down")) else std
+                )
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The law that every layer follows."""
+        return self.config.schedule()
+
+    def init_memory(self, batch_size: int) -> ModelMemory:
+        """An empty memory for `batch_size` streams: one dict of tensors per layer."""
+        return [block.attention.init_memory(batch_size) for block in self.blocks]
+
+    def forward(
+        self,
+        tokens: Tensor,  # [B, T]
+        memory: Sequence[dict[str, Tensor]] | None = None,
+    ) -> tuple[Tensor, ModelMemory]:
+        """Continues every row's stream by T tokens.
+
+        Args:
+            tokens: int64 [B, T], each in [0, vocab_size).
+            memory: what `init_memory` or an earlier call returned; None: an empty memory.
+
+        Returns:
+            Logits [B, T, vocab_size] for the token after each, and the memory after the last: a new
+            one under grad, the one passed (streamed into in place) without.
+
+        Raises:
+            TypeError, ValueError, IndexError: before any memory is written.
+        """
+        hidden, memory = self._hidden(tokens, memory, "ctx.CompressiveTransformer.forward")
+        return self._logits(hidden), memory
+
+    def with_memory(
+        self,
+        *,
+        window: int | None = None,
+        compressed: int | None = None,
+        segment: int | None = None,
+        sinks: int | None = None,
+    ) -> CompressiveTransformer:
+        """The same model over a memory of other sizes: a second module that shares every parameter.
+
+        Sizes that are not given stay as they are; `compressed=0` switches the compressive memory
+        off. A memory belongs to the sizes that it was made with.
+        """
+        sizes = dict(window=window, compressed=compressed, segment=segment, sinks=sinks)
+        changed: dict[str, Any] = {name: n for name, n in sizes.items() if n is not None}
+        twin = _share(self)
+        twin.config = dataclasses.replace(self.config, **changed)
+        for block in twin.blocks:
+            block.attention.schedule = twin.schedule
+        return twin
+
+    def generate(
+        self,
+        tokens: Tensor,  # [B, T]
+        num_tokens: int,
+        *,
+        memory: Sequence[dict[str, Tensor]] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continues every row by `num_tokens` sampled tokens, at constant memory.
+
+        Args:
+            tokens: int64 [B, T], T >= 1: the prompt, or what comes next in `memory`'s streams.
+            memory: streamed into in place; afterwards it holds all but the newest token, so
+                `generate(out[:, -1:], n, memory=memory)` goes on. None: starts empty.
+            temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
+            top_k: only the k likeliest tokens can be drawn.
+            top_p: only the fewest likeliest tokens whose probabilities reach p can be drawn.
+            seed: of a private generator; None: torch's global one.
+
+        Returns:
+            int64 [B, num_tokens], without the prompt.
+
+        Raises:
+            TypeError, ValueError, IndexError: before any memory is written.
+        """
+        where = "ctx.CompressiveTransformer.generate"
+        settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
+        steps = list(self._stream(tokens, num_tokens, memory, settings))
+        return torch.stack(steps, 1) if steps else tokens.new_empty(tokens.shape[0], 0)
+
+    def stream(
+        self,
+        tokens: Tensor,  # [B, T]
+        num_tokens: int,
+        *,
+        memory: Sequence[dict[str, Tensor]] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """`generate`, one step at a time: yields int64 [B] as soon as it is drawn."""
+        where = "ctx.CompressiveTransformer.stream"
+        settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
+        return self._stream(tokens, num_tokens, memory, settings)
+
+    def _stream(
+        self,
+        tokens: Tensor,
+        num_tokens: int,
+        memory: Sequence[dict[str, Tensor]] | None,
+        settings: generation.Sampling,
+    ) -> Iterator[Tensor]:
+        self._check(tokens, memory, settings.where)
+        if tokens.shape[1] < 1:
+            raise ValueError(
+                f"{settings.where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
+            )
+        generation.check_count(num_tokens, settings.where)
+        state = self.init_memory(tokens.shape[0]) if memory is None else memory
+        return self._draw(tokens, num_tokens, state, settings)
+
+    def _draw(
+        self,
+        tokens: Tensor,
+        num_tokens: int,
+        memory: Sequence[dict[str, Tensor]],
+        settings: generation.Sampling,
+    ) -> Iterator[Tensor]:
+        draw = settings.sampler(tokens.device)
+        block = max(64, self.schedule.segment)  # a long prompt is read at constant memory, too
+        for _ in range(num_tokens):
+            with torch.inference_mode():  # never across a yield: it would leak to the caller
+                for chunk in tokens.split(block, 1):
+                    hidden, memory = self._hidden(chunk, memory, settings.where)
+                drawn = draw(self._logits(hidden[:, -1]))
+            tokens = drawn[:, None]
+            yield drawn.clone()  # an ordinary tensor, of use under grad as well
+
+    def _hidden(
+        self, tokens: Tensor, memory: Sequence[dict[str, Tensor]] | None, where: str
+    ) -> tuple[Tensor, ModelMemory]:
+        self._check(tokens, memory, where)
+        x: Tensor = self.dropout(self.embedding(tokens))
+        states: ModelMemory = []
+        for i, block in enumerate(self.blocks):
+            x, state = block(x, None if memory is None else memory[i])
+            states.append(state)
+        return x, states
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return F.linear(self.norm(hidden), weight)
+
+    def _check(
+        self, tokens: Tensor, memory: Sequence[dict[str, Tensor]] | None, where: str
+    ) -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"{where}: tokens must be a tensor, got {type(tokens).__name__}")
+        if tokens.dtype != torch.int64:
+            raise TypeError(f"{where}: tokens must be int64, got {tokens.dtype}")
+        if tokens.dim() != 2 or tokens.shape[0] < 1:
+            raise ValueError(f"{where}: tokens must be [B, T], got {list(tokens.shape)}")
+        # Reading the values would wait for a device and break a compiled graph.
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = map(int, tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                got = low if low < 0 else high
+                raise IndexError(
+                    f"{where}: tokens must be in [0, {self.config.vocab_size}), got {got}"
+                )
+        if memory is None:
+            return
+        if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):
+            got = len(memory) if isinstance(memory, (list, tuple)) else type(memory).__name__
+            raise ValueError(
+                f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
+                f"got {got}"
+            )
+        # Every layer, before the first is written: an error must leave the memory as it was.
+        for i, (block, layer) in enumerate(zip(self.blocks, memory, strict=True)):
+            sizes = _sizes(block.attention, tokens.shape[0])
+            got = {name: tuple(part.shape) for name, part in layer.items()}
+            if got != sizes:
+                name = next(name for name in {**sizes, **got} if got.get(name) != sizes.get(name))
+                raise ValueError(
+                    f"{where}: memory[{i}]: {name} must be {sizes.get(name)}, got {got.get(name)}"
+                )
+
+
+def _sizes(layer: CompressiveAttention, rows: int) -> dict[str, tuple[int, ...]]:
+    width = layer.head_dim
+    return state_sizes(layer.schedule, rows, layer.num_kv_heads, width, width, layer.headroom)
+
+
+def _share(module: Any) -> Any:
+    """A copy of the module tree that holds the very same parameters and buffers."""
+    twin = copy.copy(module)
+    twin._modules = {
+        name: None if child is None else _share(child) for name, child in module._modules.items()
+    }
+    return twin

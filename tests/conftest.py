@@ -1,0 +1,29 @@
+"""Settings shared by all tests.
+
+    pytest                                    a few thousand random cases, the same ones every time
+    pytest --hypothesis-profile=ci            three times as many, the same ones every time
+    pytest --hypothesis-profile=explore       ten times as many, different ones every time
+
+A test asks for its own number of cases with `strategies.cases(n)`; the profile multiplies it.
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+
+settings.register_profile("quick", max_examples=100, derandomize=True, **SLOW_IS_FINE)
+settings.register_profile("ci", max_examples=300, derandomize=True, print_blob=True, **SLOW_IS_FINE)
+settings.register_profile("explore", max_examples=1000, print_blob=True, **SLOW_IS_FINE)
+settings.load_profile("quick")
+
+
+# Tiny tensors: a second thread only waits. Tests of threads set their own number.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)

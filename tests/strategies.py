@@ -1,0 +1,229 @@
+"""Random settings, streams and ways to cut them, for the property tests.
+
+Sizes are tiny, so that a shrunk failure can be worked through by hand, and stand on and beside the
+edges of the law: 0, 1, S-1, S, S+1, 3S+2. Inputs are views with strides of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ctx
+from ctx import reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+COMPRESSORS = ["mean", "max", "conv", "gated"]
+
+# Largest error allowed, relative to the largest number expected: two ways of computing the same
+# thing round at different places; a rotated key that rounds the other way moves by one unit.
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# The same computation cut differently.
+CLOSER = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def cases(number: int) -> Callable[[Any], Any]:
+    """Decorates a test that wants this many random cases under the default profile."""
+    return settings(max_examples=max(1, number * settings().max_examples // 100))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One memory: what `Schedule` and `KVMemory` are called with."""
+
+    schedule: dict[str, int | None]
+    batch: int
+    kv_heads: int
+    heads: int
+    head_dim: int
+    value_dim: int
+    compressor: str
+    seed: int
+    headroom: int = 64
+    bias_per_head: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def law(self, module: ModuleType = reference) -> Any:
+        """The schedule as `module` (ctx or ctx.reference) makes it."""
+        return module.Schedule(**self.schedule)
+
+    def memory(self, module: ModuleType, dtype: torch.dtype, **changes: Any) -> Any:
+        """The memory as `module` makes it, with the random parameters that the seed stands for."""
+        options = {"headroom": self.headroom, **self.options, **changes}
+        if self.bias_per_head:
+            options["compressed_bias"] = self.random([self.heads], torch.float64, 1).tolist()
+        if self.compressor in ("mean", "max"):
+            compressor: Any = self.compressor
+        elif module is reference:
+            compressor = partial(reference.COMPRESSORS[self.compressor], **self.parameters(dtype))
+        else:
+            compressor = self.module(dtype)
+        sizes = self.batch, self.kv_heads, self.head_dim, self.value_dim
+        return module.KVMemory(
+            self.law(module), *sizes, compressor=compressor, dtype=dtype, **options
+        )
+
+    def module(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The compressor as a module of ctx.compression, holding `parameters`."""
+        kind = getattr(ctx.compression, self.compressor.capitalize())
+        module: torch.nn.Module = kind(self.kv_heads, self.ratio, self.head_dim, self.value_dim)
+        module.to(reference.working_dtype(dtype))
+        parameters = self.parameters(dtype)
+        assert {name for name, _ in module.named_parameters()} == set(parameters)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(parameters[name])
+        return module
+
+    @property
+    def ratio(self) -> int:
+        """Tokens per slot."""
+        ratio = self.schedule["ratio"]
+        assert ratio is not None
+        return ratio
+
+    def parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Random parameters of the compressor, around those it starts with."""
+        sizes = self.kv_heads, self.ratio, self.head_dim, self.value_dim
+        dtype = reference.working_dtype(dtype)
+        start = reference.initial_parameters(self.compressor, *sizes, dtype)
+        drawn = enumerate(start.items(), start=10)
+        spread = {"conv": 0.2, "gated": 1.0}.get(self.compressor, 0.0)
+        return {name: x + spread * self.random(x.shape, dtype, i) for i, (name, x) in drawn}
+
+    def random(self, shape: Any, dtype: torch.dtype, number: int = 0) -> Tensor:
+        """The same normal numbers every time for the same seed and number."""
+        generator = torch.Generator().manual_seed(self.seed * 100 + number)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def inputs(self, length: int, dtype: torch.dtype, strides: int = 0) -> list[Tensor]:
+        """q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] as views of the drawn kind."""
+        shapes = (self.heads, self.head_dim), (self.kv_heads, self.head_dim)
+        shapes += ((self.kv_heads, self.value_dim),)
+        return [
+            strided(self.random([self.batch, h, length, d], dtype, 2 + i), (strides + i) % 4)
+            for i, (h, d) in enumerate(shapes)
+        ]
+
+
+def strided(x: Tensor, kind: int) -> Tensor:
+    """The same numbers in another place; what lies between them must never be read."""
+    if kind == 1:  # as projections come: heads inside tokens
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == 2:  # the last dimension is not contiguous
+        wide = x.new_full((*x.shape[:3], 2 * x.shape[3] + 1), float("nan"))
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
+    if kind == 3:  # a slice of a longer stream of a wider projection
+        padded = torch.nn.functional.pad(x, (1, 2, 3, 4), value=float("nan"))
+        return padded[:, :, 3 : 3 + x.shape[2], 1 : 1 + x.shape[3]]
+    return x
+
+
+@st.composite
+def schedules(draw: st.DrawFn, **fixed: Any) -> dict[str, int | None]:
+    """Arguments of a small Schedule."""
+    drawn = {
+        "window": draw(st.integers(0, 12)),
+        "compressed": draw(st.integers(0, 6)),
+        "ratio": draw(st.integers(1, 5)),
+        "segment": draw(st.none() | st.integers(1, 9)),
+        "sinks": draw(st.integers(0, 4)),
+    }
+    return {**drawn, **fixed}
+
+
+@st.composite
+def memories(
+    draw: st.DrawFn,
+    schedule: dict[str, Any] | None = None,
+    compressor: str | None = None,
+    bias: str | None = None,
+) -> Setting:
+    """A Setting; the arguments fix parts of it."""
+    kv_heads = draw(st.integers(1, 2))
+    head_dim = draw(st.sampled_from([2, 4, 6, 8, 10]))
+    rotary_dims = st.none() | st.sampled_from(range(2, head_dim + 1, 2))
+    options = {
+        "position": draw(st.sampled_from(["rotary", "rotary", "rotary", None])),
+        "rotary_base": draw(st.sampled_from([10000.0, 20.0])),
+        "rotary_dim": draw(rotary_dims),
+        "rotary_interleaved": draw(st.booleans()),
+        "distance": draw(st.sampled_from(["slot", "token"])),
+        "compressed_bias": bias or draw(st.sampled_from(["none", "log_ratio"])),
+        "scale": draw(st.sampled_from([None, None, 0.3])),
+    }
+    return Setting(
+        schedule=draw(schedules(**(schedule or {}))),
+        batch=draw(st.integers(1, 2)),
+        kv_heads=kv_heads,
+        heads=kv_heads * draw(st.integers(1, 3)),
+        head_dim=head_dim,
+        value_dim=draw(st.sampled_from([head_dim, head_dim, 1, 3, 8])),
+        compressor=draw(st.sampled_from(COMPRESSORS)) if compressor is None else compressor,
+        seed=draw(st.integers(0, 2**31)),
+        headroom=draw(st.sampled_from([1, 2, 3, 7, 64])),
+        bias_per_head=bias is None and draw(st.booleans()),
+        options=options,
+    )
+
+
+@st.composite
+def lengths(draw: st.DrawFn, setting: Setting, most: int = 60) -> int:
+    """A stream length on or beside an edge, or any."""
+    law = setting.law()
+    full = law.sinks + law.window
+    edges = [0, 1, law.segment - 1, law.segment, law.segment + 1, 3 * law.segment + 2]
+    edges += [full, full + law.segment, law.reach, law.reach + law.segment + 1]
+    return draw(st.sampled_from([n for n in edges if n <= most]) | st.integers(1, most))
+
+
+@st.composite
+def cuts(draw: st.DrawFn, length: int) -> list[int]:
+    """A ragged cutting: sizes that add up to `length`, empty calls among them."""
+    sizes: list[int] = []
+    piece = st.sampled_from([0, 1, 1, 2, 3]) | st.integers(1, max(1, length))
+    while sum(sizes) < length:
+        sizes.append(min(draw(piece), length - sum(sizes)))
+    return sizes
+
+
+def pieces(tensors: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    """q, k, v cut along their tokens (dimension 2)."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [
+        [x[:, :, end - size : end] for x in tensors] for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def stream(memory: Any, tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    """All outputs of `memory.step` over the pieces, [B, H, T, Dv]."""
+    q, _, v = tensors
+    outs = [memory.step(*piece) for piece in pieces(tensors, sizes)]
+    return torch.cat([q.new_empty(*q.shape[:2], 0, v.shape[3]), *outs], 2)
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Worst absolute error within `tolerance` of the largest expected number, at least of one."""
+    assert got.shape == want.shape and got.dtype == want.dtype, (got.shape, want.shape, got.dtype)
+    if want.numel():
+        size = max(1.0, want.double().abs().max().item())
+        error = (got.double() - want.double()).abs().max().item()
+        assert error <= tolerance * size, f"error {error:.3g}, allowed {tolerance * size:.3g}"
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    """Equal bit for bit, NaN and the sign of zero included."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    if got.is_floating_point():
+        as_bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[got.element_size()]
+        got, want = got.contiguous().view(as_bits), want.contiguous().view(as_bits)
+    assert torch.equal(got, want)

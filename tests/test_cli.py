@@ -1,0 +1,304 @@
+"""`python -m ctx` as a user runs it: subprocesses, their output and their exit codes."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import ctx
+import pytest
+import torch
+from ctx.cli.main import main
+
+MODEL = "--width 16 --layers 1 --heads 2 --window 8 --compressed 8 --segment 8".split()
+TINY = [*MODEL, *"--batch 4 --length 16 --warmup 2 --threads 1 --held-out 2000".split()]
+SOURCE = Path(sysconfig.get_path("stdlib"), "argparse.py").read_bytes()
+
+
+def environment(**changed):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **changed}
+
+
+def start(*args, cwd, **changed):
+    return subprocess.Popen(
+        [sys.executable, "-m", "ctx", *map(str, args)],
+        cwd=cwd,
+        env=environment(**changed),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(*args, cwd, **changed):
+    process = start(*args, cwd=cwd, **changed)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out.decode(), err.decode()
+
+
+def lines_of(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for_steps(process, metrics, count):
+    deadline = time.monotonic() + 100
+    while len(lines_of(metrics)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a text and a finished run."""
+    path = tmp_path_factory.mktemp("cli")
+    (path / "text.py").write_bytes(SOURCE[:30_000])
+    code, out, err = run("train", "text.py", *TINY, "--steps", 150, "--run", "run", cwd=path)
+    assert code == 0, err
+    (path / "stdout.txt").write_text(out)
+    (path / "stderr.txt").write_text(err)
+    return path
+
+
+class TestTrain:
+    def test_prints_the_table(self, folder):
+        out = (folder / "stdout.txt").read_text()
+        rows = [line.split("  ") for line in out.splitlines()]
+        names = [row[0] for row in rows]
+        for name in ("both memories", "CMem off", "empty memory at every segment"):
+            assert name in names, out
+        assert "byte-unigram entropy" in out
+        assert "40 tokens" in out  # the reach: 8 + 4 x 8
+        assert "Traceback" not in (folder / "stderr.txt").read_text()
+
+    def test_writes_the_run_folder(self, folder):
+        made = {path.name for path in (folder / "run").iterdir()}
+        drawn = {"curves.png"} if importlib.util.find_spec("matplotlib") else set()
+        assert made == {"checkpoint.pt", "metrics.jsonl", "evaluation.json"} | drawn
+        metrics = [json.loads(line) for line in lines_of(folder / "run" / "metrics.jsonl")]
+        assert [line["step"] for line in metrics] == list(range(1, 151))
+        assert metrics[-1]["bits_per_byte"] < metrics[0]["bits_per_byte"]
+        results = json.loads((folder / "run" / "evaluation.json").read_text())
+        assert [result["reach"] for result in results] == [40, 8, 0]
+        assert results[0]["memory_bytes"] > results[1]["memory_bytes"]
+        for picture in drawn:
+            assert (folder / "run" / picture).read_bytes().startswith(b"\x89PNG")
+
+    def test_numbers_its_runs(self, tmp_path):
+        (tmp_path / "text.py").write_bytes(SOURCE[:5_000])
+        (tmp_path / "runs" / "1").mkdir(parents=True)
+        code, out, _ = run("train", "text.py", *TINY, "--steps", 2, cwd=tmp_path)
+        assert code == 0
+        assert "runs/2" in out and (tmp_path / "runs" / "2" / "checkpoint.pt").exists()
+
+    def test_without_tqdm_and_matplotlib(self, tmp_path):
+        """The extra [train] is a convenience: without it one line says what is missing."""
+        (tmp_path / "text.py").write_bytes(SOURCE[:5_000])
+        for name in ("tqdm", "matplotlib"):
+            (tmp_path / f"{name}.py").write_text("raise ImportError\n")
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        code, out, err = run(
+            "train", "text.py", *TINY, "--steps", 2, "--run", "run", cwd=tmp_path, PYTHONPATH=path
+        )
+        assert code == 0, err
+        assert "pip install matplotlib" in err and "both memories" in out
+        assert not (tmp_path / "run" / "curves.png").exists()
+
+
+class TestInterrupted:
+    """Whatever stops a run, --resume ends where the uninterrupted run ended, bit for bit."""
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    def test_resume(self, folder, number):
+        name = f"run-{number.name}"
+        process = start(
+            "train", "text.py", *TINY, "--steps", 150, "--run", name, "--checkpoint-every", 10,
+            cwd=folder,
+        )  # fmt: skip
+        wait_for_steps(process, folder / name / "metrics.jsonl", 25)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert process.returncode == 130
+            assert f"continue with: python -m ctx train --resume {name}" in err.decode()
+        assert b"Traceback" not in err and b"both memories" not in out
+
+        code, out, err = run("train", "--resume", name, cwd=folder)
+        assert code == 0, err
+        ours, theirs = (
+            torch.load(folder / run_name / "checkpoint.pt", weights_only=True)
+            for run_name in (name, "run")
+        )
+        assert ours["step"] == theirs["step"] == 150
+        for key, weight in theirs["weights"].items():
+            assert torch.equal(ours["weights"][key], weight), key
+        for layer, other in zip(theirs["memory"], ours["memory"], strict=True):
+            assert all(torch.equal(layer[key], other[key]) for key in layer)
+        losses = [
+            [
+                (line["step"], line["bits_per_byte"])
+                for line in map(json.loads, lines_of(folder / run_name / "metrics.jsonl"))
+            ]
+            for run_name in (name, "run")
+        ]
+        assert losses[0] == losses[1]
+
+    def test_resume_of_a_finished_run_evaluates_again(self, folder):
+        before = (folder / "run" / "metrics.jsonl").read_text()
+        code, out, _ = run("train", "--resume", "run", cwd=folder)
+        assert code == 0
+        assert (folder / "run" / "metrics.jsonl").read_text() == before
+        old = (folder / "stdout.txt").read_text()
+        figure = [line.split()[2] for line in (out + old).splitlines() if "both mem" in line]
+        assert len(figure) == 2 and figure[0] == figure[1]
+
+    def test_resume_from_another_folder(self, folder, tmp_path):
+        code, _, err = run("train", "--resume", folder / "run", cwd=tmp_path)
+        assert code == 0, err
+
+
+class TestEval:
+    def test_table(self, folder):
+        (folder / "other.txt").write_bytes(SOURCE[30_000:40_000])
+        code, out, _ = run("eval", "run", "other.txt", cwd=folder)
+        assert code == 0
+        assert "both memories" in out and "10,000 bytes of text" in out
+
+    def test_other_sizes(self, folder):
+        code, out, _ = run("eval", "run", "text.py", "--window", 16, "--compressed", 0, cwd=folder)
+        assert code == 0
+        both, off = (line.split() for line in out.splitlines() if line[:4] in ("both", "CMem"))
+        assert both[2] == off[2] and "16 tokens" in out
+
+
+class TestGenerate:
+    def test_streams_the_prompt_and_its_continuation(self, folder):
+        args = ("generate", "run", "--prompt", "def é(", "--tokens", 30, "--seed", 3)
+        code, out, err = run(*args, cwd=folder)
+        assert (code, err) == (0, "")
+        assert out.startswith("def é(") and out.endswith("\n")
+        assert run(*args, cwd=folder)[1] == out
+        assert run(*args[:-1], 4, cwd=folder)[1] != out
+
+    def test_comes_as_it_is_drawn_and_may_be_cut_off(self, folder):
+        process = start("generate", "run", "--tokens", 10**7, cwd=folder)
+        assert process.stdout.read(20)
+        process.stdout.close()  # as `| head -c 20` does
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == b""
+
+    def test_interrupted(self, folder):
+        process = start("generate", "run", "--tokens", 10**7, cwd=folder)
+        process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (130, b"ctx generate: interrupted\n")
+
+
+class TestOther:
+    def test_version(self, tmp_path):
+        assert run("--version", cwd=tmp_path)[:2] == (0, f"ctx {ctx.__version__}\n")
+
+    def test_cmake_prefix_path(self, tmp_path):
+        assert run("--cmake-prefix-path", cwd=tmp_path)[:2] == (0, f"{ctx.cmake_prefix_path}\n")
+
+    def test_help_names_every_default(self, tmp_path):
+        code, out, _ = run("train", "--help", cwd=tmp_path, COLUMNS="200")
+        assert code == 0
+        assert out.count("(default: ") >= 20
+
+
+WRONG = {
+    "no command": ([], "a command is missing"),
+    "command": (["walk"], "invalid choice: 'walk'"),
+    "option": (["train", "--walk"], "unrecognized arguments: --walk"),
+    "not a number": (["train", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    "missing file": (["train", "none.txt"], "cannot read none.txt: No such file or directory"),
+    "directory": (["train", "."], "cannot read .: Is a directory"),
+    "empty file": (["train", "empty.txt"], "empty.txt must be a text file, got an empty one"),
+    "binary": (["train", "binary"], "binary must be UTF-8 text, got byte 0x80 at 2"),
+    "too short": (["train", "text.py", "--batch", "999"], "the text must have at least"),
+    "heads": (["train", "text.py", "--heads", "3"], "--width must be a multiple of --heads = 3"),
+    "kv heads": (["train", "text.py", "--kv-heads", "3"], "--kv-heads must divide"),
+    "ratio": (["train", "text.py", "--ratio", "0"], "--ratio must be"),
+    "window": (["train", "text.py", "--window", "-1"], "--window must be"),
+    "compression": (["train", "text.py", "--compression", "zip"], "--compression must be one of"),
+    "steps": (["train", "text.py", "--steps", "0"], "--steps must be at least 1, got 0"),
+    "lr": (["train", "text.py", "--lr", "nan"], "--lr must be at least 0, got nan"),
+    "huge width": (["train", "text.py", "--width", str(2**40)], "do not fit"),
+    "huge window": (["train", "text.py", "--window", str(2**29)], "do not fit"),
+    "huge memory": (["train", "text.py", "--compressed", str(2**29)], "do not fit"),
+    "beyond int64": (["train", "text.py", "--window", str(2**70)], "--window must fit into 64 bits"),
+    "run exists": (["train", "text.py", *TINY, "--run", "run"], "run already holds a run"),
+    "run is a file": (["train", "text.py", *TINY, "--run", "text.py"], "cannot write text.py"),
+    "resume nothing": (["train", "--resume", "none"], "none must be a run folder"),
+    "resume and set": (["train", "--resume", "run", "--lr", "1"], "drop --lr"),
+    "resume a file": (["train", "text.py", "--resume", "run"], "drop FILES"),
+    "resume a changed text": (["train", "--resume", "changed"], "the texts must be those"),
+    "eval no run": (["eval", "none", "text.py"], "none must be a run folder"),
+    "eval version": (["eval", "future", "text.py"], "of version 1, got version 99"),
+    "eval corrupt": (["eval", "corrupt", "text.py"], "got a damaged or foreign file"),
+    "eval no file": (["eval", "run", "none.txt"], "cannot read none.txt"),
+    "eval one byte": (["eval", "run", "short.txt"], "at least 2 bytes, got 1"),
+    "eval window": (["eval", "run", "text.py", "--window", "-3"], "--window must be"),
+    "generate no run": (["generate", "text.py"], "text.py must be a checkpoint of ctx"),
+    "generate prompt": (["generate", "run", "--prompt", ""], "--prompt must have at least one"),
+    "generate tokens": (["generate", "run", "--tokens", "-1"], "--tokens must be at least 0, got -1"),
+    "generate top-k": (["generate", "run", "--top-k", "0"], "--top-k must be at least 1, got 0"),
+    "threads": (["generate", "run", "--threads", "-1"], "--threads must be at least 0, got -1"),
+}
+
+
+# One of each command also as a process of its own: what main returns is the exit code.
+AS_PROCESSES = ["no command", "option", "missing file", "heads", "resume nothing", "eval corrupt",
+                "generate tokens"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wrong(folder):
+    """The folder with whatever the wrong command lines stumble over."""
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_bytes(b"x")
+    (folder / "binary").write_bytes(b"ab\x80\x00" * 100)
+    state = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+    for name in ("future", "corrupt", "changed"):
+        (folder / name).mkdir()
+    torch.save({**state, "version": 99}, folder / "future" / "checkpoint.pt")
+    torch.save({**state, "digest": "other"}, folder / "changed" / "checkpoint.pt")
+    half = (folder / "run" / "checkpoint.pt").read_bytes()[:5000]
+    (folder / "corrupt" / "checkpoint.pt").write_bytes(half)
+    return folder
+
+
+def check_error(name, code, out, err):
+    assert WRONG[name][1] in err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("ctx")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_are_one_line_and_exit_code_2(wrong, name, monkeypatch, capsys):
+    monkeypatch.chdir(wrong)
+    threads = torch.get_num_threads()
+    try:
+        code = main([*WRONG[name][0]])
+    except SystemExit as stop:  # the parser's own way out
+        code = stop.code
+    torch.set_num_threads(threads)
+    out, err = capsys.readouterr()
+    check_error(name, code, out, err)
+    assert not (wrong / "runs").exists()
+
+
+@pytest.mark.parametrize("name", AS_PROCESSES)
+def test_errors_of_processes(wrong, name):
+    check_error(name, *run(*WRONG[name][0], cwd=wrong))

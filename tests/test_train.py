@@ -1,0 +1,102 @@
+"""A short training run must learn: fewer bits than any model that ignores context."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from ctx.cli.data import load_corpus, unigram_entropy
+from ctx.cli.evaluation import evaluate, stream, table
+from ctx.cli.settings import TrainSettings, model_config
+from ctx.cli.trainer import Trainer
+
+SMALL = {"embed_dim": 48, "num_layers": 2, "num_heads": 4, "window": 16, "compressed": 16,
+         "segment": 16}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained():
+    files = [Path(sysconfig.get_path("stdlib"), name) for name in ("argparse.py", "inspect.py")]
+    corpus = load_corpus(files, 8 * 1024)
+    settings = TrainSettings(steps=220, batch=8, length=64, warmup=20, lr=5e-3)
+    trainer = Trainer(model_config(SMALL), settings, corpus)
+    history = [trainer.train_step() for _ in range(settings.steps)]
+    return trainer, history, evaluate(trainer.model, corpus.held_out, lambda count: None)
+
+
+def test_beats_the_unigram_entropy_of_its_text(trained):
+    trainer, history, results = trained
+    bound = unigram_entropy(trainer.corpus.held_out)
+    assert results[0].bits_per_byte < bound - 0.5
+    assert sum(line["bits_per_byte"] for line in history[-20:]) / 20 < bound - 0.5
+
+
+def test_starts_near_a_uniform_guess(trained):
+    assert 7 < trained[1][0]["bits_per_byte"] < 9
+
+
+def test_what_is_seen_helps(trained):
+    both, off, empty = (result.bits_per_byte for result in trained[2])
+    assert both <= off + 0.01
+    assert off < empty
+
+
+def test_memory_and_reach(trained):
+    both, off, empty = trained[2]
+    assert (both.reach, off.reach, empty.reach) == (16 + 4 * 16, 16, 0)
+    assert both.memory_bytes > off.memory_bytes > empty.memory_bytes > 0
+
+
+def test_evaluation_is_streaming(trained):
+    """The table's figure is that of one long parallel call."""
+    model, text = trained[0].model, trained[0].corpus.held_out[:1000]
+    result = stream("one row", model, text, lambda count: None)
+    tokens = text.long()[None]
+    with torch.no_grad():
+        logits, _ = model(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]) / torch.log(torch.tensor(2.0))
+    assert result.bits_per_byte == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_forgetting_is_a_fresh_memory_per_segment(trained):
+    model, text = trained[0].model, trained[0].corpus.held_out[:161]
+    local = model.with_memory(window=0, compressed=0)
+    result = stream("", local, text, lambda count: None, forget=True)
+    tokens, targets = text[:-1].long().view(10, 16), text[1:].long().view(10, 16)
+    with torch.no_grad():
+        logits, _ = model(tokens)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert result.bits_per_byte == pytest.approx(loss.item() / 0.6931471805599453, rel=1e-5)
+
+
+def test_progress_counts_every_byte(trained):
+    model, text = trained[0].model, trained[0].corpus.held_out[:1001]
+    counts = []
+    stream("", model, text, counts.append)
+    assert sum(counts) == 1000
+
+
+def test_table_is_aligned(trained):
+    lines = table(trained[2], trained[0].corpus.held_out).splitlines()
+    assert len({len(line) for line in lines[:5]}) == 1
+    assert "bits/byte" in lines[0] and "byte-unigram entropy" in lines[-1]
+
+
+def test_learning_rate_warms_up_and_falls():
+    settings = TrainSettings(steps=100, warmup=10, lr=1.0, final_lr=0.1)
+    rates = [settings.learning_rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    from ctx.cli.errors import CliError
+
+    files = [Path(sysconfig.get_path("stdlib"), "argparse.py")]
+    trainer = Trainer(model_config(SMALL), TrainSettings(batch=2), load_corpus(files, 100))
+    with torch.no_grad():
+        trainer.model.embedding.weight.fill_(float("nan"))
+    with pytest.raises(CliError, match="not finite at step 1: lower --lr"):
+        trainer.train_step()
+    assert trainer.step == 0
