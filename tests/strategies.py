@@ -190,7 +190,7 @@ def lengths(draw: st.DrawFn, setting: Setting, most: int = 60) -> int:
 def cuts(draw: st.DrawFn, length: int) -> list[int]:
     """A ragged cutting: sizes that add up to `length`, empty calls among them."""
     sizes: list[int] = []
-    piece = st.sampled_from([0, 1, 1, 2, 3]) | st.integers(1, max(1, length))
+    piece = st.sampled_from([length, 1, 1, 2, 3, 0]) | st.integers(1, max(1, length))
     while sum(sizes) < length:
         sizes.append(min(draw(piece), length - sum(sizes)))
     return sizes

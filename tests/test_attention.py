@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import math
 from typing import Any
 
 import pytest
@@ -61,8 +62,8 @@ class Layer:
         weights = dict(attn.named_parameters())
         kind = self.options["compressed_bias"]
         if kind != "learned":
-            amount = 0.0 if kind == "none" else torch.log(torch.tensor(float(attn.schedule.ratio)))
-            weights["compressed_bias"] = torch.full((self.heads,), float(amount), dtype=x.dtype)
+            amount = 0.0 if kind == "none" else math.log(attn.schedule.ratio)
+            weights["compressed_bias"] = torch.full((self.heads,), amount, dtype=x.dtype)
         return reference.compressive_attention(
             x,
             weights,

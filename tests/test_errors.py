@@ -91,8 +91,10 @@ def test_attend_before_the_stream():
 
 
 def test_bias_of_other_heads():
-    used = memory(compressed_bias=[0.0, 1.0, 2.0])
-    with pytest.raises(ValueError, match=r"compressed_bias must be \[H\] = \[4\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"compressed_bias must be \[H\], H a multiple of 2, got \[3\]"):
+        memory(compressed_bias=[0.0, 1.0, 2.0])
+    used = memory(compressed_bias=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+    with pytest.raises(ValueError, match=r"compressed_bias must be \[H\] = \[4\], got \[6\]"):
         used.step(q(), k(), v())
     assert used.seen.tolist() == [0, 0]
 
