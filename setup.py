@@ -30,11 +30,15 @@ def jobs() -> int:
 
 
 class CMakeBuild(build_ext):
-    """An editable install uses the build tree in place (see python/ctx/_load.py), a wheel what CMake installs."""
+    """An editable install uses the build tree in place (see python/ctx/_load.py), a wheel what
+    CMake installs."""
 
     def run(self) -> None:
         if TORCH is None:
-            sys.exit("ctx: no torch found to build against. Install it (pip install torch), or set CTX_TORCH_ROOT.")
+            sys.exit(
+                "ctx: no torch found to build against. "
+                "Install it (pip install torch), or set CTX_TORCH_ROOT."
+            )
         tree = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{TORCH.minor}"
         self.configure(tree, TORCH)
         self.cmake("--build", tree, "--parallel", jobs())
@@ -44,7 +48,8 @@ class CMakeBuild(build_ext):
                 self.cmake("--install", tree, "--prefix", prefix, "--component", component)
 
     def configure(self, tree: Path, torch: build_backend.Torch) -> None:
-        # A cache would keep paths into pip's isolated environment, which is gone after each build. The objects stay.
+        # A cache would keep paths into pip's isolated environment, which is gone after each build.
+        # The objects stay.
         (tree / "CMakeCache.txt").unlink(missing_ok=True)
         ninja = shutil.which("ninja")
         self.cmake(
@@ -73,7 +78,8 @@ class CMakeBuild(build_ext):
 
 
 class CleanBuildPy(build_py):
-    """A module that was deleted from the sources must not return from the folder of an earlier build."""
+    """A module that was deleted from the sources must not return from the folder of an earlier
+    build."""
 
     def run(self) -> None:
         if not self.editable_mode:

@@ -1,7 +1,8 @@
 """PEP 517 backend: setuptools' own, which asks for torch only where none is installed.
 
-A build must use the headers of the very torch it will run with. pip builds in an isolated environment in which that
-torch cannot be imported; but the interpreter's install paths still lead to it, and CMake needs only its files.
+A build must use the headers of the very torch it will run with. pip builds in an isolated
+environment in which that torch cannot be imported; but the interpreter's install paths still lead
+to it, and CMake needs only its files.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Torch(NamedTuple):
 def locate_torch() -> Torch | None:
     """Finds the torch to build against without importing it.
 
-    Looks at CTX_TORCH_ROOT, then where `import torch` would find it, then in the folders into which pip installs.
+    Looks at CTX_TORCH_ROOT, then where `import torch` would find it, then in the folders into which
+    pip installs.
     """
     if "CTX_TORCH_ROOT" in os.environ:
         root = Path(os.environ["CTX_TORCH_ROOT"])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import COMPRESSORS, assert_close, assert_same_bits, cases, cuts, schedules
 from torch.utils import _pytree as pytree
 
 import ctx
 from ctx import reference
+from strategies import COMPRESSORS, assert_close, assert_same_bits, cases, cuts, schedules
 
 F64 = torch.float64
 MEMORY = [
@@ -182,7 +182,9 @@ def test_gradients_equal_reference(data):
 
 
 @pytest.mark.parametrize("compression", COMPRESSORS)
-@pytest.mark.parametrize("position, distance", [("rotary", "slot"), ("rotary", "token"), (None, "slot")])
+@pytest.mark.parametrize(
+    "position, distance", [("rotary", "slot"), ("rotary", "token"), (None, "slot")]
+)
 def test_gradcheck(compression, position, distance):
     """Inputs, projections, compressor parameters and bias, with and without a carried memory."""
     attn = ctx.CompressiveAttention(

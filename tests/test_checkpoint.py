@@ -7,6 +7,8 @@ import zipfile
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+
 from ctx.cli import checkpoint
 from ctx.cli.data import Corpus
 from ctx.cli.errors import CliError
@@ -14,7 +16,6 @@ from ctx.cli.loading import load_model
 from ctx.cli.run_folder import RunFolder
 from ctx.cli.settings import TrainSettings, model_config
 from ctx.cli.trainer import Trainer
-from torch.utils import _pytree as pytree
 
 PARTS = {"files": [], "digest": "d"}
 
@@ -95,7 +96,7 @@ class TestAtomic:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(torch, "save", full_disk)
-        with pytest.raises(CliError, match="cannot write .*: No space left on device"):
+        with pytest.raises(CliError, match=r"cannot write .*: No space left on device"):
             checkpoint.save(path, state)
         assert path.read_bytes() == before
 
@@ -124,20 +125,20 @@ class TestRefused:
 
     def test_none(self, tmp_path):
         for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(CliError, match="must be a run folder with a checkpoint.pt"):
+            with pytest.raises(CliError, match=r"must be a run folder with a checkpoint.pt"):
                 checkpoint.find(path)
 
     def test_another_version(self, path):
         self.rewrite(path, version=2)
-        with pytest.raises(CliError, match="must be a checkpoint of version 1, got version 2"):
+        with pytest.raises(CliError, match=r"must be a checkpoint of version 1, got version 2"):
             checkpoint.load(path)
 
     def test_another_kind_of_file(self, path):
         self.rewrite(path, format="something")
-        with pytest.raises(CliError, match="got another kind of file"):
+        with pytest.raises(CliError, match=r"got another kind of file"):
             checkpoint.load(path)
         torch.save([1, 2], path)
-        with pytest.raises(CliError, match="got another kind of file"):
+        with pytest.raises(CliError, match=r"got another kind of file"):
             checkpoint.load(path)
 
     @pytest.mark.parametrize("part", ["config", "weights", "memory", "rng", "step"])
@@ -150,12 +151,12 @@ class TestRefused:
     def test_truncated(self, path, share):
         data = path.read_bytes()
         path.write_bytes(data[: int(share * len(data))])
-        with pytest.raises(CliError, match="damaged or foreign"):
+        with pytest.raises(CliError, match=r"damaged or foreign"):
             checkpoint.load(path)
 
     def test_text(self, path):
         path.write_text("not a checkpoint\n")
-        with pytest.raises(CliError, match="damaged or foreign"):
+        with pytest.raises(CliError, match=r"damaged or foreign"):
             checkpoint.load(path)
 
     def test_code_is_never_run(self, path, tmp_path):
@@ -164,26 +165,26 @@ class TestRefused:
                 return os.mkdir, (str(tmp_path / "evil"),)
 
         torch.save({"format": "ctx-checkpoint", "version": 1, "config": Evil()}, path)
-        with pytest.raises(CliError, match="damaged or foreign"):
+        with pytest.raises(CliError, match=r"damaged or foreign"):
             checkpoint.load(path)
         path.write_bytes(pickle.dumps(Evil()))
-        with pytest.raises(CliError, match="damaged or foreign"):
+        with pytest.raises(CliError, match=r"damaged or foreign"):
             checkpoint.load(path)
         assert not (tmp_path / "evil").exists()
 
     def test_a_foreign_archive(self, path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme", "hello")
-        with pytest.raises(CliError, match="damaged or foreign"):
+        with pytest.raises(CliError, match=r"damaged or foreign"):
             checkpoint.load(path)
 
     def test_settings_or_weights_that_do_not_fit(self, path):
         state = torch.load(path, weights_only=True)
         self.rewrite(path, config={**state["config"], "unheard_of": 1})
-        with pytest.raises(CliError, match="settings are not of this version.*unheard_of"):
+        with pytest.raises(CliError, match=r"settings are not of this version.*unheard_of"):
             load_model(path)
         self.rewrite(path, config={**state["config"], "num_layers": 3})
-        with pytest.raises(CliError, match="weights .* are not those of its configuration"):
+        with pytest.raises(CliError, match=r"weights .* are not those of its configuration"):
             load_model(path)
 
 
@@ -205,10 +206,10 @@ class TestRunFolder:
     def test_another_run_is_never_overwritten(self, tmp_path):
         RunFolder(tmp_path).close()
         (tmp_path / checkpoint.FILE_NAME).touch()
-        with pytest.raises(CliError, match="already holds a run: continue it with --resume"):
+        with pytest.raises(CliError, match=r"already holds a run: continue it with --resume"):
             RunFolder(tmp_path)
 
     def test_cannot_be_made(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(CliError, match="cannot write"):
+        with pytest.raises(CliError, match=r"cannot write"):
             RunFolder(tmp_path / "file" / "run")

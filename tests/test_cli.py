@@ -10,13 +10,30 @@ import sysconfig
 import time
 from pathlib import Path
 
-import ctx
 import pytest
 import torch
+
+import ctx
 from ctx.cli.main import main
 
-MODEL = "--width 16 --layers 1 --heads 2 --window 8 --compressed 8 --segment 8".split()
-TINY = [*MODEL, *"--batch 4 --length 16 --warmup 2 --threads 1 --held-out 2000".split()]
+MODEL = [
+    "--width",
+    "16",
+    "--layers",
+    "1",
+    "--heads",
+    "2",
+    "--window",
+    "8",
+    "--compressed",
+    "8",
+    "--segment",
+    "8",
+]
+TINY = [
+    *MODEL,
+    *["--batch", "4", "--length", "16", "--warmup", "2", "--threads", "1", "--held-out", "2000"],
+]
 SOURCE = Path(sysconfig.get_path("stdlib"), "argparse.py").read_bytes()
 
 
@@ -237,7 +254,10 @@ WRONG = {
     "huge width": (["train", "text.py", "--width", str(2**40)], "do not fit"),
     "huge window": (["train", "text.py", "--window", str(2**29)], "do not fit"),
     "huge memory": (["train", "text.py", "--compressed", str(2**29)], "do not fit"),
-    "beyond int64": (["train", "text.py", "--window", str(2**70)], "--window must fit into 64 bits"),
+    "beyond int64": (
+        ["train", "text.py", "--window", str(2**70)],
+        "--window must fit into 64 bits",
+    ),
     "run exists": (["train", "text.py", *TINY, "--run", "run"], "run already holds a run"),
     "run is a file": (["train", "text.py", *TINY, "--run", "text.py"], "cannot write text.py"),
     "resume nothing": (["train", "--resume", "none"], "none must be a run folder"),
@@ -252,7 +272,10 @@ WRONG = {
     "eval window": (["eval", "run", "text.py", "--window", "-3"], "--window must be"),
     "generate no run": (["generate", "text.py"], "text.py must be a checkpoint of ctx"),
     "generate prompt": (["generate", "run", "--prompt", ""], "--prompt must have at least one"),
-    "generate tokens": (["generate", "run", "--tokens", "-1"], "--tokens must be at least 0, got -1"),
+    "generate tokens": (
+        ["generate", "run", "--tokens", "-1"],
+        "--tokens must be at least 0, got -1",
+    ),
     "generate top-k": (["generate", "run", "--top-k", "0"], "--top-k must be at least 1, got 0"),
     "threads": (["generate", "run", "--threads", "-1"], "--threads must be at least 0, got -1"),
 }

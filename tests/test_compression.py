@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import COMPRESSORS, DTYPES, assert_close, cases, memories
 
 import ctx
 from ctx import reference
+from strategies import COMPRESSORS, DTYPES, assert_close, cases, memories
 
 F64 = torch.float64
 SHAPES = {

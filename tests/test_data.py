@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from ctx.cli.data import Streams, load_corpus, read_text, standard_library, unigram_entropy
 from ctx.cli.errors import CliError
 
@@ -72,13 +73,13 @@ class TestStreams:
 
     def test_one_chunk_is_enough_and_less_is_not(self):
         assert Streams(self.text[:22], 2, 10).chunks == 1
-        with pytest.raises(CliError, match="must have at least 22 bytes.* got 21"):
+        with pytest.raises(CliError, match=r"must have at least 22 bytes.* got 21"):
             Streams(self.text[:21], 2, 10)
 
 
 class TestRefused:
     @pytest.mark.parametrize(
-        ("data", "message"),
+        "data, message",
         [
             (b"", "must be a text file, got an empty one"),
             (b"abc\0def", "must be UTF-8 text, got byte 0x00 at 3"),
@@ -91,9 +92,9 @@ class TestRefused:
             read_text(write(tmp_path, "a", data))
 
     def test_paths(self, tmp_path):
-        with pytest.raises(CliError, match="No such file"):
+        with pytest.raises(CliError, match=r"No such file"):
             load_corpus([tmp_path / "none"], 10)
-        with pytest.raises(CliError, match="directory"):
+        with pytest.raises(CliError, match=r"directory"):
             load_corpus([tmp_path], 10)
 
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from strategies import assert_same_bits
 
 import ctx
+from strategies import assert_same_bits
 
 B, HKV, H, D, DV, T = 2, 2, 4, 6, 4, 3
 SCHEDULE = ctx.Schedule(4, 3, 2, 4, 1)
@@ -43,7 +43,12 @@ CALLS = {
     "q shorter than k": (lambda m: m.step(q(t=0), k(), v()), ValueError, "q", "0"),
     "q of another dtype": (lambda m: m.step(q(**HALF), k(), v()), TypeError, "q", "BFloat16"),
     "q on another device": (lambda m: m.step(q(**META), k(), v()), ValueError, "q", "meta"),
-    "k of 5 dimensions": (lambda m: m.step(q(), k()[None], v()), ValueError, "k", r"\[1, 2, 2, 3, 6\]"),
+    "k of 5 dimensions": (
+        lambda m: m.step(q(), k()[None], v()),
+        ValueError,
+        "k",
+        r"\[1, 2, 2, 3, 6\]",
+    ),
     "k of another batch": (lambda m: m.step(q(), k(b=1), v()), ValueError, "k", r"\[1, 2, 3, 6\]"),
     "k of other heads": (lambda m: m.step(q(), k(h=4), v()), ValueError, "k", r"\[2, 4, 3, 6\]"),
     "k of another width": (lambda m: m.step(q(), k(d=4), v()), ValueError, "k", r"\[2, 2, 3, 4\]"),
@@ -76,7 +81,13 @@ def test_bad_call(name, seen):
     with pytest.raises(error, match=rf"(?s)\b{argument}\b.*{got}") as caught:
         call(used)
     if argument != "q not a tensor" and "not a tensor" not in name:
-        where = "append" if name.startswith("append") else "attend" if name.startswith("attend") else "step"
+        where = (
+            "append"
+            if name.startswith("append")
+            else "attend"
+            if name.startswith("attend")
+            else "step"
+        )
         start = str(caught.value).splitlines()[0]
         assert start.startswith(f"ctx.KVMemory.{where}: {argument} must"), start
     for key, tensor in used.tensors.items():
@@ -91,7 +102,9 @@ def test_attend_before_the_stream():
 
 
 def test_bias_of_other_heads():
-    with pytest.raises(ValueError, match=r"compressed_bias must be \[H\], H a multiple of 2, got \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"compressed_bias must be \[H\], H a multiple of 2, got \[3\]"
+    ):
         memory(compressed_bias=[0.0, 1.0, 2.0])
     used = memory(compressed_bias=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     with pytest.raises(ValueError, match=r"compressed_bias must be \[H\] = \[4\], got \[6\]"):
@@ -139,7 +152,7 @@ def test_bad_memory_option(name, value, error):
 
 
 def test_odd_head_dim_needs_rotary_dim():
-    with pytest.raises(ValueError, match="rotary_dim"):
+    with pytest.raises(ValueError, match=r"rotary_dim"):
         ctx.KVMemory(SCHEDULE, B, HKV, 5)
     ctx.KVMemory(SCHEDULE, B, HKV, 5, rotary_dim=4)
     ctx.KVMemory(SCHEDULE, B, HKV, 5, position=None)
@@ -152,7 +165,7 @@ def test_compressor_of_other_sizes(kind, sizes):
     module = getattr(ctx.compression, kind)(*sizes)
     if kind == "Gated" and sizes == (HKV, 2, D, D):
         pytest.skip("gated pooling has no parameter of the width of values")
-    with pytest.raises(ValueError, match="key_weight|value_weight|key_gate|key_position"):
+    with pytest.raises(ValueError, match=r"key_weight|value_weight|key_gate|key_position"):
         memory(compressor=module)
 
 
@@ -161,7 +174,7 @@ class TestCompressors:
         for sizes, name in [((0, 2, 4), "kv_heads"), ((1, 0, 4), "ratio"), ((1, 2, 0), "head_dim")]:
             with pytest.raises(ValueError, match=name):
                 ctx.compression.Mean(*sizes)
-        with pytest.raises(ValueError, match="value_dim"):
+        with pytest.raises(ValueError, match=r"value_dim"):
             ctx.compression.Conv(1, 2, 4, 0)
 
     def test_groups(self):
@@ -175,9 +188,10 @@ class TestCompressors:
             conv(keys, values[..., :4])
 
 
-class TestAttention:
-    good = {"window": 4, "compressed": 3, "ratio": 2}
+SIZES = {"window": 4, "compressed": 3, "ratio": 2}
 
+
+class TestAttention:
     @pytest.mark.parametrize(
         "name, value, error",
         [
@@ -207,7 +221,7 @@ class TestAttention:
         ],
     )
     def test_option(self, name, value, error):
-        arguments = {"embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, **self.good}
+        arguments = {"embed_dim": 16, "num_heads": 4, "num_kv_heads": 2, **SIZES}
         ctx.CompressiveAttention(**arguments)
         with pytest.raises(error, match=rf"\b{name}\b"):
             ctx.CompressiveAttention(**{**arguments, name: value})
@@ -217,7 +231,7 @@ class TestAttention:
         "shape", [(3, 8), (1, 2, 3, 8), (2, 3, 7), (3, 3, 8)], ids=lambda shape: str(list(shape))
     )
     def test_input(self, shape, grad):
-        attn = ctx.CompressiveAttention(8, 2, **self.good)
+        attn = ctx.CompressiveAttention(8, 2, **SIZES)
         with torch.no_grad():
             _, carried = attn(torch.randn(2, 9, 8), attn.init_memory(2))
         before = {name: tensor.clone() for name, tensor in carried.items()}
@@ -228,11 +242,11 @@ class TestAttention:
 
     @pytest.mark.parametrize("grad", [True, False])
     def test_memory_of_another_layer(self, grad):
-        attn = ctx.CompressiveAttention(8, 2, **self.good)
+        attn = ctx.CompressiveAttention(8, 2, **SIZES)
         x = torch.randn(2, 3, 8)
-        other = ctx.CompressiveAttention(8, 2, **{**self.good, "sinks": 3})
+        other = ctx.CompressiveAttention(8, 2, **{**SIZES, "sinks": 3})
         with torch.set_grad_enabled(grad):
-            with pytest.raises(ValueError, match="sink_keys must"):
+            with pytest.raises(ValueError, match=r"sink_keys must"):
                 attn(x, other.init_memory(2))
             for name in attn.init_memory(2):
                 missing = attn.init_memory(2)
@@ -245,6 +259,6 @@ class TestAttention:
                     attn(x, wrong)
 
     def test_batch_size(self):
-        attn = ctx.CompressiveAttention(8, 2, **self.good)
-        with pytest.raises(ValueError, match="batch_size"):
+        attn = ctx.CompressiveAttention(8, 2, **SIZES)
+        with pytest.raises(ValueError, match=r"batch_size"):
             attn.init_memory(0)

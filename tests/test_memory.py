@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+import ctx
+from ctx import reference
 from strategies import (
     CLOSE,
     CLOSER,
@@ -21,10 +25,6 @@ from strategies import (
     pieces,
     stream,
 )
-from torch.nn.functional import scaled_dot_product_attention
-
-import ctx
-from ctx import reference
 
 F64 = torch.float64
 KINDS = st.integers(0, 3)  # of strides
@@ -58,7 +58,7 @@ def assert_same_memory(setting, got, want, dtype, tolerance, exact_window=False)
         assert mine[name].shape == yours[name].shape and mine[name].dtype == dtype
         a, b = held(setting, name, mine[name], seen), held(setting, name, yours[name], seen)
         assert_close(a, b, tolerance)
-        if name.endswith("values") and name in RINGS or exact_window and name in RINGS:
+        if (name.endswith("values") and name in RINGS) or (exact_window and name in RINGS):
             assert_same_bits(a, b)
 
 
@@ -147,7 +147,9 @@ def test_rows_are_independent(data):
         for name, tensor in alone.tensors.items():
             if name in RINGS:
                 want = held(setting, name, tensor, length)
-                assert_same_bits(held(setting, name, batch.tensors[name][row : row + 1], length), want)
+                assert_same_bits(
+                    held(setting, name, batch.tensors[name][row : row + 1], length), want
+                )
 
 
 @cases(60)
@@ -189,12 +191,20 @@ def test_no_slots_is_a_masked_window(dtype, data):
     length = data.draw(lengths(setting).filter(lambda n: n > 0))
     q, k, v = setting.inputs(length, dtype, data.draw(KINDS))
     mask = torch.tensor(
-        [[j <= t and (j < law.sinks or j >= law.edge(t)) for j in range(length)] for t in range(length)]
+        [
+            [j <= t and (j < law.sinks or j >= law.edge(t)) for j in range(length)]
+            for t in range(length)
+        ]
     )
     if length <= law.sinks + law.window:
         assert torch.equal(mask, torch.ones_like(mask).tril())
     want = scaled_dot_product_attention(
-        turned(setting, q), turned(setting, k), v, mask, scale=setting.options["scale"], enable_gqa=True
+        turned(setting, q),
+        turned(setting, k),
+        v,
+        mask,
+        scale=setting.options["scale"],
+        enable_gqa=True,
     )
     memory = setting.memory(ctx, dtype)
     assert_close(stream(memory, [q, k, v], data.draw(cuts(length))), want, CLOSE[dtype])

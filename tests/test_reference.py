@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from ctx import reference
 from strategies import (
     assert_close,
     assert_same_bits,
@@ -18,9 +21,6 @@ from strategies import (
     pieces,
     stream,
 )
-from torch.nn.functional import scaled_dot_product_attention
-
-from ctx import reference
 
 F64 = torch.float64
 DISTANCES = ["slot", "token"]
@@ -55,9 +55,7 @@ def test_whole_stream_equals_streaming(data):
     memory = setting.memory(reference, F64)
     sizes = data.draw(cuts(length))
     options = {**setting.options, "compressed_bias": memory.compressed_bias}
-    whole = reference.attend(
-        *tensors, setting.law(), compressor=memory.compress, **options
-    )
+    whole = reference.attend(*tensors, setting.law(), compressor=memory.compress, **options)
     assert_close(stream(memory, tensors, sizes), whole, 1e-12)
 
 
@@ -209,9 +207,7 @@ class TestCompressors:
 
 class TestRotary:
     @cases(50)
-    @given(
-        st.floats(-50, 50), st.floats(-50, 50), st.booleans(), st.sampled_from([None, 2, 4, 6])
-    )
+    @given(st.floats(-50, 50), st.floats(-50, 50), st.booleans(), st.sampled_from([None, 2, 4, 6]))
     def test_product_depends_on_distance(self, p, r, interleaved, dim):
         q, k = torch.randn(2, 8, dtype=F64)
         turn = reference.Rotary(100.0, dim, interleaved).rotate

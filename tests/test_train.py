@@ -1,10 +1,12 @@
 """A short training run must learn: fewer bits than any model that ignores context."""
 
+import itertools
 import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
+
 from ctx.cli.data import load_corpus, unigram_entropy
 from ctx.cli.evaluation import evaluate, stream, table
 from ctx.cli.settings import TrainSettings, model_config
@@ -54,7 +56,9 @@ def test_evaluation_is_streaming(trained):
     tokens = text.long()[None]
     with torch.no_grad():
         logits, _ = model(tokens[:, :-1])
-    loss = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]) / torch.log(torch.tensor(2.0))
+    loss = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:]) / torch.log(
+        torch.tensor(2.0)
+    )
     assert result.bits_per_byte == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -86,7 +90,7 @@ def test_learning_rate_warms_up_and_falls():
     settings = TrainSettings(steps=100, warmup=10, lr=1.0, final_lr=0.1)
     rates = [settings.learning_rate(step) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 

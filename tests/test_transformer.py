@@ -4,11 +4,12 @@ import copy
 import inspect
 import math
 
-import ctx
 import pytest
 import torch
-from ctx.generation import Sampling
 from torch.utils import _pytree as pytree
+
+import ctx
+from ctx.generation import Sampling
 
 SIZES = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8}
 
@@ -176,7 +177,9 @@ class TestWithMemory:
 
     def test_equals_a_model_of_those_sizes(self):
         built, text = model(), tokens(2, 70)
-        other = ctx.CompressiveTransformer(config(window=4, compressed=3, segment=4, sinks=2)).eval()
+        other = ctx.CompressiveTransformer(
+            config(window=4, compressed=3, segment=4, sinks=2)
+        ).eval()
         other.load_state_dict(built.state_dict())
         twin = built.with_memory(window=4, compressed=3, segment=4, sinks=2)
         with torch.no_grad():
@@ -245,9 +248,13 @@ class TestGenerate:
         assert memory[0]["seen"].tolist() == [0, 0]
 
     @pytest.mark.parametrize(
-        ("changed", "error", "message"),
+        "changed, error, message",
         [
-            ({"temperature": -0.1}, ValueError, "temperature must be finite and at least 0, got -0.1"),
+            (
+                {"temperature": -0.1},
+                ValueError,
+                "temperature must be finite and at least 0, got -0.1",
+            ),
             ({"temperature": math.nan}, ValueError, "temperature must be finite"),
             ({"temperature": "1"}, TypeError, "temperature must be a number"),
             ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
@@ -300,7 +307,7 @@ class TestSampling:
         kept = Sampling(top_k=3).probabilities(torch.zeros(2, 10))
         assert (kept > 0).sum(-1).tolist() == [3, 3]
 
-    @pytest.mark.parametrize(("p", "count"), [(1e-9, 1), (0.6, 1), (0.7, 2), (0.95, 3), (1.0, 4)])
+    @pytest.mark.parametrize("p, count", [(1e-9, 1), (0.6, 1), (0.7, 2), (0.95, 3), (1.0, 4)])
     def test_top_p_keeps_the_fewest_that_reach_p(self, p, count):
         assert int((self.probabilities(top_p=p) > 0).sum()) == count
 
@@ -317,7 +324,7 @@ class TestSampling:
 
 class TestForwardErrors:
     @pytest.mark.parametrize(
-        ("bad", "error", "message"),
+        "bad, error, message",
         [
             ([[1]], TypeError, "tokens must be a tensor, got list"),
             (torch.zeros(2, 3), TypeError, "tokens must be int64, got torch.float32"),
@@ -359,7 +366,9 @@ class TestConfig:
         layer = inspect.signature(ctx.CompressiveAttention).parameters
         shared = {
             name: parameter.default
-            for name, parameter in inspect.signature(ctx.CompressiveTransformerConfig).parameters.items()
+            for name, parameter in inspect.signature(
+                ctx.CompressiveTransformerConfig
+            ).parameters.items()
             if name in layer and parameter.default is not inspect.Parameter.empty
         }
         assert len(shared) >= 12
@@ -372,7 +381,7 @@ class TestConfig:
             ctx.CompressiveTransformerConfig.from_dict({**settings, "rate": 4})
 
     @pytest.mark.parametrize(
-        ("changed", "error", "message"),
+        "changed, error, message",
         [
             ({"vocab_size": 0}, ValueError, "vocab_size must be at least 1, got 0"),
             ({"embed_dim": 32.0}, TypeError, "embed_dim must be an int, got 32.0"),

@@ -12,17 +12,29 @@ using torch::wrap_pybind_function_no_gil;
 
 namespace {
 
-ctx::Schedule make_schedule(int64_t window, int64_t compressed, int64_t ratio, int64_t segment, int64_t sinks) {
+ctx::Schedule make_schedule(
+    int64_t window, int64_t compressed, int64_t ratio, int64_t segment, int64_t sinks) {
   const ctx::Schedule schedule{window, compressed, ratio, segment, sinks};
   schedule.validate();
   return schedule;
 }
 
-std::shared_ptr<ctx::KVMemory> make_memory(
-    const ctx::Schedule& schedule, int64_t batch_size, int64_t kv_heads, int64_t head_dim, int64_t value_dim,
-    const std::string& compressor, const std::vector<at::Tensor>& parameters, const std::string& distance,
-    int64_t rotary_dim, double rotary_base, bool rotary_interleaved, const std::optional<at::Tensor>& compressed_bias,
-    double scale, int64_t headroom, at::ScalarType dtype, const at::Device& device) {
+std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
+                                           int64_t batch_size,
+                                           int64_t kv_heads,
+                                           int64_t head_dim,
+                                           int64_t value_dim,
+                                           const std::string& compressor,
+                                           const std::vector<at::Tensor>& parameters,
+                                           const std::string& distance,
+                                           int64_t rotary_dim,
+                                           double rotary_base,
+                                           bool rotary_interleaved,
+                                           const std::optional<at::Tensor>& compressed_bias,
+                                           double scale,
+                                           int64_t headroom,
+                                           at::ScalarType dtype,
+                                           const at::Device& device) {
   ctx::MemoryOptions options;
   options.attention = {schedule, distance, rotary_dim, rotary_base, rotary_interleaved, scale};
   options.batch_size = batch_size;
@@ -45,8 +57,12 @@ PYBIND11_MODULE(_C, m) {
   using ctx::Schedule;
 
   py::class_<Schedule>(m, "Schedule")
-      .def(
-          py::init(wrap_pybind_function(make_schedule)), "window"_a, "compressed"_a, "ratio"_a, "segment"_a, "sinks"_a)
+      .def(py::init(wrap_pybind_function(make_schedule)),
+           "window"_a,
+           "compressed"_a,
+           "ratio"_a,
+           "segment"_a,
+           "sinks"_a)
       .def("groups", &Schedule::groups, "t"_a)
       .def("edge", &Schedule::edge, "t"_a)
       .def("slots", &Schedule::slots, "t"_a)
@@ -59,13 +75,34 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("reach", &Schedule::reach);
 
   py::class_<KVMemory, std::shared_ptr<KVMemory>>(m, "KVMemory")
-      .def(
-          py::init(wrap_pybind_function_no_gil(make_memory)), "schedule"_a, "batch_size"_a, "kv_heads"_a, "head_dim"_a,
-          "value_dim"_a, "compressor"_a, "parameters"_a, "distance"_a, "rotary_dim"_a, "rotary_base"_a,
-          "rotary_interleaved"_a, "compressed_bias"_a, "scale"_a, "headroom"_a, "dtype"_a, "device"_a)
-      .def(
-          "step", wrap_pybind_function_no_gil(&KVMemory::step), "q"_a, "k"_a, "v"_a, "lengths"_a = py::none())
-      .def("append", wrap_pybind_function_no_gil(&KVMemory::append), "k"_a, "v"_a, "lengths"_a = py::none())
+      .def(py::init(wrap_pybind_function_no_gil(make_memory)),
+           "schedule"_a,
+           "batch_size"_a,
+           "kv_heads"_a,
+           "head_dim"_a,
+           "value_dim"_a,
+           "compressor"_a,
+           "parameters"_a,
+           "distance"_a,
+           "rotary_dim"_a,
+           "rotary_base"_a,
+           "rotary_interleaved"_a,
+           "compressed_bias"_a,
+           "scale"_a,
+           "headroom"_a,
+           "dtype"_a,
+           "device"_a)
+      .def("step",
+           wrap_pybind_function_no_gil(&KVMemory::step),
+           "q"_a,
+           "k"_a,
+           "v"_a,
+           "lengths"_a = py::none())
+      .def("append",
+           wrap_pybind_function_no_gil(&KVMemory::append),
+           "k"_a,
+           "v"_a,
+           "lengths"_a = py::none())
       .def("attend", wrap_pybind_function_no_gil(&KVMemory::attend), "q"_a)
       .def("reset", wrap_pybind_function_no_gil(&KVMemory::reset))
       .def_property_readonly("seen", [](const KVMemory& memory) { return memory.seen(); })

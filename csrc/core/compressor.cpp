@@ -8,9 +8,12 @@
 
 namespace ctx {
 
-Compressor Compressor::make(
-    const std::string& name, int64_t kv_heads, int64_t ratio, int64_t head_dim, int64_t value_dim,
-    const at::TensorOptions& options) {
+Compressor Compressor::make(const std::string& name,
+                            int64_t kv_heads,
+                            int64_t ratio,
+                            int64_t head_dim,
+                            int64_t value_dim,
+                            const at::TensorOptions& options) {
   constexpr const char* where = "ctx.Compressor.make";
   const auto positive = [&](const char* argument, int64_t value) {
     CTX_CHECK_VALUE(value >= 1, where, argument, " must be at least 1, got ", value);
@@ -21,23 +24,30 @@ Compressor Compressor::make(
   positive("value_dim", value_dim);
   // Each of the c tokens passes through, divided by c: the mean.
   const auto mean_weight = [&](int64_t width) {
-    return at::eye(width, options).div(static_cast<double>(ratio)).expand({kv_heads, ratio, width, width}).clone();
+    return at::eye(width, options)
+        .div(static_cast<double>(ratio))
+        .expand({kv_heads, ratio, width, width})
+        .clone();
   };
   switch (ops::parse_compressor(name, where)) {
-    case CompressorKind::kConv: return {name, {mean_weight(head_dim), mean_weight(value_dim)}};
+    case CompressorKind::kConv:
+      return {name, {mean_weight(head_dim), mean_weight(value_dim)}};
     case CompressorKind::kGated:
-      return {
-          name,
-          {at::zeros({kv_heads, head_dim}, options), at::zeros({kv_heads, ratio}, options),
-           at::zeros({kv_heads, head_dim}, options), at::zeros({kv_heads, ratio}, options)}};
+      return {name,
+              {at::zeros({kv_heads, head_dim}, options),
+               at::zeros({kv_heads, ratio}, options),
+               at::zeros({kv_heads, head_dim}, options),
+               at::zeros({kv_heads, ratio}, options)}};
     case CompressorKind::kMean:
-    case CompressorKind::kMax: break;
+    case CompressorKind::kMax:
+      break;
   }
   return {name, {}};
 }
 
-std::tuple<at::Tensor, at::Tensor> compress(
-    const at::Tensor& keys, const at::Tensor& values, const Compressor& compressor) {
+std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
+                                            const at::Tensor& values,
+                                            const Compressor& compressor) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("ctx::compress", "")

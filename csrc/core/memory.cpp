@@ -17,37 +17,59 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::array<int64_t, 5> numbers(const Schedule& s) { return {s.window, s.compressed, s.ratio, s.segment, s.sinks}; }
+std::array<int64_t, 5> numbers(const Schedule& s) {
+  return {s.window, s.compressed, s.ratio, s.segment, s.sinks};
+}
 
 }  // namespace
 
 void MemoryOptions::validate() const {
   constexpr const char* where = "ctx.KVMemory";
   const auto positive = [&](const char* name, int64_t value) {
-    CTX_CHECK_VALUE(
-        value >= 1 && value <= Schedule::kLimit, where, name, " must be between 1 and ", Schedule::kLimit, ", got ", value);
+    CTX_CHECK_VALUE(value >= 1 && value <= Schedule::kLimit,
+                    where,
+                    name,
+                    " must be between 1 and ",
+                    Schedule::kLimit,
+                    ", got ",
+                    value);
   };
   positive("batch_size", batch_size);
   positive("kv_heads", kv_heads);
   positive("head_dim", head_dim);
-  CTX_CHECK_VALUE(
-      value_dim >= 0 && value_dim <= Schedule::kLimit, where, "value_dim must be between 1 and ", Schedule::kLimit,
-      ", got ", value_dim);
+  CTX_CHECK_VALUE(value_dim >= 0 && value_dim <= Schedule::kLimit,
+                  where,
+                  "value_dim must be between 1 and ",
+                  Schedule::kLimit,
+                  ", got ",
+                  value_dim);
   positive("headroom", headroom);
   attention.validate(head_dim);
   ops::storage_of(dtype, where, "dtype");
   ops::kernels_for(device.type());
-  ops::check_parameters(
-      ops::parse_compressor(compressor.name, where), compressor.parameters, kv_heads, attention.schedule.ratio,
-      head_dim, value_dim == 0 ? head_dim : value_dim, device, where);
+  ops::check_parameters(ops::parse_compressor(compressor.name, where),
+                        compressor.parameters,
+                        kv_heads,
+                        attention.schedule.ratio,
+                        head_dim,
+                        value_dim == 0 ? head_dim : value_dim,
+                        device,
+                        where);
   if (!compressed_bias) return;
-  CTX_CHECK_VALUE(
-      compressed_bias->dim() == 1 &&
-          (compressed_bias->size(0) == 1 || (compressed_bias->size(0) > 0 && compressed_bias->size(0) % kv_heads == 0)),
-      where, "compressed_bias must be [H], H a multiple of ", kv_heads, ", got ", compressed_bias->sizes());
-  CTX_CHECK_VALUE(
-      compressed_bias->device() == device, where, "compressed_bias must be on ", device, ", got ",
-      compressed_bias->device());
+  CTX_CHECK_VALUE(compressed_bias->dim() == 1 &&
+                      (compressed_bias->size(0) == 1 ||
+                       (compressed_bias->size(0) > 0 && compressed_bias->size(0) % kv_heads == 0)),
+                  where,
+                  "compressed_bias must be [H], H a multiple of ",
+                  kv_heads,
+                  ", got ",
+                  compressed_bias->sizes());
+  CTX_CHECK_VALUE(compressed_bias->device() == device,
+                  where,
+                  "compressed_bias must be on ",
+                  device,
+                  ", got ",
+                  compressed_bias->device());
 }
 
 KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
@@ -56,78 +78,172 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
   if (options_.attention.scale == 0.0) {
     options_.attention.scale = 1.0 / std::sqrt(static_cast<double>(options_.head_dim));
   }
-  const auto sizes = ops::state_sizes(
-      options_.attention.schedule, options_.batch_size, options_.kv_heads, options_.head_dim, options_.value_dim,
-      options_.headroom);
+  const auto sizes = ops::state_sizes(options_.attention.schedule,
+                                      options_.batch_size,
+                                      options_.kv_heads,
+                                      options_.head_dim,
+                                      options_.value_dim,
+                                      options_.headroom);
   const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
-  for (int i = 0; i < ops::kStateTensors; ++i) tensors_[i] = at::zeros(sizes[i], i == 6 ? pairs.dtype(at::kLong) : pairs);
+  for (int i = 0; i < ops::kStateTensors; ++i)
+    tensors_[i] = at::zeros(sizes[i], i == 6 ? pairs.dtype(at::kLong) : pairs);
 }
 
-Tensor KVMemory::step(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& lengths) {
+Tensor KVMemory::step(const Tensor& q,
+                      const Tensor& k,
+                      const Tensor& v,
+                      const OptionalTensor& lengths) {
   constexpr const char* where = "ctx.KVMemory.step";
   ops::check_pairs(tensors_, k, v, lengths, where);
   ops::check_queries(tensors_, q, k.size(2), options_.compressed_bias, where);
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("ctx::step_", "")
-          .typed<Tensor(
-              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-              const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList,
-              c10::string_view, const OptionalTensor&, at::IntArrayRef, c10::string_view, int64_t, double, bool,
-              double)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::step_", "")
+                             .typed<Tensor(const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const OptionalTensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           at::TensorList,
+                                           c10::string_view,
+                                           const OptionalTensor&,
+                                           at::IntArrayRef,
+                                           c10::string_view,
+                                           int64_t,
+                                           double,
+                                           bool,
+                                           double)>();
   at::NoGradGuard no_grad;
   const AttentionOptions& a = options_.attention;
   const auto& s = tensors_;
-  return op.call(
-      q, k, v, lengths, s[0], s[1], s[2], s[3], s[4], s[5], s[6], options_.compressor.parameters,
-      options_.compressor.name, options_.compressed_bias, numbers(a.schedule), a.distance, a.rotary_dim,
-      a.rotary_base, a.rotary_interleaved, a.scale);
+  return op.call(q,
+                 k,
+                 v,
+                 lengths,
+                 s[0],
+                 s[1],
+                 s[2],
+                 s[3],
+                 s[4],
+                 s[5],
+                 s[6],
+                 options_.compressor.parameters,
+                 options_.compressor.name,
+                 options_.compressed_bias,
+                 numbers(a.schedule),
+                 a.distance,
+                 a.rotary_dim,
+                 a.rotary_base,
+                 a.rotary_interleaved,
+                 a.scale);
 }
 
 void KVMemory::append(const Tensor& k, const Tensor& v, const OptionalTensor& lengths) {
   ops::check_pairs(tensors_, k, v, lengths, "ctx.KVMemory.append");
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("ctx::append_", "")
-          .typed<void(
-              const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-              const Tensor&, const Tensor&, const Tensor&, const Tensor&, at::TensorList, c10::string_view,
-              at::IntArrayRef, c10::string_view, int64_t, double, bool)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::append_", "")
+                             .typed<void(const Tensor&,
+                                         const Tensor&,
+                                         const OptionalTensor&,
+                                         const Tensor&,
+                                         const Tensor&,
+                                         const Tensor&,
+                                         const Tensor&,
+                                         const Tensor&,
+                                         const Tensor&,
+                                         const Tensor&,
+                                         at::TensorList,
+                                         c10::string_view,
+                                         at::IntArrayRef,
+                                         c10::string_view,
+                                         int64_t,
+                                         double,
+                                         bool)>();
   at::NoGradGuard no_grad;
   const AttentionOptions& a = options_.attention;
   const auto& s = tensors_;
-  op.call(
-      k, v, lengths, s[0], s[1], s[2], s[3], s[4], s[5], s[6], options_.compressor.parameters,
-      options_.compressor.name, numbers(a.schedule), a.distance, a.rotary_dim, a.rotary_base, a.rotary_interleaved);
+  op.call(k,
+          v,
+          lengths,
+          s[0],
+          s[1],
+          s[2],
+          s[3],
+          s[4],
+          s[5],
+          s[6],
+          options_.compressor.parameters,
+          options_.compressor.name,
+          numbers(a.schedule),
+          a.distance,
+          a.rotary_dim,
+          a.rotary_base,
+          a.rotary_interleaved);
 }
 
 Tensor KVMemory::attend(const Tensor& q) const {
   constexpr const char* where = "ctx.KVMemory.attend";
   ops::check_queries(tensors_, q, -1, options_.compressed_bias, where);
-  CTX_CHECK_VALUE(
-      q.size(2) <= options_.headroom, where, "q must have at most headroom = ", options_.headroom, " tokens, got ",
-      q.size(2));
-  if (seen().is_cpu()) {  // a device is never asked for values: outputs before the stream are zero there
+  CTX_CHECK_VALUE(q.size(2) <= options_.headroom,
+                  where,
+                  "q must have at most headroom = ",
+                  options_.headroom,
+                  " tokens, got ",
+                  q.size(2));
+  if (seen().is_cpu()) {  // a device is never asked for values: outputs before the stream are zero
+                          // there
     for (int64_t b = 0; b < options_.batch_size; ++b) {
       const int64_t seen_here = seen().const_data_ptr<int64_t>()[b];
-      CTX_CHECK_VALUE(
-          q.size(2) <= seen_here, where, "q must have at most as many tokens as row ", b, " has seen = ", seen_here,
-          ", got ", q.size(2));
+      CTX_CHECK_VALUE(q.size(2) <= seen_here,
+                      where,
+                      "q must have at most as many tokens as row ",
+                      b,
+                      " has seen = ",
+                      seen_here,
+                      ", got ",
+                      q.size(2));
     }
   }
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("ctx::attend_memory", "")
-          .typed<Tensor(
-              const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-              const Tensor&, const OptionalTensor&, at::IntArrayRef, c10::string_view, int64_t, double, bool,
-              double)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::attend_memory", "")
+                             .typed<Tensor(const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const Tensor&,
+                                           const OptionalTensor&,
+                                           at::IntArrayRef,
+                                           c10::string_view,
+                                           int64_t,
+                                           double,
+                                           bool,
+                                           double)>();
   at::NoGradGuard no_grad;
   const AttentionOptions& a = options_.attention;
   const auto& s = tensors_;
-  return op.call(
-      q, s[0], s[1], s[2], s[3], s[4], s[5], s[6], options_.compressed_bias, numbers(a.schedule), a.distance,
-      a.rotary_dim, a.rotary_base, a.rotary_interleaved, a.scale);
+  return op.call(q,
+                 s[0],
+                 s[1],
+                 s[2],
+                 s[3],
+                 s[4],
+                 s[5],
+                 s[6],
+                 options_.compressed_bias,
+                 numbers(a.schedule),
+                 a.distance,
+                 a.rotary_dim,
+                 a.rotary_base,
+                 a.rotary_interleaved,
+                 a.scale);
 }
 
 void KVMemory::reset() { tensors_[6].zero_(); }

@@ -6,9 +6,15 @@ namespace ctx {
 namespace {
 
 void check_range(const char* name, int64_t value, int64_t least) {
-  CTX_CHECK_VALUE(
-      value >= least && value <= Schedule::kLimit, "ctx.Schedule", name, " must be between ", least, " and ",
-      Schedule::kLimit, ", got ", value);
+  CTX_CHECK_VALUE(value >= least && value <= Schedule::kLimit,
+                  "ctx.Schedule",
+                  name,
+                  " must be between ",
+                  least,
+                  " and ",
+                  Schedule::kLimit,
+                  ", got ",
+                  value);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// ctx::compress: groups of c pairs -> slots, out of torch's own operators (compressor.h says what each computes).
+// ctx::compress: groups of c pairs -> slots, out of torch's own operators (compressor.h says what
+// each computes).
 #include "ops/compress.h"
 
 #include <torch/library.h>
@@ -9,58 +10,85 @@
 namespace ctx::ops {
 namespace {
 
-// x [B, Hkv, G, c, D], weight [Hkv, c, D, D]: one matrix product per kv head, over the groups of all rows at once.
+// x [B, Hkv, G, c, D], weight [Hkv, c, D, D]: one matrix product per kv head, over the groups of
+// all rows at once.
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  const at::Tensor rows = x.flatten(3).transpose(0, 1).flatten(1, 2);      // [Hkv, B G, c D]
-  const at::Tensor matrix = weight.to(x.scalar_type()).flatten(1, 2);      // [Hkv, c D, D]
-  const at::Tensor slots = at::bmm(rows, matrix).unflatten_symint(1, {x.sym_size(0), x.sym_size(2)}).transpose(0, 1);
+  const at::Tensor rows = x.flatten(3).transpose(0, 1).flatten(1, 2);  // [Hkv, B G, c D]
+  const at::Tensor matrix = weight.to(x.scalar_type()).flatten(1, 2);  // [Hkv, c D, D]
+  const at::Tensor slots =
+      at::bmm(rows, matrix).unflatten_symint(1, {x.sym_size(0), x.sym_size(2)}).transpose(0, 1);
   return bias.defined() ? slots + bias.to(x.scalar_type()).unsqueeze(1) : slots;
 }
 
-at::Tensor gate(const at::Tensor& keys, const at::Tensor& x, const at::Tensor& direction, const at::Tensor& position) {
+at::Tensor gate(const at::Tensor& keys,
+                const at::Tensor& x,
+                const at::Tensor& direction,
+                const at::Tensor& position) {
   const auto type = x.scalar_type();
-  const at::Tensor content = at::matmul(keys, direction.to(type).unsqueeze(1).unsqueeze(-1)).squeeze(-1);
-  const at::Tensor weight = (content + position.to(type).unsqueeze(1)).softmax(-1);  // [B, Hkv, G, c]
+  const at::Tensor content =
+      at::matmul(keys, direction.to(type).unsqueeze(1).unsqueeze(-1)).squeeze(-1);
+  const at::Tensor weight =
+      (content + position.to(type).unsqueeze(1)).softmax(-1);  // [B, Hkv, G, c]
   return at::matmul(weight.unsqueeze(-2), x).squeeze(-2);
 }
 
-std::tuple<at::Tensor, at::Tensor> compress(
-    const at::Tensor& keys, const at::Tensor& values, at::TensorList parameters, c10::string_view compressor) {
+std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
+                                            const at::Tensor& values,
+                                            at::TensorList parameters,
+                                            c10::string_view compressor) {
   constexpr const char* where = "ctx.compress";
   CTX_CHECK_VALUE(keys.dim() == 5, where, "keys must be [B, Hkv, G, c, D], got ", keys.sym_sizes());
   CTX_CHECK_VALUE(
-      values.dim() == 5 && values.sym_sizes().slice(0, 4) == keys.sym_sizes().slice(0, 4), where,
-      "values must be [B, Hkv, G, c, Dv] with the keys' B, Hkv, G, c, got ", values.sym_sizes(), " for keys ",
+      values.dim() == 5 && values.sym_sizes().slice(0, 4) == keys.sym_sizes().slice(0, 4),
+      where,
+      "values must be [B, Hkv, G, c, Dv] with the keys' B, Hkv, G, c, got ",
+      values.sym_sizes(),
+      " for keys ",
       keys.sym_sizes());
-  CTX_CHECK_TYPE(
-      values.scalar_type() == keys.scalar_type(), where, "values must be ", keys.scalar_type(), " as keys, got ",
-      values.scalar_type());
+  CTX_CHECK_TYPE(values.scalar_type() == keys.scalar_type(),
+                 where,
+                 "values must be ",
+                 keys.scalar_type(),
+                 " as keys, got ",
+                 values.scalar_type());
   const CompressorKind kind = parse_compressor({compressor.data(), compressor.size()}, where);
-  check_parameters(
-      kind, parameters, keys.size(1), keys.size(3), keys.size(4), values.size(4), keys.device(), where);
+  check_parameters(kind,
+                   parameters,
+                   keys.size(1),
+                   keys.size(3),
+                   keys.size(4),
+                   values.size(4),
+                   keys.device(),
+                   where);
   return compress_groups(keys, values, parameters, kind);
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> compress_groups(
-    const at::Tensor& keys, const at::Tensor& values, at::TensorList p, CompressorKind kind) {
+std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
+                                                   const at::Tensor& values,
+                                                   at::TensorList p,
+                                                   CompressorKind kind) {
   switch (kind) {
-    case CompressorKind::kMax: return {keys.amax(3), values.amax(3)};
+    case CompressorKind::kMax:
+      return {keys.amax(3), values.amax(3)};
     case CompressorKind::kConv: {
       const bool biased = p.size() == 4;
-      return {
-          convolve(keys, p[0], biased ? p[2] : at::Tensor()), convolve(values, p[1], biased ? p[3] : at::Tensor())};
+      return {convolve(keys, p[0], biased ? p[2] : at::Tensor()),
+              convolve(values, p[1], biased ? p[3] : at::Tensor())};
     }
-    case CompressorKind::kGated: return {gate(keys, keys, p[0], p[1]), gate(keys, values, p[2], p[3])};
-    case CompressorKind::kMean: break;
+    case CompressorKind::kGated:
+      return {gate(keys, keys, p[0], p[1]), gate(keys, values, p[2], p[3])};
+    case CompressorKind::kMean:
+      break;
   }
   return {keys.mean(3), values.mean(3)};
 }
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
-      "compress(Tensor keys, Tensor values, Tensor[] parameters, str compressor) -> (Tensor, Tensor)",
+      "compress(Tensor keys, Tensor values, Tensor[] parameters, str compressor) -> (Tensor, "
+      "Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -1,7 +1,8 @@
-// The seam between operators and kernels: plain structs of pointers and sizes, one table of functions per device.
+// The seam between operators and kernels: plain structs of pointers and sizes, one table of
+// functions per device.
 //
-// Nothing here knows ATen, so that a kernel file compiles fast and a device kernel can be compiled for the host in tests.
-// Operators have checked everything before a kernel sees it.
+// Nothing here knows ATen, so that a kernel file compiles fast and a device kernel can be compiled
+// for the host in tests. Operators have checked everything before a kernel sees it.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ struct Rotary {
   bool interleaved = false;
 };
 
-// The rings of one memory, all contiguous: keys [B, Hkv, capacity, D], values [B, Hkv, capacity, Dv].
+// The rings of one memory, all contiguous: keys [B, Hkv, capacity, D], values [B, Hkv, capacity,
+// Dv].
 struct MemoryView {
   Clock clock;
   Rotary rotary;
@@ -47,8 +49,9 @@ struct MemoryView {
   void* sink_values = nullptr;
 };
 
-// A piece of a call: tokens offset ... offset + tokens - 1 of it. Row b holds token seen[b] + offset first, and
-// lengths[b] (or all) of the call's tokens; `seen` is as it was when the call began, or counts some of it already.
+// A piece of a call: tokens offset ... offset + tokens - 1 of it. Row b holds token seen[b] +
+// offset first, and lengths[b] (or all) of the call's tokens; `seen` is as it was when the call
+// began, or counts some of it already.
 struct Block {
   const int64_t* seen = nullptr;
   const int64_t* lengths = nullptr;  // null: every row is as long as the call
@@ -77,8 +80,10 @@ struct CompressArgs {
   MemoryView memory;
   Block block;
   CompressorKind kind = CompressorKind::kMean;
-  bool wide_parameters = false;           // parameters are stored in the arithmetic's type, not in the memory's
-  const void* parameters[4] = {nullptr};  // as compressor.h orders them, null where absent; contiguous
+  bool wide_parameters =
+      false;  // parameters are stored in the arithmetic's type, not in the memory's
+  const void* parameters[4] = {
+      nullptr};  // as compressor.h orders them, null where absent; contiguous
 };
 
 struct AttendArgs {
@@ -104,27 +109,32 @@ struct RotateArgs {
   Strided out;
 };
 
-// What a device offers; work is queued on the calling thread's current stream, where a device has one. Arithmetic is
-// float32, float64 for float64.
+// What a device offers; work is queued on the calling thread's current stream, where a device has
+// one. Arithmetic is float32, float64 for float64.
 struct Kernels {
   const char* name = "";  // what the kernels were built for: an instruction set, an architecture
   // Rotates every row of [B, heads, T, D] to its token's position.
   void (*rotate)(const RotateArgs&) = nullptr;
-  // Rotates the block's keys to their positions and writes pairs into the window ring, or the sinks.
+  // Rotates the block's keys to their positions and writes pairs into the window ring, or the
+  // sinks.
   void (*append)(const AppendArgs&) = nullptr;
-  // Makes every group due for the block's last token: read back, un-rotate, compress, rotate, write.
+  // Makes every group due for the block's last token: read back, un-rotate, compress, rotate,
+  // write.
   void (*compress)(const CompressArgs&) = nullptr;
-  // Attends over sinks, slots and window; outputs of absent tokens (past lengths, before the stream) are zero.
+  // Attends over sinks, slots and window; outputs of absent tokens (past lengths, before the
+  // stream) are zero.
   void (*attend)(const AttendArgs&) = nullptr;
 };
 
-// Groups that row b of a block makes due, first inclusive, last exclusive; those that a later one would overwrite
-// are left out, so that no two writers meet.
+// Groups that row b of a block makes due, first inclusive, last exclusive; those that a later one
+// would overwrite are left out, so that no two writers meet.
 struct DueGroups {
   int64_t first = 0;
   int64_t last = 0;
 };
-CTX_HOST_DEVICE inline DueGroups due_groups(const MemoryView& memory, const Block& block, int64_t b) {
+CTX_HOST_DEVICE inline DueGroups due_groups(const MemoryView& memory,
+                                            const Block& block,
+                                            int64_t b) {
   const int64_t count = block.count(b);
   if (count == 0 || memory.compressed_capacity == 0) return {};
   const Schedule& schedule = memory.clock.schedule;

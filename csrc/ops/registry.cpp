@@ -20,15 +20,18 @@ Entry& entry(c10::DeviceType type) {
 
 }  // namespace
 
-void register_kernels(c10::DeviceType type, std::vector<std::string> variants, const Kernels& (*choose)()) {
+void register_kernels(c10::DeviceType type,
+                      std::vector<std::string> variants,
+                      const Kernels& (*choose)()) {
   entry(type) = {std::move(variants), choose};
 }
 
 const Kernels& kernels_for(c10::DeviceType type) {
   const Entry& found = entry(type);
-  CTX_CHECK_VALUE(
-      found.choose != nullptr, "ctx", "device must be one that this build has kernels for, got ",
-      c10::DeviceTypeName(type, true));
+  CTX_CHECK_VALUE(found.choose != nullptr,
+                  "ctx",
+                  "device must be one that this build has kernels for, got ",
+                  c10::DeviceTypeName(type, true));
   return found.choose();
 }
 

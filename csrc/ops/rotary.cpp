@@ -1,5 +1,6 @@
-// ctx::rotary: rotary position embedding at given positions (Su et al. 2021, arXiv:2104.09864). Angles are made in float64,
-// the result has x's dtype. Its backward is itself, at the negative positions.
+// ctx::rotary: rotary position embedding at given positions (Su et al. 2021, arXiv:2104.09864).
+// Angles are made in float64, the result has x's dtype. Its backward is itself, at the negative
+// positions.
 #include "ops/rotary.h"
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -19,15 +20,26 @@ Tensor rotary(const Tensor& x, const Tensor& position, int64_t dim, double base,
   constexpr const char* where = "ctx.rotary";
   CTX_CHECK_VALUE(x.dim() == 4, where, "x must be [B, heads, T, D], got ", x.sizes());
   CTX_CHECK_VALUE(
-      position.dim() == 2 && position.size(0) == x.size(0) && position.size(1) == x.size(2), where,
-      "position must be [B, T] = [", x.size(0), ", ", x.size(2), "], got ", position.sizes());
-  CTX_CHECK_VALUE(
-      position.device() == x.device(), where, "position must be on ", x.device(), " as x, got ", position.device());
+      position.dim() == 2 && position.size(0) == x.size(0) && position.size(1) == x.size(2),
+      where,
+      "position must be [B, T] = [",
+      x.size(0),
+      ", ",
+      x.size(2),
+      "], got ",
+      position.sizes());
+  CTX_CHECK_VALUE(position.device() == x.device(),
+                  where,
+                  "position must be on ",
+                  x.device(),
+                  " as x, got ",
+                  position.device());
   RotateArgs args;
   args.storage = storage_of(x.scalar_type(), where, "x");
   args.rotary = parse_rotary(dim, base, interleaved, x.size(3), where);
   args.device = device_index(x);
-  args.batch = x.size(0), args.heads = x.size(1), args.tokens = x.size(2), args.head_dim = x.size(3);
+  args.batch = x.size(0), args.heads = x.size(1), args.tokens = x.size(2),
+  args.head_dim = x.size(3);
   const Tensor positions = position.to(at::kDouble).contiguous();
   const Tensor in = rows(x);
   const Tensor out = at::empty(x.sizes(), x.options());
@@ -38,8 +50,11 @@ Tensor rotary(const Tensor& x, const Tensor& position, int64_t dim, double base,
   return out;
 }
 
-Tensor rotary_meta(
-    const Tensor& x, const Tensor& /*position*/, int64_t /*dim*/, double /*base*/, bool /*interleaved*/) {
+Tensor rotary_meta(const Tensor& x,
+                   const Tensor& /*position*/,
+                   int64_t /*dim*/,
+                   double /*base*/,
+                   bool /*interleaved*/) {
   return x.new_empty_symint(x.sym_sizes());
 }
 
@@ -51,9 +66,12 @@ Tensor call(const Tensor& x, const Tensor& position, int64_t dim, double base, b
 
 class RotaryFunction : public torch::autograd::Function<RotaryFunction> {
  public:
-  static Tensor forward(
-      torch::autograd::AutogradContext* saved, const Tensor& x, const Tensor& position, int64_t dim, double base,
-      bool interleaved) {
+  static Tensor forward(torch::autograd::AutogradContext* saved,
+                        const Tensor& x,
+                        const Tensor& position,
+                        int64_t dim,
+                        double base,
+                        bool interleaved) {
     at::AutoDispatchBelowADInplaceOrView guard;
     saved->save_for_backward({position});
     saved->saved_data["dim"] = dim;
@@ -62,17 +80,24 @@ class RotaryFunction : public torch::autograd::Function<RotaryFunction> {
     return call(x, position, dim, base, interleaved);
   }
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* saved, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved,
+                                                 torch::autograd::variable_list grads) {
     const auto& data = saved->saved_data;
     const Tensor back = saved->get_saved_variables()[0].neg();
-    return {
-        call(grads[0], back, data.at("dim").toInt(), data.at("base").toDouble(), data.at("interleaved").toBool()),
-        Tensor(), Tensor(), Tensor(), Tensor()};
+    return {call(grads[0],
+                 back,
+                 data.at("dim").toInt(),
+                 data.at("base").toDouble(),
+                 data.at("interleaved").toBool()),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
-Tensor rotary_autograd(const Tensor& x, const Tensor& position, int64_t dim, double base, bool interleaved) {
+Tensor rotary_autograd(
+    const Tensor& x, const Tensor& position, int64_t dim, double base, bool interleaved) {
   return RotaryFunction::apply(x, position, dim, base, interleaved);
 }
 
@@ -84,7 +109,8 @@ Tensor rotate(const Tensor& x, const Tensor& position, const Rotary& rotary) {
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
-      "rotary(Tensor x, Tensor position, int dim, float base=10000.0, bool interleaved=False) -> Tensor",
+      "rotary(Tensor x, Tensor position, int dim, float base=10000.0, bool interleaved=False) -> "
+      "Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 

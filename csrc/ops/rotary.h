@@ -6,7 +6,8 @@
 
 namespace ctx::ops {
 
-// Dispatches ctx::rotary: x [B, heads, T, D] rotated to positions [B, T] (integers or float64); differentiable in x.
+// Dispatches ctx::rotary: x [B, heads, T, D] rotated to positions [B, T] (integers or float64);
+// differentiable in x.
 at::Tensor rotate(const at::Tensor& x, const at::Tensor& position, const Rotary& rotary);
 
 }  // namespace ctx::ops

@@ -7,48 +7,76 @@
 namespace ctx::ops {
 namespace {
 
-void check_parameter(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::Device device, const char* where) {
+void check_parameter(const at::Tensor& tensor,
+                     const char* name,
+                     at::IntArrayRef sizes,
+                     at::Device device,
+                     const char* where) {
+  CTX_CHECK_VALUE(tensor.defined() && tensor.sizes() == sizes,
+                  where,
+                  name,
+                  " must be ",
+                  sizes,
+                  ", got ",
+                  tensor.defined() ? tensor.sizes() : at::IntArrayRef{});
   CTX_CHECK_VALUE(
-      tensor.defined() && tensor.sizes() == sizes, where, name, " must be ", sizes, ", got ",
-      tensor.defined() ? tensor.sizes() : at::IntArrayRef{});
-  CTX_CHECK_VALUE(tensor.device() == device, where, name, " must be on ", device, ", got ", tensor.device());
-  CTX_CHECK_TYPE(
-      at::isFloatingType(tensor.scalar_type()), where, name, " must be floating point, got ", tensor.scalar_type());
+      tensor.device() == device, where, name, " must be on ", device, ", got ", tensor.device());
+  CTX_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()),
+                 where,
+                 name,
+                 " must be floating point, got ",
+                 tensor.scalar_type());
 }
 
 }  // namespace
 
 Storage storage_of(at::ScalarType dtype, const char* where, const char* name) {
   switch (dtype) {
-    case at::kFloat: return Storage::kFloat32;
-    case at::kDouble: return Storage::kFloat64;
-    case at::kBFloat16: return Storage::kBFloat16;
-    case at::kHalf: return Storage::kFloat16;
+    case at::kFloat:
+      return Storage::kFloat32;
+    case at::kDouble:
+      return Storage::kFloat64;
+    case at::kBFloat16:
+      return Storage::kBFloat16;
+    case at::kHalf:
+      return Storage::kFloat16;
     default:
-      CTX_CHECK_TYPE(false, where, name, " must be float32, float64, bfloat16 or float16, got ", dtype);
+      CTX_CHECK_TYPE(
+          false, where, name, " must be float32, float64, bfloat16 or float16, got ", dtype);
   }
 }
 
 Schedule parse_schedule(at::IntArrayRef values, const char* where) {
-  CTX_CHECK_VALUE(
-      values.size() == 5, where, "schedule must be [window, compressed, ratio, segment, sinks], got ", values);
+  CTX_CHECK_VALUE(values.size() == 5,
+                  where,
+                  "schedule must be [window, compressed, ratio, segment, sinks], got ",
+                  values);
   const Schedule schedule{values[0], values[1], values[2], values[3], values[4]};
   schedule.validate();
   return schedule;
 }
 
 bool parse_token_distance(std::string_view distance, const char* where) {
-  CTX_CHECK_VALUE(
-      distance == "slot" || distance == "token", where, "distance must be \"slot\" or \"token\", got \"", distance, "\"");
+  CTX_CHECK_VALUE(distance == "slot" || distance == "token",
+                  where,
+                  "distance must be \"slot\" or \"token\", got \"",
+                  distance,
+                  "\"");
   return distance == "token";
 }
 
-Rotary parse_rotary(int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where) {
-  CTX_CHECK_VALUE(
-      dim >= 0 && dim <= head_dim && dim % 2 == 0, where, "rotary_dim must be even and between 0 and head_dim = ",
-      head_dim, ", got ", dim);
-  CTX_CHECK_VALUE(
-      std::isfinite(base) && base > 0, where, "rotary_base must be positive and finite, got ", base);
+Rotary parse_rotary(
+    int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where) {
+  CTX_CHECK_VALUE(dim >= 0 && dim <= head_dim && dim % 2 == 0,
+                  where,
+                  "rotary_dim must be even and between 0 and head_dim = ",
+                  head_dim,
+                  ", got ",
+                  dim);
+  CTX_CHECK_VALUE(std::isfinite(base) && base > 0,
+                  where,
+                  "rotary_base must be positive and finite, got ",
+                  base);
   return {dim, base, interleaved};
 }
 
@@ -57,14 +85,24 @@ CompressorKind parse_compressor(std::string_view name, const char* where) {
   if (name == "max") return CompressorKind::kMax;
   if (name == "conv") return CompressorKind::kConv;
   if (name == "gated") return CompressorKind::kGated;
-  CTX_CHECK_VALUE(false, where, "compressor must be \"mean\", \"max\", \"conv\" or \"gated\", got \"", name, "\"");
+  CTX_CHECK_VALUE(false,
+                  where,
+                  "compressor must be \"mean\", \"max\", \"conv\" or \"gated\", got \"",
+                  name,
+                  "\"");
 }
 
-void check_parameters(
-    CompressorKind kind, at::TensorList parameters, int64_t kv_heads, int64_t ratio, int64_t head_dim,
-    int64_t value_dim, at::Device device, const char* where) {
+void check_parameters(CompressorKind kind,
+                      at::TensorList parameters,
+                      int64_t kv_heads,
+                      int64_t ratio,
+                      int64_t head_dim,
+                      int64_t value_dim,
+                      at::Device device,
+                      const char* where) {
   const auto check = [&](size_t index, const char* name, std::initializer_list<int64_t> sizes) {
-    check_parameter(parameters[index], name, at::IntArrayRef(sizes.begin(), sizes.size()), device, where);
+    check_parameter(
+        parameters[index], name, at::IntArrayRef(sizes.begin(), sizes.size()), device, where);
   };
   const auto count = parameters.size();
   switch (kind) {
@@ -73,7 +111,10 @@ void check_parameters(
       CTX_CHECK_VALUE(count == 0, where, "compressor must have no parameters, got ", count);
       return;
     case CompressorKind::kConv:
-      CTX_CHECK_VALUE(count == 2 || count == 4, where, "compressor \"conv\" must have 2 or 4 parameters, got ", count);
+      CTX_CHECK_VALUE(count == 2 || count == 4,
+                      where,
+                      "compressor \"conv\" must have 2 or 4 parameters, got ",
+                      count);
       check(0, "key_weight", {kv_heads, ratio, head_dim, head_dim});
       check(1, "value_weight", {kv_heads, ratio, value_dim, value_dim});
       if (count == 4) {
@@ -82,7 +123,8 @@ void check_parameters(
       }
       return;
     case CompressorKind::kGated:
-      CTX_CHECK_VALUE(count == 4, where, "compressor \"gated\" must have 4 parameters, got ", count);
+      CTX_CHECK_VALUE(
+          count == 4, where, "compressor \"gated\" must have 4 parameters, got ", count);
       check(0, "key_gate", {kv_heads, head_dim});
       check(1, "key_position", {kv_heads, ratio});
       check(2, "value_gate", {kv_heads, head_dim});
@@ -96,6 +138,8 @@ at::Tensor groups_of(const Schedule& s, const at::Tensor& t) {
   return boundary.sub(s.sinks + s.window).clamp_min(0).div(s.ratio, "floor");
 }
 
-at::Tensor edge_of(const Schedule& s, const at::Tensor& groups) { return groups.mul(s.ratio).add(s.sinks); }
+at::Tensor edge_of(const Schedule& s, const at::Tensor& groups) {
+  return groups.mul(s.ratio).add(s.sinks);
+}
 
 }  // namespace ctx::ops

@@ -26,14 +26,20 @@ Schedule parse_schedule(at::IntArrayRef values, const char* where);
 bool parse_token_distance(std::string_view distance, const char* where);
 
 // 0 <= dim <= head_dim and even, base positive and finite.
-Rotary parse_rotary(int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where);
+Rotary parse_rotary(
+    int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where);
 
 CompressorKind parse_compressor(std::string_view name, const char* where);
 
 // Number, shapes and devices of a compressor's parameters (compressor.h).
-void check_parameters(
-    CompressorKind kind, at::TensorList parameters, int64_t kv_heads, int64_t ratio, int64_t head_dim,
-    int64_t value_dim, at::Device device, const char* where);
+void check_parameters(CompressorKind kind,
+                      at::TensorList parameters,
+                      int64_t kv_heads,
+                      int64_t ratio,
+                      int64_t head_dim,
+                      int64_t value_dim,
+                      at::Device device,
+                      const char* where);
 
 // n(t) and w(t) of semantics.md for a tensor of positions.
 at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);

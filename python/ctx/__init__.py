@@ -1,13 +1,15 @@
 """Compressive Transformer memory: exact recent pairs, compressed older ones, at constant size.
 
-:class:`Schedule` is the law of what a memory holds, :class:`KVMemory` streams keys and values through it,
-:class:`CompressiveAttention` and :class:`CompressiveTransformer` train and stream with it, and :mod:`ctx.reference` is the
-same function in plain PyTorch.
+:class:`Schedule` is the law of what a memory holds, :class:`KVMemory` streams keys and values
+through it, :class:`CompressiveAttention` and :class:`CompressiveTransformer` train and stream with
+it, and :mod:`ctx.reference` is the same function in plain PyTorch.
 """
 
-from ctx import _load  # first: explains what is wrong if the compiled part does not fit
-
-from ctx import compression, reference
+from ctx import (
+    _load,  # first: explains what is wrong if the compiled part does not fit
+    compression,
+    reference,
+)
 from ctx._load import cmake_prefix_path
 from ctx.attention import CompressiveAttention
 from ctx.memory import KVMemory

@@ -1,10 +1,12 @@
-"""Loads the compiled part of ctx, or says in one sentence why it cannot and which command repairs it.
+"""Loads the compiled part of ctx, or says in one sentence why it cannot and which command repairs
+it.
 
-A compiled extension fits one minor version of torch. Without this module another one would show itself as
-an undefined symbol with a mangled name, or not at all.
+A compiled extension fits one minor version of torch. Without this module another one would show
+itself as an undefined symbol with a mangled name, or not at all.
 
-In an installed package everything lies in one folder. In a source tree the compiled part is in `build/`,
-where `pip install -e .` and a plain CMake build leave it; the newest one that fits is used.
+In an installed package everything lies in one folder. In a source tree the compiled part is in
+`build/`, where `pip install -e .` and a plain CMake build leave it; the newest one that fits is
+used.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _MODULE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 _REPAIR = (
     f"cd {_TREE} && pip install --no-build-isolation --no-deps -e ."
     if _IN_TREE
-    else "pip install --force-reinstall --no-deps --no-cache-dir .   (in the folder of ctx's sources)"
+    else "pip install --force-reinstall --no-deps --no-cache-dir .  (in the folder of the sources)"
 )
 
 
@@ -40,7 +42,11 @@ def _builds() -> list[Path]:
     folders = [_PACKAGE]
     if _IN_TREE:
         folders += [_TREE / "build" / "ctx", *(_TREE / "build").glob("*/ctx")]
-    complete = [path for path in folders if (path / _MODULE).is_file() and (path / "_build_info.py").is_file()]
+    complete = [
+        path
+        for path in folders
+        if (path / _MODULE).is_file() and (path / "_build_info.py").is_file()
+    ]
     return sorted(complete, key=lambda path: (path / _MODULE).stat().st_mtime, reverse=True)
 
 
@@ -52,11 +58,12 @@ def _find() -> tuple[Path, dict[str, Any]]:
     if found:
         raise ImportError(
             f"ctx: the compiled part must match the installed torch: it was built against torch "
-            f"{found[0][1]['torch']}, but torch {torch.__version__} is installed. Rebuild it: {_REPAIR}"
+            f"{found[0][1]['torch']}, but torch {torch.__version__} is installed. "
+            f"Rebuild it: {_REPAIR}"
         )
     raise ImportError(
-        f"ctx: the compiled part {_MODULE} is missing beside {_PACKAGE}: it has not been built for this Python. "
-        f"Build it: {_REPAIR}"
+        f"ctx: the compiled part {_MODULE} is missing beside {_PACKAGE}: it has not been built for "
+        f"this Python. Build it: {_REPAIR}"
     )
 
 
@@ -68,8 +75,8 @@ def _load() -> tuple[Path, dict[str, Any]]:
         importlib.import_module("ctx._C")
     except ImportError as error:
         raise ImportError(
-            f"ctx: the compiled part does not load; it was built against torch {info['torch']}, and torch "
-            f"{torch.__version__} is installed ({error}). Rebuild it: {_REPAIR}"
+            f"ctx: the compiled part does not load; it was built against torch {info['torch']}, "
+            f"and torch {torch.__version__} is installed ({error}). Rebuild it: {_REPAIR}"
         ) from error
     return path, info
 

@@ -13,7 +13,8 @@ from ctx.schedule import Schedule
 
 __all__ = ["CompressiveAttention", "Memory"]
 
-#: The memory of one attention layer: a plain dict of tensors, see :meth:`CompressiveAttention.init_memory`.
+#: The memory of one attention layer: a plain dict of tensors, see
+#: :meth:`CompressiveAttention.init_memory`.
 Memory = dict[str, Tensor]
 
 _WHERE = "ctx.CompressiveAttention"
@@ -22,13 +23,14 @@ _WHERE = "ctx.CompressiveAttention"
 class CompressiveAttention(nn.Module):
     """Causal multi-head self-attention over new tokens, a window, compressed slots and sinks.
 
-    Under grad the call is differentiable, compression included; the carried memory is constant, the one passed in is
-    left as it is, and a new one is returned. Under ``torch.no_grad()`` or ``torch.inference_mode()`` the memory passed in
-    is written in place and returned. Both give the same numbers, however a stream is cut into calls.
+    Under grad the call is differentiable, compression included; the carried memory is constant, the
+    one passed in is left as it is, and a new one is returned. Under ``torch.no_grad()`` or
+    ``torch.inference_mode()`` the memory passed in is written in place and returned. Both give the
+    same numbers, however a stream is cut into calls.
 
-    Source: Rae et al. 2019 (arXiv:1911.05507), section 3. Deviations: keys and values are stored instead of hidden
-    states, positions are rotary (Su et al. 2021, arXiv:2104.09864) instead of Transformer-XL's, and ``dropout`` acts on
-    the module's output, not on attention weights.
+    Source: Rae et al. 2019 (arXiv:1911.05507), section 3. Deviations: keys and values are stored
+    instead of hidden states, positions are rotary (Su et al. 2021, arXiv:2104.09864) instead of
+    Transformer-XL's, and ``dropout`` acts on the module's output, not on attention weights.
 
     Args:
         embed_dim: width E of the input and output.
@@ -42,13 +44,16 @@ class CompressiveAttention(nn.Module):
         compression: ``"mean"``, ``"max"``, ``"conv"`` or ``"gated"``.
         position: ``"rotary"`` or None.
         distance: ``"slot"`` or ``"token"``.
-        compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at log ratio).
-        compressor_grad: ``"task"`` (the task's gradient trains the compressor, and keys and values through it) or
-            ``"aux"`` (the paper's: compressed slots are constants to the task; only an auxiliary loss trains it).
+        compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
+            log ratio).
+        compressor_grad: ``"task"`` (the task's gradient trains the compressor, and keys and values
+            through it) or ``"aux"`` (the paper's: compressed slots are constants to the task; only
+            an auxiliary loss trains it).
         dropout: probability of the dropout of the output, in training mode.
         bias: biases of the four projections.
         rotary_base, rotary_dim, rotary_interleaved: as in :class:`ctx.KVMemory`.
-        headroom: tokens that can be written before the first of them attends; longer calls are walked in blocks.
+        headroom: tokens that can be written before the first of them attends; longer calls are
+            walked in blocks.
 
     Raises:
         ValueError, TypeError: a setting is out of range; the message names it.
@@ -81,13 +86,22 @@ class CompressiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", kv_heads)):
+        for name, size in (
+            ("embed_dim", embed_dim),
+            ("num_heads", num_heads),
+            ("num_kv_heads", kv_heads),
+        ):
             if size < 1:
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
         if embed_dim % num_heads:
-            raise ValueError(f"{_WHERE}: embed_dim must be a multiple of num_heads = {num_heads}, got {embed_dim}")
+            raise ValueError(
+                f"{_WHERE}: embed_dim must be a multiple of num_heads = {num_heads}, "
+                f"got {embed_dim}"
+            )
         if num_heads % kv_heads:
-            raise ValueError(f"{_WHERE}: num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}")
+            raise ValueError(
+                f"{_WHERE}: num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}"
+            )
         _one_of("distance", distance, ("slot", "token"))
         _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
         _one_of("compressor_grad", compressor_grad, ("task", "aux"))
@@ -96,47 +110,86 @@ class CompressiveAttention(nn.Module):
         if headroom < 1:
             raise ValueError(f"{_WHERE}: headroom must be at least 1, got {headroom}")
         if not (math.isfinite(rotary_base) and rotary_base > 0):
-            raise ValueError(f"{_WHERE}: rotary_base must be positive and finite, got {rotary_base}")
+            raise ValueError(
+                f"{_WHERE}: rotary_base must be positive and finite, got {rotary_base}"
+            )
         head_dim = embed_dim // num_heads
         width = rotary_width(position, rotary_dim, head_dim, _WHERE)
         if not (0 <= width <= head_dim and width % 2 == 0):
-            raise ValueError(f"{_WHERE}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}")
+            raise ValueError(
+                f"{_WHERE}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
+            )
 
         self.schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
-        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = embed_dim, num_heads, kv_heads, head_dim
+        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
+            embed_dim,
+            num_heads,
+            kv_heads,
+            head_dim,
+        )
         self.position, self.distance, self.compressor_grad = position, distance, compressor_grad
-        self.rotary_dim, self.rotary_base, self.rotary_interleaved = width, rotary_base, rotary_interleaved
+        self.rotary_dim, self.rotary_base, self.rotary_interleaved = (
+            width,
+            rotary_base,
+            rotary_interleaved,
+        )
         self.dropout, self.headroom = dropout, headroom
-        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, device=device, dtype=dtype)
-        self.compressor = make_compressor(compression, kv_heads, ratio, head_dim, device=device, dtype=dtype)
+        self.q_proj = nn.Linear(
+            embed_dim, num_heads * head_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.k_proj = nn.Linear(
+            embed_dim, kv_heads * head_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.v_proj = nn.Linear(
+            embed_dim, kv_heads * head_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.out_proj = nn.Linear(
+            num_heads * head_dim, embed_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.compressor = make_compressor(
+            compression, kv_heads, ratio, head_dim, device=device, dtype=dtype
+        )
         start = torch.full((num_heads,), math.log(ratio), device=device, dtype=dtype)
         if compressed_bias == "learned":
             self.compressed_bias: Tensor | None = nn.Parameter(start)
         else:
-            self.register_buffer("compressed_bias", start if compressed_bias == "log_ratio" else None, persistent=False)
+            self.register_buffer(
+                "compressed_bias",
+                start if compressed_bias == "log_ratio" else None,
+                persistent=False,
+            )
 
     def init_memory(
-        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> Memory:
         """An empty memory for ``batch_size`` streams.
 
         Returns:
-            A dict of tensors: ``window_keys`` [B, Hkv, capacity, D] and ``window_values``, ``compressed_keys`` and
-            ``compressed_values``, ``sink_keys`` [B, Hkv, sinks, D] and ``sink_values``, of the parameters' dtype and
-            device unless given, and ``seen`` int64 [B]. It can be saved, copied and flattened like any dict of tensors.
+            A dict of tensors: ``window_keys`` [B, Hkv, capacity, D] and ``window_values``,
+            ``compressed_keys`` and ``compressed_values``, ``sink_keys`` [B, Hkv, sinks, D] and
+            ``sink_values``, of the parameters' dtype and device unless given, and ``seen`` int64
+            [B]. It can be saved, copied and flattened like any dict of tensors.
 
         Raises:
             ValueError: ``batch_size`` is below 1.
         """
         if batch_size < 1:
-            raise ValueError(f"{_WHERE}.init_memory: batch_size must be at least 1, got {batch_size}")
+            raise ValueError(
+                f"{_WHERE}.init_memory: batch_size must be at least 1, got {batch_size}"
+            )
         weight = self.k_proj.weight
         dtype, device = dtype or weight.dtype, device or weight.device
         sizes = state_sizes(
-            self.schedule, batch_size, self.num_kv_heads, self.head_dim, self.head_dim, self.headroom
+            self.schedule,
+            batch_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.head_dim,
+            self.headroom,
         )
         return {
             name: torch.zeros(size, device=device, dtype=torch.int64 if name == "seen" else dtype)
@@ -151,15 +204,21 @@ class CompressiveAttention(nn.Module):
             memory: what an earlier call returned; None: every row begins a new stream.
 
         Returns:
-            The output [B, T, E] and the memory after these tokens: a new one under grad, the one passed in otherwise.
+            The output [B, T, E] and the memory after these tokens: a new one under grad, the one
+            passed in otherwise.
 
         Raises:
-            ValueError, TypeError: ``x`` or ``memory`` does not fit this module; nothing has been written then.
+            ValueError, TypeError: ``x`` or ``memory`` does not fit this module; nothing has been
+                written then.
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(f"{_WHERE}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {list(x.shape)}")
+            raise ValueError(
+                f"{_WHERE}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {list(x.shape)}"
+            )
         if memory is not None and set(memory) != set(STATE):
-            raise ValueError(f"{_WHERE}: memory must be a dict of {', '.join(STATE)}, got {', '.join(memory)}")
+            raise ValueError(
+                f"{_WHERE}: memory must be a dict of {', '.join(STATE)}, got {', '.join(memory)}"
+            )
         q = self._heads(self.q_proj(x), self.num_heads)
         k = self._heads(self.k_proj(x), self.num_kv_heads)
         v = self._heads(self.v_proj(x), self.num_kv_heads)
@@ -177,17 +236,29 @@ class CompressiveAttention(nn.Module):
         rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
         return (self.schedule.numbers, self.distance, *rotary)
 
-    def _streaming(self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+    def _streaming(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None
+    ) -> tuple[Tensor, Memory]:
         if memory is None:
             memory = self.init_memory(q.shape[0], dtype=k.dtype, device=k.device)
         state = [memory[name] for name in STATE]
         compressor = (self.compressor.operands(), self.compressor.name)
         out: Tensor = torch.ops.ctx.step_(
-            q, k, v, None, *state, *compressor, self.compressed_bias, *self._settings(), self.head_dim**-0.5
+            q,
+            k,
+            v,
+            None,
+            *state,
+            *compressor,
+            self.compressed_bias,
+            *self._settings(),
+            self.head_dim**-0.5,
         )
         return out, memory
 
-    def _differentiable(self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None) -> tuple[Tensor, Memory]:
+    def _differentiable(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None
+    ) -> tuple[Tensor, Memory]:
         state = [] if memory is None else [memory[name] for name in STATE]
         settings = self._settings()
         slots = self.compressor(*torch.ops.ctx.due_groups(k, v, state, *settings))
@@ -202,13 +273,17 @@ class CompressiveAttention(nn.Module):
             else:
                 memory = {name: tensor.clone() for name, tensor in memory.items()}
             state = [memory[name] for name in STATE]
-            compressor = ([operand.detach() for operand in self.compressor.operands()], self.compressor.name)
+            compressor = (
+                [operand.detach() for operand in self.compressor.operands()],
+                self.compressor.name,
+            )
             torch.ops.ctx.append_(k.detach(), v.detach(), None, *state, *compressor, *settings)
         return out, memory
 
     def extra_repr(self) -> str:
         return (
-            f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, {self.schedule}, "
+            f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"{self.schedule}, "
             f"position={self.position!r}, distance={self.distance!r}"
         )
 

@@ -1,8 +1,8 @@
 """Compressors: groups of c pairs become one slot each, per kv head.
 
-``Mean``, ``Max`` and ``Conv`` are compression functions of Rae et al. 2019 (arXiv:1911.05507, section 3.2). Deviation: the
-paper compresses hidden states with one network for all heads, here every kv head compresses its own (un-rotated) keys
-and values.
+``Mean``, ``Max`` and ``Conv`` are compression functions of Rae et al. 2019 (arXiv:1911.05507,
+section 3.2). Deviation: the paper compresses hidden states with one network for all heads, here
+every kv head compresses its own (un-rotated) keys and values.
 """
 
 from __future__ import annotations
@@ -45,10 +45,19 @@ class Compressor(nn.Module):
         sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"ctx.compression.{type(self).__name__}: {name} must be at least 1, got {size}")
-        self.kv_heads, self.ratio, self.head_dim, self.value_dim = kv_heads, ratio, head_dim, value_dim
+                raise ValueError(
+                    f"ctx.compression.{type(self).__name__}: {name} must be at least 1, got {size}"
+                )
+        self.kv_heads, self.ratio, self.head_dim, self.value_dim = (
+            kv_heads,
+            ratio,
+            head_dim,
+            value_dim,
+        )
         for name, shape in self.parameter_shapes().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            )
         self.reset_parameters()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,13 +86,14 @@ class Compressor(nn.Module):
         Raises:
             ValueError: shapes do not belong together.
         """
-        slots: tuple[Tensor, Tensor] = torch.ops.ctx.compress(keys, values, self.operands(), self.name)
+        slots: tuple[Tensor, Tensor] = torch.ops.ctx.compress(
+            keys, values, self.operands(), self.name
+        )
         return slots
 
     def extra_repr(self) -> str:
-        return (
-            f"kv_heads={self.kv_heads}, ratio={self.ratio}, head_dim={self.head_dim}, value_dim={self.value_dim}"
-        )
+        sizes = ("kv_heads", "ratio", "head_dim", "value_dim")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in sizes)
 
 
 class Mean(Compressor):
@@ -101,8 +111,9 @@ class Max(Compressor):
 class Conv(Compressor):
     """A strided convolution over tokens, kernel = stride = c: slot = sum_i x_i W_i (+ b).
 
-    Parameters: ``key_weight`` [Hkv, c, D, D] and ``value_weight`` [Hkv, c, Dv, Dv], which start as the identity over c,
-    that is as mean pooling; with ``bias`` also ``key_bias`` [Hkv, D] and ``value_bias`` [Hkv, Dv].
+    Parameters: ``key_weight`` [Hkv, c, D, D] and ``value_weight`` [Hkv, c, Dv, Dv], which start as
+    the identity over c, that is as mean pooling; with ``bias`` also ``key_bias`` [Hkv, D] and
+    ``value_bias`` [Hkv, Dv].
     """
 
     name = "conv"
@@ -139,10 +150,12 @@ class Conv(Compressor):
 
 
 class Gated(Compressor):
-    """Softmax-weighted pooling: slot = sum_i softmax_i(key_i . u + p_i) x_i, one gate for keys and one for values.
+    """Softmax-weighted pooling: slot = sum_i softmax_i(key_i . u + p_i) x_i, one gate for keys and
+    one for values.
 
-    Both gates read the keys. Parameters: ``key_gate`` and ``value_gate`` [Hkv, D] (u), ``key_position`` and
-    ``value_position`` [Hkv, c] (p); they start at zero, that is as mean pooling. Not in the paper.
+    Both gates read the keys. Parameters: ``key_gate`` and ``value_gate`` [Hkv, D] (u),
+    ``key_position`` and ``value_position`` [Hkv, c] (p); they start at zero, that is as mean
+    pooling. Not in the paper.
     """
 
     name = "gated"

@@ -59,7 +59,9 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"{self.where}: top_p must be above 0 and at most 1, got {self.top_p}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"{self.where}: seed must be at least 0 and below 2**63, got {self.seed}")
+            raise ValueError(
+                f"{self.where}: seed must be at least 0 and below 2**63, got {self.seed}"
+            )
 
     def sampler(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """A function from logits [B, V] to drawn tokens int64 [B], with its own random numbers."""

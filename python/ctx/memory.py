@@ -33,7 +33,11 @@ def state_sizes(
     window = schedule._law.window_capacity(headroom)
     compressed = schedule._law.compressed_capacity(headroom)
     lengths = (window, compressed, schedule.sinks)
-    pairs = [(batch_size, kv_heads, length, width) for length in lengths for width in (head_dim, value_dim)]
+    pairs = [
+        (batch_size, kv_heads, length, width)
+        for length in lengths
+        for width in (head_dim, value_dim)
+    ]
     return dict(zip(STATE, [*pairs, (batch_size,)], strict=True))
 
 
@@ -45,7 +49,9 @@ def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | No
         try:
             values = [float(value) for value in name]
         except (TypeError, ValueError):
-            raise TypeError(f"ctx.KVMemory: compressed_bias must be numbers per query head, got {name!r}") from None
+            raise TypeError(
+                f"ctx.KVMemory: compressed_bias must be numbers per query head, got {name!r}"
+            ) from None
         if not all(math.isfinite(value) for value in values):
             raise ValueError(f"ctx.KVMemory: compressed_bias must be finite, got {values}")
         return torch.tensor(values, dtype=torch.float64)
@@ -54,7 +60,8 @@ def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | No
     if name == "log_ratio":
         return torch.tensor([math.log(ratio)], dtype=torch.float64)
     raise ValueError(
-        f'ctx.KVMemory: compressed_bias must be "none", "log_ratio" or numbers per query head, got {name!r}'
+        'ctx.KVMemory: compressed_bias must be "none", "log_ratio" or numbers per query head, '
+        f"got {name!r}"
     )
 
 
@@ -68,13 +75,16 @@ def rotary_width(position: str | None, rotary_dim: int | None, head_dim: int, wh
 
 
 class KVMemory:
-    """Keys and values of B streams: a ring of exact recent pairs, a ring of compressed slots, and sinks.
+    """Keys and values of B streams: a ring of exact recent pairs, a ring of compressed slots, and
+    sinks.
 
-    Keys and values are given un-rotated; keys are rotated once, when written. Everything is allocated here; a step
-    allocates its output only, and costs the same at token 10^3 and at token 10^9. Streaming only: no gradient is
-    recorded (training goes through :class:`ctx.CompressiveAttention`). Not safe to call from two threads at once.
+    Keys and values are given un-rotated; keys are rotated once, when written. Everything is
+    allocated here; a step allocates its output only, and costs the same at token 10^3 and at token
+    10^9. Streaming only: no gradient is recorded (training goes through
+    :class:`ctx.CompressiveAttention`). Not safe to call from two threads at once.
 
-    Source: Rae et al. 2019 (arXiv:1911.05507), section 3; see :class:`ctx.Schedule` for where this deviates.
+    Source: Rae et al. 2019 (arXiv:1911.05507), section 3; see :class:`ctx.Schedule` for where this
+    deviates.
 
     Args:
         schedule: sizes of the memory.
@@ -82,17 +92,19 @@ class KVMemory:
         kv_heads: key/value heads Hkv.
         head_dim: key width D.
         value_dim: value width Dv; default ``head_dim``.
-        compressor: ``"mean"``, ``"max"``, ``"conv"``, ``"gated"`` or a module of :mod:`ctx.compression`, whose
-            parameters are used as they are at the time of each call.
+        compressor: ``"mean"``, ``"max"``, ``"conv"``, ``"gated"`` or a module of
+            :mod:`ctx.compression`, whose parameters are used as they are at the time of each call.
         position: ``"rotary"`` or None.
         rotary_base: base of the angles.
         rotary_dim: first channels of each key that are rotated, even; default all.
         rotary_interleaved: pair channels (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
-        distance: ``"slot"`` (bounded, the paper's) or ``"token"``: how far a slot is from the query.
-        compressed_bias: added to the scores of compressed slots: ``"none"``, ``"log_ratio"`` (log c), or one number
-            per query head.
+        distance: ``"slot"`` (bounded, the paper's) or ``"token"``: how far a slot is from the
+            query.
+        compressed_bias: added to the scores of compressed slots: ``"none"``, ``"log_ratio"`` (log
+            c), or one number per query head.
         scale: factor of the scores; default D^-1/2.
-        headroom: tokens that can be written before the first of them attends; longer calls are walked in blocks.
+        headroom: tokens that can be written before the first of them attends; longer calls are
+            walked in blocks.
         dtype: float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
         device: where the memory lives.
 
@@ -121,7 +133,9 @@ class KVMemory:
         device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(schedule, Schedule):
-            raise TypeError(f"ctx.KVMemory: schedule must be a ctx.Schedule, got {type(schedule).__name__}")
+            raise TypeError(
+                f"ctx.KVMemory: schedule must be a ctx.Schedule, got {type(schedule).__name__}"
+            )
         if head_dim < 1:
             raise ValueError(f"ctx.KVMemory: head_dim must be at least 1, got {head_dim}")
         value_dim = head_dim if value_dim is None else value_dim
@@ -132,11 +146,18 @@ class KVMemory:
         device = torch.device(device)
         if isinstance(compressor, str):
             compressor = make_compressor(
-                compressor, kv_heads, schedule.ratio, head_dim, value_dim, device=device, dtype=torch.float32
+                compressor,
+                kv_heads,
+                schedule.ratio,
+                head_dim,
+                value_dim,
+                device=device,
+                dtype=torch.float32,
             )
         if not isinstance(compressor, Compressor):
             raise TypeError(
-                f"ctx.KVMemory: compressor must be a name or a module of ctx.compression, got {compressor!r}"
+                "ctx.KVMemory: compressor must be a name or a module of ctx.compression, "
+                f"got {compressor!r}"
             )
         bias = bias_values(compressed_bias, schedule.ratio)
         self.schedule = schedule
@@ -153,7 +174,9 @@ class KVMemory:
             rotary_width(position, rotary_dim, head_dim, "ctx.KVMemory"),
             rotary_base,
             rotary_interleaved,
-            None if bias is None else bias.to(device, torch.float64 if dtype == torch.float64 else torch.float32),
+            None
+            if bias is None
+            else bias.to(device, torch.float64 if dtype == torch.float64 else torch.float32),
             0.0 if scale is None else scale,
             headroom,
             dtype,
@@ -164,16 +187,19 @@ class KVMemory:
         """Appends T tokens to every row and returns what each query attends to. One operator call.
 
         Args:
-            q: queries [B, H, T, D], un-rotated; H a multiple of Hkv; dtype and device of the memory, any strides.
+            q: queries [B, H, T, D], un-rotated; H a multiple of Hkv; dtype and device of the
+                memory, any strides.
             k: keys [B, Hkv, T, D], un-rotated.
             v: values [B, Hkv, T, Dv].
-            lengths: int64 [B], 0 <= length <= T: row b brings its first ``lengths[b]`` tokens; default all.
+            lengths: int64 [B], 0 <= length <= T: row b brings its first ``lengths[b]`` tokens;
+                default all.
 
         Returns:
             [B, H, T, Dv], a fresh tensor; zero at tokens past a row's length.
 
         Raises:
-            ValueError, TypeError: an argument does not fit the memory; nothing has been written then.
+            ValueError, TypeError: an argument does not fit the memory; nothing has been written
+                then.
         """
         return self._native.step(q, k, v, lengths)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
 from ctx import _C
 
 
@@ -10,16 +11,17 @@ from ctx import _C
 class Schedule:
     """Sizes of a compressive memory; everything it holds at any moment follows from them.
 
-    ``segment = n_s, sinks = 0`` is the Compressive Transformer (Rae et al. 2019, arXiv:1911.05507, section 3);
-    ``segment = 1`` streams token by token; ``compressed = 0`` is a sliding window, with ``sinks`` as in StreamingLLM
-    (Xiao et al. 2023, arXiv:2309.17453). Deviation from the paper: tokens that wait for their group to fill stay
-    exact and visible, they are never padded.
+    ``segment = n_s, sinks = 0`` is the Compressive Transformer (Rae et al. 2019, arXiv:1911.05507,
+    section 3); ``segment = 1`` streams token by token; ``compressed = 0`` is a sliding window, with
+    ``sinks`` as in StreamingLLM (Xiao et al. 2023, arXiv:2309.17453). Deviation from the paper:
+    tokens that wait for their group to fill stay exact and visible, they are never padded.
 
     Args:
         window: exact tokens that every query is guaranteed to see behind it (*Mem*), >= 0.
         compressed: capacity of the compressive memory (*CMem*) in slots, >= 0.
         ratio: tokens that become one slot, >= 1.
-        segment: eviction happens only at positions that are multiples of it, >= 1; default ``ratio``.
+        segment: eviction happens only at positions that are multiples of it, >= 1; default
+            ``ratio``.
         sinks: first tokens of a stream that are kept exactly for ever, >= 0.
 
     Raises:
@@ -32,6 +34,7 @@ class Schedule:
     ratio: int
     segment: int = None  # type: ignore[assignment]  # resolved to ratio below
     sinks: int = 0
+
     def __post_init__(self) -> None:
         if self.segment is None:
             object.__setattr__(self, "segment", self.ratio)

@@ -36,7 +36,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressiveTransformerConfig:
-    """Everything that is needed to build a model again; plain values only, so it goes into a checkpoint.
+    """Everything that is needed to build a model again; plain values only, so it goes into a
+    checkpoint.
 
     Args:
         vocab_size: number of different tokens; 256 for bytes.
@@ -105,7 +106,9 @@ class CompressiveTransformerConfig:
                 got = getattr(self, name)
                 raise ValueError(f"{where}: {name} must be one of {names}, got {got!r}")
         if not (math.isfinite(self.rotary_base) and self.rotary_base > 0):
-            raise ValueError(f"{where}: rotary_base must be positive and finite, got {self.rotary_base}")
+            raise ValueError(
+                f"{where}: rotary_base must be positive and finite, got {self.rotary_base}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{where}: dropout must be at least 0 and below 1, got {self.dropout}")
         if self.embed_dim % self.num_heads:
@@ -213,8 +216,9 @@ class CompressiveTransformer(nn.Module):
     """A language model whose memory has a constant size, however long the stream.
 
     Under grad every call is differentiable and returns a new memory, which is constant for the next
-    call (truncated back-propagation); under `torch.no_grad()` or `torch.inference_mode()` the memory
-    is streamed into in place. Both give the same logits, however the stream is cut into calls.
+    call (truncated back-propagation); under `torch.no_grad()` or `torch.inference_mode()` the
+    memory is streamed into in place. Both give the same logits, however the stream is cut into
+    calls.
 
     Args:
         config: sizes and choices; kept as `model.config`.
@@ -288,7 +292,12 @@ class CompressiveTransformer(nn.Module):
         Sizes that are not given stay as they are; `compressed=0` switches the compressive memory
         off. A memory belongs to the sizes that it was made with.
         """
-        sizes = dict(window=window, compressed=compressed, segment=segment, sinks=sinks)
+        sizes = {
+            "window": window,
+            "compressed": compressed,
+            "segment": segment,
+            "sinks": sinks,
+        }
         changed: dict[str, Any] = {name: n for name, n in sizes.items() if n is not None}
         twin = _share(self)
         twin.config = dataclasses.replace(self.config, **changed)

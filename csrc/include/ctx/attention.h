@@ -18,11 +18,13 @@ namespace ctx {
 // Everything about attention that is not a tensor.
 struct AttentionOptions {
   Schedule schedule;
-  std::string distance = "slot";  // or "token": how far a compressed slot or a sink is from the query
-  int64_t rotary_dim = 0;         // channels that are rotated, even; 0: no positions
+  std::string distance =
+      "slot";              // or "token": how far a compressed slot or a sink is from the query
+  int64_t rotary_dim = 0;  // channels that are rotated, even; 0: no positions
   double rotary_base = 10000.0;
-  bool rotary_interleaved = false;  // pairs (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
-  double scale = 0.0;               // of the scores; 0: head_dim^-1/2
+  bool rotary_interleaved =
+      false;           // pairs (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
+  double scale = 0.0;  // of the scores; 0: head_dim^-1/2
 
   // Throws ValueError naming the first setting that is out of range.
   CTX_API void validate(int64_t head_dim) const;
@@ -30,17 +32,21 @@ struct AttentionOptions {
 
 // Attends from T new tokens per row to a memory and to themselves.
 //
-//   q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], un-rotated; H a multiple of Hkv; one dtype, one device
-//   memory   empty for streams that begin here, else the seven tensors of KVMemory::tensors(); constants
-//   bias     [H], added to the scores of compressed slots; undefined or absent: none
-//   constant_slots  no gradient passes through compressed slots (the paper's training scheme)
-//   returns [B, H, T, Dv]
+//   q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], un-rotated; H a multiple of Hkv; one
+//   dtype, one device memory   empty for streams that begin here, else the seven tensors of
+//   KVMemory::tensors(); constants bias     [H], added to the scores of compressed slots; undefined
+//   or absent: none constant_slots  no gradient passes through compressed slots (the paper's
+//   training scheme) returns [B, H, T, Dv]
 //
-// Gradients reach q, k, v, the compressor's parameters and the bias. Throws ValueError for shapes, dtypes or devices that
-// do not belong together.
-CTX_API at::Tensor compressive_attention(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::vector<at::Tensor>& memory,
-    const Compressor& compressor, const std::optional<at::Tensor>& bias, const AttentionOptions& options,
-    bool constant_slots = false);
+// Gradients reach q, k, v, the compressor's parameters and the bias. Throws ValueError for shapes,
+// dtypes or devices that do not belong together.
+CTX_API at::Tensor compressive_attention(const at::Tensor& q,
+                                         const at::Tensor& k,
+                                         const at::Tensor& v,
+                                         const std::vector<at::Tensor>& memory,
+                                         const Compressor& compressor,
+                                         const std::optional<at::Tensor>& bias,
+                                         const AttentionOptions& options,
+                                         bool constant_slots = false);
 
 }  // namespace ctx

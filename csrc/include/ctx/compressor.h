@@ -3,13 +3,19 @@
 //   name     slot (the value slot likewise, with its own parameters)     parameters, in this order
 //   "mean"   mean over the c tokens                                      none
 //   "max"    maximum over the c tokens, channel by channel               none
-//   "conv"   sum_i x_i W_i (+ b): kernel = stride = c                    key_weight [Hkv, c, D, D], value_weight [Hkv, c, Dv, Dv],
-//                                                                        or these two and key_bias [Hkv, D], value_bias [Hkv, Dv]
-//   "gated"  sum_i softmax_i(key_i . gate + position_i) x_i              key_gate [Hkv, D], key_position [Hkv, c],
-//                                                                        value_gate [Hkv, D], value_position [Hkv, c]
+//   "conv"   sum_i x_i W_i (+ b): kernel = stride = c                    key_weight [Hkv, c, D, D],
+//   value_weight [Hkv, c, Dv, Dv],
+//                                                                        or these two and key_bias
+//                                                                        [Hkv, D], value_bias [Hkv,
+//                                                                        Dv]
+//   "gated"  sum_i softmax_i(key_i . gate + position_i) x_i              key_gate [Hkv, D],
+//   key_position [Hkv, c],
+//                                                                        value_gate [Hkv, D],
+//                                                                        value_position [Hkv, c]
 //
-// Mean, max and conv are the compression functions of Rae et al. 2019 (arXiv:1911.05507, section 3.2); they work there on
-// hidden states shared by all heads, here on the pairs of each kv head. Gated pooling is not in the paper.
+// Mean, max and conv are the compression functions of Rae et al. 2019 (arXiv:1911.05507,
+// section 3.2); they work there on hidden states shared by all heads, here on the pairs of each kv
+// head. Gated pooling is not in the paper.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,10 +32,14 @@ struct Compressor {
   std::string name = "mean";
   std::vector<at::Tensor> parameters;
 
-  // A compressor that starts as mean pooling (max: as itself). Throws ValueError for an unknown name or a size below 1.
-  CTX_API static Compressor make(
-      const std::string& name, int64_t kv_heads, int64_t ratio, int64_t head_dim, int64_t value_dim,
-      const at::TensorOptions& options = {});
+  // A compressor that starts as mean pooling (max: as itself). Throws ValueError for an unknown
+  // name or a size below 1.
+  CTX_API static Compressor make(const std::string& name,
+                                 int64_t kv_heads,
+                                 int64_t ratio,
+                                 int64_t head_dim,
+                                 int64_t value_dim,
+                                 const at::TensorOptions& options = {});
 };
 
 // Compresses groups of un-rotated pairs; differentiable in everything.
@@ -38,7 +48,8 @@ struct Compressor {
 //   returns ([B, Hkv, G, D], [B, Hkv, G, Dv])
 //
 // Throws ValueError for shapes that do not belong together.
-CTX_API std::tuple<at::Tensor, at::Tensor> compress(
-    const at::Tensor& keys, const at::Tensor& values, const Compressor& compressor);
+CTX_API std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
+                                                    const at::Tensor& values,
+                                                    const Compressor& compressor);
 
 }  // namespace ctx

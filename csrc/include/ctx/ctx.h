@@ -12,13 +12,14 @@
 
 namespace ctx {
 
-// Instruction sets that the CPU kernels were built for, and the one in use: the best of this machine, or what the
-// environment variable CTX_CPU_CAPABILITY names (ValueError if it cannot be had).
+// Instruction sets that the CPU kernels were built for, and the one in use: the best of this
+// machine, or what the environment variable CTX_CPU_CAPABILITY names (ValueError if it cannot be
+// had).
 CTX_API std::vector<std::string> cpu_capabilities();
 CTX_API std::string cpu_capability();
 
-// Does nothing; a program that uses libctx only for the operators it registers (torch.ops.ctx, exported graphs) calls
-// this once, so that the linker keeps the library.
+// Does nothing; a program that uses libctx only for the operators it registers (torch.ops.ctx,
+// exported graphs) calls this once, so that the linker keeps the library.
 CTX_API void init();
 
 }  // namespace ctx

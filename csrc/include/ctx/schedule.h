@@ -1,8 +1,9 @@
 // The law: which tokens a query sees, as pure integers.
 //
-// A stream's tokens are numbered t = 0, 1, 2, ...; whatever a compressive memory holds at any moment follows from these
-// numbers alone. Kernels, rings, the training path and the bindings all take their indices from this header, so that no
-// two of them can disagree. It needs neither Torch nor a device.
+// A stream's tokens are numbered t = 0, 1, 2, ...; whatever a compressive memory holds at any
+// moment follows from these numbers alone. Kernels, rings, the training path and the bindings all
+// take their indices from this header, so that no two of them can disagree. It needs neither Torch
+// nor a device.
 //
 //   window  (M) exact tokens that every query is guaranteed to see behind it
 //   compressed (C) capacity of the compressive memory, in slots
@@ -10,8 +11,8 @@
 //   segment (S) eviction happens only at absolute positions that are multiples of S
 //   sinks   (A) first tokens of a stream, kept exactly for ever
 //
-// Rae et al. 2019 (arXiv:1911.05507) is segment = n_s, sinks = 0; tokens that wait for their group to fill stay exact and
-// visible here, where the authors' code pads them with zeros.
+// Rae et al. 2019 (arXiv:1911.05507) is segment = n_s, sinks = 0; tokens that wait for their group
+// to fill stay exact and visible here, where the authors' code pads them with zeros.
 #pragma once
 
 #include <cstdint>
@@ -27,13 +28,16 @@ struct Schedule {
   int64_t segment = 1;
   int64_t sinks = 0;
 
-  // Largest value of any setting: leaves every product of two of them, and every position below 2^62, inside int64.
+  // Largest value of any setting: leaves every product of two of them, and every position below
+  // 2^62, inside int64.
   static constexpr int64_t kLimit = int64_t{1} << 30;
 
-  // Groups compressed before the segment of token t began, for t >= 0; 0 for t = -1, "nothing seen yet".
+  // Groups compressed before the segment of token t began, for t >= 0; 0 for t = -1, "nothing seen
+  // yet".
   CTX_HOST_DEVICE constexpr int64_t groups(int64_t t) const {
     if (t < 0) return 0;
-    const int64_t left = segment * (t / segment) - sinks - window;  // tokens behind the window at the segment's start
+    const int64_t left = segment * (t / segment) - sinks -
+                         window;  // tokens behind the window at the segment's start
     return left > 0 ? left / ratio : 0;
   }
 
@@ -47,7 +51,9 @@ struct Schedule {
   }
 
   // Sinks that token t attends to: 0 ... visible_sinks(t) - 1.
-  CTX_HOST_DEVICE constexpr int64_t visible_sinks(int64_t t) const { return t + 1 < sinks ? t + 1 : sinks; }
+  CTX_HOST_DEVICE constexpr int64_t visible_sinks(int64_t t) const {
+    return t + 1 < sinks ? t + 1 : sinks;
+  }
 
   // First token of group g.
   CTX_HOST_DEVICE constexpr int64_t first_token(int64_t g) const { return sinks + ratio * g; }
@@ -67,9 +73,12 @@ struct Schedule {
     return (segment * boundaries + ratio - 1) / ratio;
   }
 
-  // Ring sizes that let `headroom` tokens be written before the first of them attends, and `headroom` tokens be taken
-  // back again. A token's index is its position modulo the capacity, a slot's its group modulo the capacity.
-  CTX_HOST_DEVICE constexpr int64_t window_capacity(int64_t headroom) const { return max_window() + headroom; }
+  // Ring sizes that let `headroom` tokens be written before the first of them attends, and
+  // `headroom` tokens be taken back again. A token's index is its position modulo the capacity, a
+  // slot's its group modulo the capacity.
+  CTX_HOST_DEVICE constexpr int64_t window_capacity(int64_t headroom) const {
+    return max_window() + headroom;
+  }
   CTX_HOST_DEVICE constexpr int64_t compressed_capacity(int64_t headroom) const {
     return compressed == 0 ? 0 : compressed + max_new_groups(headroom - 1);
   }
@@ -80,15 +89,16 @@ struct Schedule {
   CTX_API void validate() const;
 };
 
-// How far the query of token t is from what it sees (semantics: distance "slot" is contiguous over all three regions and
-// bounded; distance "token" is the true one). Keys are rotated once, when written, to key_position; each region has a
-// clock, and the query is rotated to it.
+// How far the query of token t is from what it sees (semantics: distance "slot" is contiguous over
+// all three regions and bounded; distance "token" is the true one). Keys are rotated once, when
+// written, to key_position; each region has a clock, and the query is rotated to it.
 struct Clock {
   Schedule schedule;
   bool token_distance = false;
 
   CTX_HOST_DEVICE constexpr double group_key(int64_t g) const {
-    return token_distance ? schedule.first_token(g) + (schedule.ratio - 1) / 2.0 : static_cast<double>(g);
+    return token_distance ? schedule.first_token(g) + (schedule.ratio - 1) / 2.0
+                          : static_cast<double>(g);
   }
   CTX_HOST_DEVICE constexpr int64_t group_query(int64_t t) const {
     return token_distance ? t : t - schedule.edge(t) + schedule.groups(t);
@@ -107,9 +117,11 @@ static_assert(kPaper.groups(23) == 2 && kPaper.groups(24) == 4 && kPaper.slots(4
 static_assert(kPaper.max_window() == 19 && kPaper.max_slots() == 23 && kPaper.reach() == 24);
 // Token-level streaming with sinks: tokens wait for their group to fill.
 constexpr Schedule kStream{3, 2, 5, 1, 2};
-static_assert(kStream.groups(9) == 0 && kStream.groups(10) == 1 && kStream.groups(14) == 1 && kStream.groups(15) == 2);
+static_assert(kStream.groups(9) == 0 && kStream.groups(10) == 1 && kStream.groups(14) == 1 &&
+              kStream.groups(15) == 2);
 static_assert(kStream.edge(14) == 7 && 14 - kStream.edge(14) + 1 == 8 && kStream.max_window() == 8);
-// The distance of a group is contiguous with the window's: its newest group is one further than the window's oldest.
+// The distance of a group is contiguous with the window's: its newest group is one further than the
+// window's oldest.
 static_assert(Clock{kPaper}.group_query(30) - 3 == 30 - kPaper.edge(30) + 1);
 }  // namespace examples
 

@@ -1,5 +1,6 @@
-// Pairs into the rings: a token's index is its position modulo the capacity; the first `sinks` tokens have a place of
-// their own and never leave it. Keys are rotated here, once, to their own position.
+// Pairs into the rings: a token's index is its position modulo the capacity; the first `sinks`
+// tokens have a place of their own and never leave it. Keys are rotated here, once, to their own
+// position.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -30,9 +31,9 @@ void append_token(const AppendArgs& args, int64_t b, int64_t i, std::vector<Acc<
     void* keys = sink ? m.sink_keys : m.window_keys;
     void* values = sink ? m.sink_values : m.window_values;
     store_row(key, ring_row<T>(keys, m.kv_heads, capacity, m.head_dim, b, h, index), m.head_dim);
-    std::copy_n(
-        row<T>(args.values, b, h, source), m.value_dim,
-        ring_row<T>(values, m.kv_heads, capacity, m.value_dim, b, h, index));
+    std::copy_n(row<T>(args.values, b, h, source),
+                m.value_dim,
+                ring_row<T>(values, m.kv_heads, capacity, m.value_dim, b, h, index));
   }
 }
 
@@ -40,7 +41,8 @@ void append_token(const AppendArgs& args, int64_t b, int64_t i, std::vector<Acc<
 
 void append(const AppendArgs& args) {
   const int64_t tokens = args.block.tokens;
-  const int64_t work = args.memory.kv_heads * (args.memory.head_dim + args.memory.value_dim) + 40 * args.memory.rotary.dim;
+  const int64_t work = args.memory.kv_heads * (args.memory.head_dim + args.memory.value_dim) +
+                       40 * args.memory.rotary.dim;
   dispatch(args.memory.storage, [&](auto type) {
     using T = decltype(type);
     at::parallel_for(0, args.memory.batch * tokens, grain(work), [&](int64_t begin, int64_t end) {

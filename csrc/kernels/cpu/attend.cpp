@@ -1,6 +1,7 @@
-// One softmax over sinks, compressed slots and window. A region is a ring, so what a query sees of it is at most two
-// contiguous pieces; they are walked in blocks of keys with a running maximum and sum (Milakov & Gimelshein 2018,
-// arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), each key read once for all query heads that share it.
+// One softmax over sinks, compressed slots and window. A region is a ring, so what a query sees of
+// it is at most two contiguous pieces; they are walked in blocks of keys with a running maximum and
+// sum (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), each key
+// read once for all query heads that share it.
 #include <ATen/Parallel.h>
 
 #include <limits>
@@ -17,12 +18,14 @@ constexpr int64_t kBlock = 64;  // keys whose scores are held at once
 
 enum Region : int64_t { kSinks = 0, kCompressed = 1, kWindow = 2, kRegions = 3 };
 
-// Queries rotated to the three clocks: [regions, B, tokens, H, D], scaled. Made once for all tasks of a block.
+// Queries rotated to the three clocks: [regions, B, tokens, H, D], scaled. Made once for all tasks
+// of a block.
 template <typename A>
 class RotatedQueries {
  public:
   RotatedQueries(const AttendArgs& args, std::vector<A>& storage) : args_(args), storage_(storage) {
-    storage_.resize(kRegions * args.memory.batch * args.block.tokens * args.heads * args.memory.head_dim);
+    storage_.resize(kRegions * args.memory.batch * args.block.tokens * args.heads *
+                    args.memory.head_dim);
   }
 
   A* at(int64_t region, int64_t b, int64_t i, int64_t h) const {
@@ -34,8 +37,9 @@ class RotatedQueries {
   void fill(int64_t b, int64_t i) {
     const MemoryView& m = args_.memory;
     const int64_t t = args_.block.first(b) + i;
-    const double clocks[kRegions] = {
-        static_cast<double>(m.clock.sink_query(t)), static_cast<double>(m.clock.group_query(t)), static_cast<double>(t)};
+    const double clocks[kRegions] = {static_cast<double>(m.clock.sink_query(t)),
+                                     static_cast<double>(m.clock.group_query(t)),
+                                     static_cast<double>(t)};
     thread_local std::vector<A> table;
     table.resize(m.rotary.dim);
     for (int64_t region = 0; region < kRegions; ++region) {
@@ -82,7 +86,12 @@ class Attention {
     const int64_t n = schedule.groups(t);
     span(kSinks, m_.sink_keys, m_.sink_values, schedule.sinks, 0, schedule.visible_sinks(t));
     if (m_.compressed_capacity > 0) {
-      span(kCompressed, m_.compressed_keys, m_.compressed_values, m_.compressed_capacity, n - schedule.slots(t), n);
+      span(kCompressed,
+           m_.compressed_keys,
+           m_.compressed_values,
+           m_.compressed_capacity,
+           n - schedule.slots(t),
+           n);
     }
     span(kWindow, m_.window_keys, m_.window_values, m_.window_capacity, schedule.edge(t), t + 1);
     store();
@@ -94,9 +103,10 @@ class Attention {
     while (begin < end) {
       const int64_t index = begin % capacity;
       const int64_t count = std::min({end - begin, capacity - index, kBlock});
-      block(
-          region, ring_row<T>(keys, m_.kv_heads, capacity, m_.head_dim, b_, kv_, index),
-          ring_row<T>(values, m_.kv_heads, capacity, m_.value_dim, b_, kv_, index), count);
+      block(region,
+            ring_row<T>(keys, m_.kv_heads, capacity, m_.head_dim, b_, kv_, index),
+            ring_row<T>(values, m_.kv_heads, capacity, m_.value_dim, b_, kv_, index),
+            count);
       begin += count;
     }
   }
@@ -105,12 +115,15 @@ class Attention {
     for (int64_t j = 0; j < count; ++j) {
       const A* key = widen(keys + j * m_.head_dim, m_.head_dim);
       for (int64_t r = 0; r < share_; ++r) {
-        scores_[r * kBlock + j] = dot(queries_.at(region, b_, i_, kv_ * share_ + r), key, m_.head_dim);
+        scores_[r * kBlock + j] =
+            dot(queries_.at(region, b_, i_, kv_ * share_ + r), key, m_.head_dim);
       }
     }
     for (int64_t r = 0; r < share_; ++r) {
       A* scores = scores_ + r * kBlock;
-      const A bias = region == kCompressed && args_.bias ? static_cast<const A*>(args_.bias)[kv_ * share_ + r] : A(0);
+      const A bias = region == kCompressed && args_.bias
+                         ? static_cast<const A*>(args_.bias)[kv_ * share_ + r]
+                         : A(0);
       A largest = largest_[r];
       for (int64_t j = 0; j < count; ++j) largest = std::max(largest, scores[j] += bias);
       // All scores minus infinity so far (a bias may be): their weights are zero, not NaN.
@@ -125,7 +138,8 @@ class Attention {
     }
     for (int64_t j = 0; j < count; ++j) {
       const A* value = widen(values + j * m_.value_dim, m_.value_dim);
-      for (int64_t r = 0; r < share_; ++r) axpy(scores_[r * kBlock + j], value, sums_ + r * m_.value_dim, m_.value_dim);
+      for (int64_t r = 0; r < share_; ++r)
+        axpy(scores_[r * kBlock + j], value, sums_ + r * m_.value_dim, m_.value_dim);
     }
   }
 
@@ -139,7 +153,9 @@ class Attention {
     }
   }
 
-  T* out(int64_t r) const { return row<T>(args_.out, b_, kv_ * share_ + r, args_.block.offset + i_); }
+  T* out(int64_t r) const {
+    return row<T>(args_.out, b_, kv_ * share_ + r, args_.block.offset + i_);
+  }
 
   void store() {
     for (int64_t r = 0; r < share_; ++r) {
@@ -174,9 +190,11 @@ void attend_rows(const AttendArgs& args) {
   const int64_t tokens = args.block.tokens;
   thread_local std::vector<Acc<T>> storage;  // the calling thread's: kept from step to step
   RotatedQueries<Acc<T>> queries(args, storage);
-  at::parallel_for(0, m.batch * tokens, grain(args.heads * m.head_dim * 6), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) queries.template fill<T>(task / tokens, task % tokens);
-  });
+  at::parallel_for(
+      0, m.batch * tokens, grain(args.heads * m.head_dim * 6), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task)
+          queries.template fill<T>(task / tokens, task % tokens);
+      });
   const int64_t slots = m.clock.schedule.sinks + m.compressed_capacity + m.window_capacity;
   const int64_t work = slots * (args.heads / m.kv_heads) * (m.head_dim + m.value_dim);
   at::parallel_for(0, m.batch * m.kv_heads * tokens, grain(work), [&](int64_t begin, int64_t end) {

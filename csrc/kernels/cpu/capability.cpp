@@ -22,12 +22,15 @@ const std::vector<Variant>& variants() {
   static const std::vector<Variant> all = {
       {&DEFAULT::kTable, true},
 #if defined(CTX_CPU_HAVE_AVX2)
-      {&AVX2::kTable, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+      {&AVX2::kTable,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c")},
 #endif
 #if defined(CTX_CPU_HAVE_AVX512)
       {&AVX512::kTable,
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
   };
   return all;
@@ -42,14 +45,19 @@ std::vector<std::string> names() {
 const Kernels& choose() {
   const char* asked = std::getenv("CTX_CPU_CAPABILITY");
   if (asked == nullptr || *asked == '\0') {
-    return *std::find_if(variants().rbegin(), variants().rend(), [](const Variant& v) { return v.supported; })->table;
+    return *std::find_if(variants().rbegin(), variants().rend(), [](const Variant& v) {
+              return v.supported;
+            })->table;
   }
   std::string name = asked;
-  std::transform(name.begin(), name.end(), name.begin(), [](unsigned char ch) { return std::toupper(ch); });
+  std::transform(
+      name.begin(), name.end(), name.begin(), [](unsigned char ch) { return std::toupper(ch); });
   for (const Variant& variant : variants()) {
     if (name != variant.table->name) continue;
-    CTX_CHECK_VALUE(
-        variant.supported, "CTX_CPU_CAPABILITY", "must be an instruction set of this processor, got ", asked);
+    CTX_CHECK_VALUE(variant.supported,
+                    "CTX_CPU_CAPABILITY",
+                    "must be an instruction set of this processor, got ",
+                    asked);
     return *variant.table;
   }
   std::string known;
@@ -62,7 +70,8 @@ const Kernels& chosen() {
   return table;
 }
 
-[[maybe_unused]] const bool registered = (ops::register_kernels(c10::DeviceType::CPU, names(), &chosen), true);
+[[maybe_unused]] const bool registered =
+    (ops::register_kernels(c10::DeviceType::CPU, names(), &chosen), true);
 
 }  // namespace
 }  // namespace ctx::cpu

@@ -1,5 +1,5 @@
-// c tokens -> 1 slot: a group is read back from the window ring, its keys are rotated back by their tokens' positions,
-// compressed in the arithmetic's type, and rotated to the slot's position.
+// c tokens -> 1 slot: a group is read back from the window ring, its keys are rotated back by their
+// tokens' positions, compressed in the arithmetic's type, and rotated to the slot's position.
 #include <ATen/Parallel.h>
 
 #include <limits>
@@ -33,7 +33,13 @@ void pool_max(const A* x, int64_t c, int64_t width, A* slot) {
 
 // slot = sum_i x_i W_i (+ bias); weight [c, width, width] of one head.
 template <typename A, typename P>
-void convolve(const A* x, const P* weight, const P* bias, int64_t c, int64_t width, A* slot, A* parameter_row) {
+void convolve(const A* x,
+              const P* weight,
+              const P* bias,
+              int64_t c,
+              int64_t width,
+              A* slot,
+              A* parameter_row) {
   std::fill_n(slot, width, A(0));
   if (bias != nullptr) load_row(bias, slot, width);
   for (int64_t id = 0; id < c * width; ++id) {
@@ -44,9 +50,16 @@ void convolve(const A* x, const P* weight, const P* bias, int64_t c, int64_t wid
 
 // slot = sum_i softmax_i(key_i . gate + position_i) x_i
 template <typename A, typename P>
-void gate(
-    const A* keys, const A* x, const P* direction, const P* position, int64_t c, int64_t key_width, int64_t width,
-    A* slot, A* parameter_row, A* weights) {
+void gate(const A* keys,
+          const A* x,
+          const P* direction,
+          const P* position,
+          int64_t c,
+          int64_t key_width,
+          int64_t width,
+          A* slot,
+          A* parameter_row,
+          A* weights) {
   load_row(direction, parameter_row, key_width);
   load_row(position, weights, c);
   A largest = -std::numeric_limits<A>::infinity();
@@ -86,21 +99,33 @@ class GroupCompressor {
       for (int64_t i = 0; i < c_; ++i) {
         const int64_t index = (first + i) % m_.window_capacity;
         A* key = keys_ + i * m_.head_dim;
-        load_row(ring_row<T>(m_.window_keys, m_.kv_heads, m_.window_capacity, m_.head_dim, b, h, index), key, m_.head_dim);
-        rotate_row(m_.rotary, cosine(i), sine(i), A(-1), key);
         load_row(
-            ring_row<T>(m_.window_values, m_.kv_heads, m_.window_capacity, m_.value_dim, b, h, index),
-            values_ + i * m_.value_dim, m_.value_dim);
+            ring_row<T>(m_.window_keys, m_.kv_heads, m_.window_capacity, m_.head_dim, b, h, index),
+            key,
+            m_.head_dim);
+        rotate_row(m_.rotary, cosine(i), sine(i), A(-1), key);
+        load_row(ring_row<T>(
+                     m_.window_values, m_.kv_heads, m_.window_capacity, m_.value_dim, b, h, index),
+                 values_ + i * m_.value_dim,
+                 m_.value_dim);
       }
       make(h, keys_, m_.head_dim, 0);
       rotate_row(m_.rotary, cosine(c_), sine(c_), A(1), slot_);
       store_row(
-          slot_, ring_row<T>(m_.compressed_keys, m_.kv_heads, m_.compressed_capacity, m_.head_dim, b, h, target),
+          slot_,
+          ring_row<T>(
+              m_.compressed_keys, m_.kv_heads, m_.compressed_capacity, m_.head_dim, b, h, target),
           m_.head_dim);
       make(h, values_, m_.value_dim, 1);
-      store_row(
-          slot_, ring_row<T>(m_.compressed_values, m_.kv_heads, m_.compressed_capacity, m_.value_dim, b, h, target),
-          m_.value_dim);
+      store_row(slot_,
+                ring_row<T>(m_.compressed_values,
+                            m_.kv_heads,
+                            m_.compressed_capacity,
+                            m_.value_dim,
+                            b,
+                            h,
+                            target),
+                m_.value_dim);
     }
   }
 
@@ -118,15 +143,29 @@ class GroupCompressor {
   // side: 0 for keys, 1 for values.
   void make(int64_t h, const A* x, int64_t width, int side) {
     switch (args_.kind) {
-      case CompressorKind::kMean: return pool_mean(x, c_, width, slot_);
-      case CompressorKind::kMax: return pool_max(x, c_, width, slot_);
+      case CompressorKind::kMean:
+        return pool_mean(x, c_, width, slot_);
+      case CompressorKind::kMax:
+        return pool_max(x, c_, width, slot_);
       case CompressorKind::kConv:
-        return convolve(
-            x, parameter(side, h, c_ * width * width), parameter(2 + side, h, width), c_, width, slot_, row_);
+        return convolve(x,
+                        parameter(side, h, c_ * width * width),
+                        parameter(2 + side, h, width),
+                        c_,
+                        width,
+                        slot_,
+                        row_);
       case CompressorKind::kGated:
-        return gate(
-            keys_, x, parameter(2 * side, h, m_.head_dim), parameter(2 * side + 1, h, c_), c_, m_.head_dim, width,
-            slot_, row_, weights_);
+        return gate(keys_,
+                    x,
+                    parameter(2 * side, h, m_.head_dim),
+                    parameter(2 * side + 1, h, c_),
+                    c_,
+                    m_.head_dim,
+                    width,
+                    slot_,
+                    row_,
+                    weights_);
     }
   }
 

@@ -1,5 +1,5 @@
-// Rotary position for whole tensors. Tokens are walked position by position, so that rows at the same position share a
-// table of sines and cosines, which cost more than the rotation.
+// Rotary position for whole tensors. Tokens are walked position by position, so that rows at the
+// same position share a table of sines and cosines, which cost more than the rotation.
 #include "kernels/cpu/rotary.h"
 
 #include <ATen/Parallel.h>

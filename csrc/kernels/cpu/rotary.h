@@ -16,7 +16,8 @@ inline const std::vector<double>& inverse_frequencies(const Rotary& rotary) {
   if (known.dim != rotary.dim || known.base != rotary.base) {
     table.resize(rotary.dim / 2);
     for (int64_t i = 0; i < rotary.dim / 2; ++i) {
-      table[i] = std::pow(rotary.base, -2.0 * static_cast<double>(i) / static_cast<double>(rotary.dim));
+      table[i] =
+          std::pow(rotary.base, -2.0 * static_cast<double>(i) / static_cast<double>(rotary.dim));
     }
     known = rotary;
   }
@@ -25,7 +26,10 @@ inline const std::vector<double>& inverse_frequencies(const Rotary& rotary) {
 
 // Angles are taken in float64 and rounded once, so that positions may grow without end.
 template <typename A>
-inline void rotary_table(const Rotary& rotary, double position, A* __restrict cosine, A* __restrict sine) {
+inline void rotary_table(const Rotary& rotary,
+                         double position,
+                         A* __restrict cosine,
+                         A* __restrict sine) {
   const std::vector<double>& frequency = inverse_frequencies(rotary);
   for (int64_t i = 0; i < rotary.dim / 2; ++i) {
     const double angle = position * frequency[i];
@@ -36,7 +40,11 @@ inline void rotary_table(const Rotary& rotary, double position, A* __restrict co
 
 // Rotates one row in place; direction = -1 rotates back.
 template <typename A>
-inline void rotate_row(const Rotary& rotary, const A* __restrict cosine, const A* __restrict sine, A direction, A* row) {
+inline void rotate_row(const Rotary& rotary,
+                       const A* __restrict cosine,
+                       const A* __restrict sine,
+                       A direction,
+                       A* row) {
   const int64_t half = rotary.dim / 2;
   const int64_t step = rotary.interleaved ? 2 : 1;  // between one pair and the next
   const int64_t other = rotary.interleaved ? 1 : half;

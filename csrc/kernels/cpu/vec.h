@@ -1,6 +1,8 @@
-// Rows of numbers: loops that the compiler turns into the instruction set that this file is compiled for.
+// Rows of numbers: loops that the compiler turns into the instruction set that this file is
+// compiled for.
 //
-// Each loop's order depends on its length alone, never on how a call was cut: the same row gives the same bits.
+// Each loop's order depends on its length alone, never on how a call was cut: the same row gives
+// the same bits.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -17,7 +19,8 @@
 #endif
 
 #ifndef CTX_CPU_CAPABILITY
-#error "kernel sources are compiled once per instruction set, with -DCTX_CPU_CAPABILITY=DEFAULT|AVX2|AVX512"
+#error \
+    "kernel sources are compiled once per instruction set, with -DCTX_CPU_CAPABILITY=DEFAULT|AVX2|AVX512"
 #endif
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
@@ -46,7 +49,8 @@ template <>
 inline void load_row(const c10::Half* __restrict source, float* __restrict target, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    _mm256_storeu_ps(target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
+    _mm256_storeu_ps(
+        target + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i))));
   }
   for (; i < n; ++i) target[i] = static_cast<float>(source[i]);
 }
@@ -80,7 +84,8 @@ inline void scale_row(A a, A* x, int64_t n) {
 
 inline double exp_row_value(double x) { return std::exp(x); }
 
-// e^x for x <= 0: Cephes' expf, without branches so that a row of them vectorises; error below 2 units in the last place.
+// e^x for x <= 0: Cephes' expf, without branches so that a row of them vectorises; error below 2
+// units in the last place.
 inline float exp_row_value(float x) {
   const float clamped = std::max(x, -87.0f);
   const float n = std::nearbyint(clamped * 1.44269504f);

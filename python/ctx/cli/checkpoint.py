@@ -69,8 +69,10 @@ def load(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other people's pickles
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001  torch raises a dozen types over a damaged or foreign file
-        raise CliError(f"{path} must be a checkpoint of ctx, got a damaged or foreign file") from None
+    except Exception:
+        raise CliError(
+            f"{path} must be a checkpoint of ctx, got a damaged or foreign file"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CliError(f"{path} must be a checkpoint of ctx, got another kind of file")
     if state.get("version") != VERSION:

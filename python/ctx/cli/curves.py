@@ -40,7 +40,8 @@ def draw(path: Path, history: Sequence[dict[str, Any]], results: Sequence[Result
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean of about the last fiftieth of all values, weights falling off, unbiased from the start."""
+    """The mean of about the last fiftieth of all values, weights falling off, unbiased from the
+    start."""
     keep = 1 - 1 / max(1.0, len(values) / 50)
     total = weight = 0.0
     out = []

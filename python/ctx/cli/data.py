@@ -1,4 +1,5 @@
-"""Text as bytes: where it is read, what is held out, and how a batch of streams walks through it."""
+"""Text as bytes: where it is read, what is held out, and how a batch of streams walks through
+it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from ctx.cli.errors import CliError
 __all__ = ["Corpus", "Streams", "load_corpus", "read_text", "standard_library", "unigram_entropy"]
 
 # Not a source of its own: tests, installed packages, and tables written by programs.
-_SKIPPED = {"__pycache__", "dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"}
+_SKIPPED = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "site-packages",
+    "test",
+    "tests",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""`python -m ctx eval RUN FILE`: streams a text through a trained model, with and without memory."""
+"""`python -m ctx eval RUN FILE`: streams a text through a trained model, with and without
+memory."""
 
 from __future__ import annotations
 

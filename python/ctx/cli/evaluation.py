@@ -54,8 +54,8 @@ def stream(
 ) -> Result:
     """Streams a text through a model in inference mode, a segment per call.
 
-    A long text is read in up to 16 rows side by side, each many times longer than the reach, so that
-    starting with an empty memory does not show. `forget` empties the memory at every segment.
+    A long text is read in up to 16 rows side by side, each many times longer than the reach, so
+    that starting with an empty memory does not show. `forget` empties the memory at every segment.
     """
     if len(text) < 2:
         raise CliError(f"the text must have at least 2 bytes, got {len(text)}")
@@ -100,7 +100,10 @@ def table(results: Sequence[Result], text: Tensor) -> str:
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
     printed = [
         "  ".join(
-            [line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))]
+            [
+                line[0].ljust(widths[0]),
+                *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True)),
+            ]
         )
         for line in (head, *lines)
     ]

@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
                         help="0: always the likeliest byte (default: 0.8)")  # fmt: skip
     parser.add_argument("--top-k", type=int, metavar="N", help="draw from the N likeliest bytes")
     parser.add_argument("--top-p", type=float, metavar="X",
-                        help="draw from the likeliest bytes that reach this probability")  # fmt: skip
+                        help="draw from the likeliest bytes up to this probability")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed, the same text")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
 

@@ -14,7 +14,9 @@ __all__ = ["add_parser", "run"]
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("info", help="print versions, compiler, instruction sets and threads")
+    parser = commands.add_parser(
+        "info", help="print versions, compiler, instruction sets and threads"
+    )
     parser.set_defaults(run=run)
 
 

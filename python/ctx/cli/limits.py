@@ -13,7 +13,8 @@ __all__ = ["check_fits"]
 def check_fits(
     config: CompressiveTransformerConfig, rows: int, length: int, *, training: bool
 ) -> None:
-    """Raises where a model, its memory and one call of [rows, length] tokens need more than there is.
+    """Raises where a model, its memory and one call of [rows, length] tokens need more than there
+    is.
 
     A lower bound: what passes may still turn out too large, what is refused cannot work.
     """

@@ -22,6 +22,7 @@ from ctx.cli.trainer import Trainer
 
 __all__ = ["add_parser", "run"]
 
+
 def add_parser(commands: Any) -> None:
     """Adds the command to `python -m ctx`."""
     parser = commands.add_parser(
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILES",
-                        help="UTF-8 texts, read in this order; none: Python's standard library")  # fmt: skip
+                        help="UTF-8 texts, in this order; none: the standard library")  # fmt: skip
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--run", dest="folder", type=Path, metavar="RUN",
                         help="folder to write (default: runs/1, runs/2, ...)")  # fmt: skip
@@ -48,7 +49,9 @@ def add_parser(commands: Any) -> None:
 
 def _add(group: Any, option: str, name: str, kind: Any, text: str, default: Any) -> None:
     if default is not None:
-        text += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+        text += (
+            f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+        )
     # No default here: what was not said must be told apart from what was, for --resume.
     group.add_argument(
         option, dest=name, type=kind, help=text, default=argparse.SUPPRESS,
