@@ -5,7 +5,9 @@ set(CTX_SOURCES
     csrc/core/compressor.cpp
     csrc/core/init.cpp
     csrc/core/memory.cpp
+    csrc/core/rows.cpp
     csrc/core/schedule.cpp
+    csrc/core/snapshot.cpp
     csrc/kernels/cpu/capability.cpp
     csrc/ops/attend.cpp
     csrc/ops/compress.cpp
@@ -13,7 +15,8 @@ set(CTX_SOURCES
     csrc/ops/registry.cpp
     csrc/ops/rotary.cpp
     csrc/ops/sequence.cpp
-    csrc/ops/settings.cpp)
+    csrc/ops/settings.cpp
+    csrc/ops/state.cpp)
 
 # Compiled once for each instruction set.
 set(CTX_CPU_KERNEL_SOURCES

@@ -25,6 +25,7 @@ MEMORY = [
     "sink_keys",
     "sink_values",
     "seen",
+    "rewindable",
 ]
 
 
@@ -402,7 +403,7 @@ class TestPlainData:
     def test_pytree(self):
         attn, memory, x = self.parts()
         leaves, spec = pytree.tree_flatten(memory)
-        assert len(leaves) == 7 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        assert len(leaves) == 8 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
         copied = pytree.tree_unflatten([leaf.clone() for leaf in leaves], spec)
         self.assert_continues(attn, memory, attn, copied, x)
 

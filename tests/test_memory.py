@@ -273,13 +273,13 @@ def test_size_is_constant(dtype):
     assert tensors["compressed_values"].shape == (2, 1, slots, 4)
     assert tensors["sink_keys"].shape == (2, 1, 1, 4)
     pairs = 2 * 2 * (window + slots + 1) * 4
-    assert memory.nbytes == pairs * dtype.itemsize + 2 * 8
+    assert memory.nbytes == pairs * dtype.itemsize + 2 * 2 * 8
     assert memory.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
     for _ in range(50):
         memory.step(*drawn(7, dtype))
     assert {name: tensor.data_ptr() for name, tensor in memory.tensors.items()} == places
-    assert memory.nbytes == pairs * dtype.itemsize + 2 * 8
+    assert memory.nbytes == pairs * dtype.itemsize + 2 * 2 * 8
     assert memory.seen.tolist() == [350, 350]
 
 

@@ -4,6 +4,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cerrno>
+#include <system_error>
+
 #include "ctx/ctx.h"
 
 namespace py = pybind11;
@@ -49,6 +52,54 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
   return std::make_shared<ctx::KVMemory>(std::move(options));
 }
 
+using Memory = std::shared_ptr<ctx::KVMemory>;
+
+Memory share(ctx::KVMemory memory) { return std::make_shared<ctx::KVMemory>(std::move(memory)); }
+
+void reset(ctx::KVMemory& memory, const std::optional<at::Tensor>& rows) {
+  rows ? memory.reset(*rows) : memory.reset();
+}
+
+void rewind_rows(ctx::KVMemory& memory, const at::Tensor& tokens) { memory.rewind(tokens); }
+
+Memory select_rows(const ctx::KVMemory& memory, const at::Tensor& rows) {
+  return share(memory.select(rows));
+}
+
+Memory merge(const std::vector<Memory>& memories) {
+  std::vector<const ctx::KVMemory*> parts;
+  for (const Memory& memory : memories) parts.push_back(memory.get());
+  return share(ctx::KVMemory::merge(parts));
+}
+
+Memory to(const ctx::KVMemory& memory, at::ScalarType dtype, const at::Device& device) {
+  return share(memory.to(dtype, device));
+}
+
+// What the system refuses becomes the OSError that Python's own open() would raise.
+template <typename F>
+void with_os_errors(const std::string& path, const F& run) {
+  int code = 0;
+  try {
+    py::gil_scoped_release released;
+    run();
+  } catch (const std::system_error& error) {
+    code = error.code().value();
+  }
+  if (code == 0) return;
+  errno = code;
+  PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
+  throw python_error();
+}
+
+void save(const ctx::KVMemory& memory, const std::string& path) {
+  with_os_errors(path, [&] { memory.save(path); });
+}
+
+void load(ctx::KVMemory& memory, const std::string& path) {
+  with_os_errors(path, [&] { memory.load(path); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -67,9 +118,9 @@ PYBIND11_MODULE(_C, m) {
       .def("edge", &Schedule::edge, "t"_a)
       .def("slots", &Schedule::slots, "t"_a)
       .def("visible_sinks", &Schedule::visible_sinks, "t"_a)
-      .def("max_new_groups", &Schedule::max_new_groups, "tokens"_a)
-      .def("window_capacity", &Schedule::window_capacity, "headroom"_a)
-      .def("compressed_capacity", &Schedule::compressed_capacity, "headroom"_a)
+      .def("max_new_groups", &Schedule::max_new_groups<int64_t>, "tokens"_a)
+      .def("window_capacity", &Schedule::window_capacity<int64_t>, "headroom"_a)
+      .def("compressed_capacity", &Schedule::compressed_capacity<int64_t>, "headroom"_a)
       .def_property_readonly("max_window", &Schedule::max_window)
       .def_property_readonly("max_slots", &Schedule::max_slots)
       .def_property_readonly("reach", &Schedule::reach);
@@ -97,14 +148,25 @@ PYBIND11_MODULE(_C, m) {
            "q"_a,
            "k"_a,
            "v"_a,
-           "lengths"_a = py::none())
+           "lengths"_a = py::none(),
+           "reset_at"_a = py::none())
       .def("append",
            wrap_pybind_function_no_gil(&KVMemory::append),
            "k"_a,
            "v"_a,
-           "lengths"_a = py::none())
+           "lengths"_a = py::none(),
+           "reset_at"_a = py::none())
       .def("attend", wrap_pybind_function_no_gil(&KVMemory::attend), "q"_a)
-      .def("reset", wrap_pybind_function_no_gil(&KVMemory::reset))
+      .def("reset", wrap_pybind_function_no_gil(reset), "rows"_a = py::none())
+      .def("rewind", wrap_pybind_function_no_gil(rewind_rows), "tokens"_a)
+      .def("select", wrap_pybind_function_no_gil(select_rows), "rows"_a)
+      .def_static("merge", wrap_pybind_function_no_gil(merge), "memories"_a)
+      .def("to", wrap_pybind_function_no_gil(to), "dtype"_a, "device"_a)
+      .def("state_dict", wrap_pybind_function(&KVMemory::state_dict))
+      .def("load_state_dict", wrap_pybind_function_no_gil(&KVMemory::load_state_dict), "snapshot"_a)
+      .def("save", wrap_pybind_function(save), "path"_a)
+      .def("load", wrap_pybind_function(load), "path"_a)
+      .def("set_parameters", wrap_pybind_function_no_gil(&KVMemory::set_parameters), "parameters"_a)
       .def_property_readonly("seen", [](const KVMemory& memory) { return memory.seen(); })
       .def_property_readonly("tensors", [](const KVMemory& memory) { return memory.tensors(); })
       .def_property_readonly("nbytes", &KVMemory::nbytes);

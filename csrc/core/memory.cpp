@@ -7,9 +7,9 @@
 #include <cmath>
 
 #include "core/check.h"
-#include "ops/memory.h"
 #include "ops/registry.h"
 #include "ops/settings.h"
+#include "ops/state.h"
 
 namespace ctx {
 namespace {
@@ -19,6 +19,17 @@ using OptionalTensor = std::optional<Tensor>;
 
 std::array<int64_t, 5> numbers(const Schedule& s) {
   return {s.window, s.compressed, s.ratio, s.segment, s.sinks};
+}
+
+void check_tokens(at::TensorList state,
+                  const Tensor& k,
+                  const Tensor& v,
+                  const OptionalTensor& lengths,
+                  const OptionalTensor& reset_at,
+                  const char* where) {
+  ops::check_pairs(state, k, v, where);
+  ops::check_rows(k, lengths, reset_at, where);
+  ops::check_lengths(lengths, k.size(2), where);
 }
 
 }  // namespace
@@ -84,17 +95,23 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
                                       options_.head_dim,
                                       options_.value_dim,
                                       options_.headroom);
+  const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
   const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
-  for (int i = 0; i < ops::kStateTensors; ++i)
-    tensors_[i] = at::zeros(sizes[i], i == 6 ? pairs.dtype(at::kLong) : pairs);
+  for (int i = 0; i < ops::kStateTensors; ++i) {
+    tensors_[i] = at::zeros_symint(sizes[i], i < ops::kSeen ? pairs : pairs.dtype(at::kLong));
+  }
 }
+
+KVMemory::KVMemory(MemoryOptions options, std::array<Tensor, 8> tensors)
+    : options_(std::move(options)), tensors_(std::move(tensors)) {}
 
 Tensor KVMemory::step(const Tensor& q,
                       const Tensor& k,
                       const Tensor& v,
-                      const OptionalTensor& lengths) {
+                      const OptionalTensor& lengths,
+                      const OptionalTensor& reset_at) {
   constexpr const char* where = "ctx.KVMemory.step";
-  ops::check_pairs(tensors_, k, v, lengths, where);
+  check_tokens(tensors_, k, v, lengths, reset_at, where);
   ops::check_queries(tensors_, q, k.size(2), options_.compressed_bias, where);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::step_", "")
@@ -102,6 +119,8 @@ Tensor KVMemory::step(const Tensor& q,
                                            const Tensor&,
                                            const Tensor&,
                                            const OptionalTensor&,
+                                           const OptionalTensor&,
+                                           const Tensor&,
                                            const Tensor&,
                                            const Tensor&,
                                            const Tensor&,
@@ -125,6 +144,7 @@ Tensor KVMemory::step(const Tensor& q,
                  k,
                  v,
                  lengths,
+                 reset_at,
                  s[0],
                  s[1],
                  s[2],
@@ -132,6 +152,7 @@ Tensor KVMemory::step(const Tensor& q,
                  s[4],
                  s[5],
                  s[6],
+                 s[7],
                  options_.compressor.parameters,
                  options_.compressor.name,
                  options_.compressed_bias,
@@ -143,13 +164,18 @@ Tensor KVMemory::step(const Tensor& q,
                  a.scale);
 }
 
-void KVMemory::append(const Tensor& k, const Tensor& v, const OptionalTensor& lengths) {
-  ops::check_pairs(tensors_, k, v, lengths, "ctx.KVMemory.append");
+void KVMemory::append(const Tensor& k,
+                      const Tensor& v,
+                      const OptionalTensor& lengths,
+                      const OptionalTensor& reset_at) {
+  check_tokens(tensors_, k, v, lengths, reset_at, "ctx.KVMemory.append");
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::append_", "")
                              .typed<void(const Tensor&,
                                          const Tensor&,
                                          const OptionalTensor&,
+                                         const OptionalTensor&,
+                                         const Tensor&,
                                          const Tensor&,
                                          const Tensor&,
                                          const Tensor&,
@@ -170,6 +196,7 @@ void KVMemory::append(const Tensor& k, const Tensor& v, const OptionalTensor& le
   op.call(k,
           v,
           lengths,
+          reset_at,
           s[0],
           s[1],
           s[2],
@@ -177,6 +204,7 @@ void KVMemory::append(const Tensor& k, const Tensor& v, const OptionalTensor& le
           s[4],
           s[5],
           s[6],
+          s[7],
           options_.compressor.parameters,
           options_.compressor.name,
           numbers(a.schedule),
@@ -195,16 +223,16 @@ Tensor KVMemory::attend(const Tensor& q) const {
                   options_.headroom,
                   " tokens, got ",
                   q.size(2));
-  if (seen().is_cpu()) {  // a device is never asked for values: outputs before the stream are zero
-                          // there
+  // A device is never waited for: there, outputs before the stream are zero.
+  if (rewindable().is_cpu()) {
     for (int64_t b = 0; b < options_.batch_size; ++b) {
-      const int64_t seen_here = seen().const_data_ptr<int64_t>()[b];
-      CTX_CHECK_VALUE(q.size(2) <= seen_here,
+      const int64_t held = rewindable().const_data_ptr<int64_t>()[b];
+      CTX_CHECK_VALUE(q.size(2) <= held,
                       where,
                       "q must have at most as many tokens as row ",
                       b,
-                      " has seen = ",
-                      seen_here,
+                      " can take back = ",
+                      held,
                       ", got ",
                       q.size(2));
     }
@@ -212,6 +240,7 @@ Tensor KVMemory::attend(const Tensor& q) const {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::attend_memory", "")
                              .typed<Tensor(const Tensor&,
+                                           const Tensor&,
                                            const Tensor&,
                                            const Tensor&,
                                            const Tensor&,
@@ -237,6 +266,7 @@ Tensor KVMemory::attend(const Tensor& q) const {
                  s[4],
                  s[5],
                  s[6],
+                 s[7],
                  options_.compressed_bias,
                  numbers(a.schedule),
                  a.distance,
@@ -246,12 +276,17 @@ Tensor KVMemory::attend(const Tensor& q) const {
                  a.scale);
 }
 
-void KVMemory::reset() { tensors_[6].zero_(); }
-
 int64_t KVMemory::nbytes() const {
   int64_t total = 0;
   for (const Tensor& tensor : tensors_) total += static_cast<int64_t>(tensor.nbytes());
   return total;
+}
+
+void KVMemory::set_parameters(std::vector<Tensor> parameters) {
+  MemoryOptions changed = options_;
+  changed.compressor.parameters = std::move(parameters);
+  changed.validate();
+  options_ = std::move(changed);
 }
 
 }  // namespace ctx

@@ -61,11 +61,10 @@ class Call {
         values_{spans.sink_values.to(type_),
                 spans.compressed_values.to(type_),
                 spans.window_values.to(type_)},
-        position_(position),
-        first_{Tensor(), spans.first_slot, spans.first_token} {
+        t_(position),
+        first_{spans.first_sink, spans.first_slot, spans.first_token} {
     if (bias) bias_ = bias->to(type_);
     const Schedule& s = clock.schedule;
-    t_ = position.unsqueeze(-1) + at::arange(tokens_, position.options());  // [B, T]
     groups_ = groups_of(s, t_);
     edge_ = edge_of(s, groups_);
     held_ = groups_.clamp_max(s.compressed);
@@ -199,11 +198,16 @@ class Call {
           .unsqueeze(1)
           .unsqueeze(-1);
     };
-    Tensor index = at::arange(tile.keys[region].begin, tile.keys[region].end, t_.options());
-    if (region == kSinks) return index.gt(tokens(t_));
-    index = index + row_range(first_[region], tile).view({-1, 1, 1, 1});
-    if (region == kWindow) return index.gt(tokens(t_)).logical_or_(index.lt(tokens(edge_)));
-    return index.ge(tokens(groups_)).logical_or_(index.lt(tokens(groups_ - held_)));
+    const Tensor index = at::arange(tile.keys[region].begin, tile.keys[region].end, t_.options());
+    const Tensor number = index + tokens(first_[region]);
+    switch (region) {
+      case kSinks:
+        return number.lt(0).logical_or_(number.gt(tokens(t_).clamp_max(clock_.schedule.sinks - 1)));
+      case kCompressed:
+        return number.ge(tokens(groups_)).logical_or_(number.lt(tokens(groups_ - held_)));
+      default:
+        return number.gt(tokens(t_)).logical_or_(number.lt(tokens(edge_)));
+    }
   }
 
   // On the CPU a tile is one row and as many tokens as keep its scores in cache, with only the keys
@@ -212,7 +216,7 @@ class Call {
   template <typename F>
   void for_each_tile(const F& run) const {
     if (batch_ == 0 || tokens_ == 0) return;
-    if (!position_.is_cpu()) {
+    if (!t_.is_cpu()) {
       Tile all{{0, batch_}, {0, tokens_}, {}};
       for (int region = 0; region < kRegions; ++region) all.keys[region] = {0, size(region)};
       return run(all);
@@ -227,27 +231,34 @@ class Call {
   template <typename F>
   void walk_row(int64_t b, const F& run) const {
     const Schedule& s = clock_.schedule;
-    const auto value = [b](const Tensor& x) {
-      return x.const_data_ptr<int64_t>()[b * x.stride(0)];
-    };
-    const int64_t first = value(position_);
     const int64_t most = std::min(s.max_slots(), size(kSinks) + size(kCompressed) + size(kWindow));
     const int64_t step =
         std::clamp<int64_t>(kTileScores / (heads_ * std::max<int64_t>(most, 1)), 16, 256);
-    const auto inside = [](int64_t begin, int64_t end, int64_t origin, int64_t count) {
-      begin = std::clamp<int64_t>(begin - origin, 0, count);
-      return Range{begin, std::clamp<int64_t>(end - origin, begin, count)};
+    const auto value = [b](const Tensor& x, int64_t i) {
+      return x.const_data_ptr<int64_t>()[b * x.stride(0) + i * x.stride(1)];
     };
-    for (int64_t i = 0; i < tokens_; i += step) {
-      Tile tile{{b, b + 1}, {i, std::min(i + step, tokens_)}, {}};
-      const int64_t from = first + tile.tokens.begin;
-      const int64_t last = first + tile.tokens.end - 1;
-      tile.keys[kSinks] = inside(0, s.visible_sinks(last), 0, size(kSinks));
-      tile.keys[kCompressed] = inside(s.groups(from) - s.slots(from),
-                                      s.groups(last),
-                                      value(first_[kCompressed]),
-                                      size(kCompressed));
-      tile.keys[kWindow] = inside(s.edge(from), last + 1, value(first_[kWindow]), size(kWindow));
+    for (int64_t begin = 0; begin < tokens_; begin += step) {
+      Tile tile{{b, b + 1}, {begin, std::min(begin + step, tokens_)}, {}};
+      for (int64_t i = begin; i < tile.tokens.end; ++i) {
+        const int64_t t = value(t_, i);
+        const Range visible[kRegions] = {
+            {0, s.visible_sinks(t)}, {s.groups(t) - s.slots(t), s.groups(t)}, {s.edge(t), t + 1}};
+        for (int region = 0; region < kRegions; ++region) {
+          if (visible[region].size() <= 0) continue;
+          const int64_t first = value(first_[region], i);
+          Range& keys = tile.keys[region];
+          const bool none = keys.size() == 0;
+          keys.begin = none ? visible[region].begin - first
+                            : std::min(keys.begin, visible[region].begin - first);
+          keys.end =
+              none ? visible[region].end - first : std::max(keys.end, visible[region].end - first);
+        }
+      }
+      for (int region = 0; region < kRegions; ++region) {  // tokens before the stream see too much
+        tile.keys[region].begin = std::clamp<int64_t>(tile.keys[region].begin, 0, size(region));
+        tile.keys[region].end =
+            std::clamp<int64_t>(tile.keys[region].end, tile.keys[region].begin, size(region));
+      }
       run(tile);
     }
   }
@@ -262,10 +273,9 @@ class Call {
   int64_t kv_heads_;
   std::array<Tensor, kRegions> keys_;
   std::array<Tensor, kRegions> values_;
-  Tensor position_;
-  std::array<Tensor, kRegions> first_;  // first key of a region, undefined for sinks
   Tensor bias_;
-  Tensor t_;  // [B, T], and so are the others
+  Tensor t_;                            // [B, T], and so are the others
+  std::array<Tensor, kRegions> first_;  // number of a region's first key in the query's stream
   Tensor groups_;
   Tensor edge_;
   Tensor held_;
@@ -339,17 +349,21 @@ void check_spans(const Tensor& q,
                   " heads, got ",
                   q.size(1));
   const auto integers = [&](const Tensor& x, const char* name) {
-    CTX_CHECK_VALUE(x.dim() == 1 && x.size(0) == batch && x.scalar_type() == at::kLong,
+    CTX_CHECK_VALUE(x.dim() == 2 && x.size(0) == batch && x.size(1) == q.size(2) &&
+                        x.scalar_type() == at::kLong,
                     where,
                     name,
-                    " must be int64 [",
+                    " must be int64 [B, T] = [",
                     batch,
+                    ", ",
+                    q.size(2),
                     "], got ",
                     x.scalar_type(),
                     " ",
                     x.sizes());
   };
   integers(position, "position");
+  integers(s.first_sink, "first_sink");
   integers(s.first_slot, "first_slot");
   integers(s.first_token, "first_token");
   CTX_CHECK_VALUE(!bias || (bias->dim() == 1 && (bias->size(0) == q.size(1) || bias->size(0) == 1)),
@@ -367,15 +381,15 @@ void check_spans(const Tensor& q,
       [[maybe_unused]] const Tensor &compressed_keys,                                           \
       [[maybe_unused]] const Tensor &compressed_values,                                         \
       [[maybe_unused]] const Tensor &window_keys, [[maybe_unused]] const Tensor &window_values, \
-      [[maybe_unused]] const Tensor &first_slot, [[maybe_unused]] const Tensor &first_token,    \
-      [[maybe_unused]] const OptionalTensor &bias, [[maybe_unused]] at::IntArrayRef schedule,   \
-      [[maybe_unused]] c10::string_view distance, [[maybe_unused]] int64_t rotary_dim,          \
-      [[maybe_unused]] double rotary_base, [[maybe_unused]] bool rotary_interleaved,            \
-      [[maybe_unused]] double scale
-#define CTX_ATTEND_ARGUMENTS                                                                     \
-  q, position, sink_keys, sink_values, compressed_keys, compressed_values, window_keys,          \
-      window_values, first_slot, first_token, bias, schedule, distance, rotary_dim, rotary_base, \
-      rotary_interleaved, scale
+      [[maybe_unused]] const Tensor &first_sink, [[maybe_unused]] const Tensor &first_slot,     \
+      [[maybe_unused]] const Tensor &first_token, [[maybe_unused]] const OptionalTensor &bias,  \
+      [[maybe_unused]] at::IntArrayRef schedule, [[maybe_unused]] c10::string_view distance,    \
+      [[maybe_unused]] int64_t rotary_dim, [[maybe_unused]] double rotary_base,                 \
+      [[maybe_unused]] bool rotary_interleaved, [[maybe_unused]] double scale
+#define CTX_ATTEND_ARGUMENTS                                                                    \
+  q, position, sink_keys, sink_values, compressed_keys, compressed_values, window_keys,         \
+      window_values, first_sink, first_slot, first_token, bias, schedule, distance, rotary_dim, \
+      rotary_base, rotary_interleaved, scale
 
 Call make_call(CTX_ATTEND_PARAMETERS) {
   constexpr const char* where = "ctx.attend";
@@ -385,6 +399,7 @@ Call make_call(CTX_ATTEND_PARAMETERS) {
                     compressed_values,
                     window_keys,
                     window_values,
+                    first_sink,
                     first_slot,
                     first_token};
   check_spans(q, position, spans, bias);
@@ -466,6 +481,7 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                               compressed_values,
                               window_keys,
                               window_values,
+                              first_sink,
                               first_slot,
                               first_token,
                               bias.value_or(Tensor())});
@@ -486,7 +502,7 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                                .typed<decltype(attend_backward)>();
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(x[0]);
     const Tensor grad_logsumexp = grads[1].defined() ? grads[1] : at::zeros_like(x[1]);
-    const OptionalTensor bias = x[12].defined() ? OptionalTensor(x[12]) : std::nullopt;
+    const OptionalTensor bias = x[13].defined() ? OptionalTensor(x[13]) : std::nullopt;
     const auto& data = saved->saved_data;
     auto [q, sk, sv, ck, cv, wk, wv, b] = op.call(grad_out,
                                                   grad_logsumexp,
@@ -502,6 +518,7 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                                                   x[9],
                                                   x[10],
                                                   x[11],
+                                                  x[12],
                                                   bias,
                                                   data.at("schedule").toIntVector(),
                                                   data.at("distance").toStringView(),
@@ -509,10 +526,10 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                                                   data.at("rotary_base").toDouble(),
                                                   data.at("rotary_interleaved").toBool(),
                                                   data.at("scale").toDouble());
-    torch::autograd::variable_list result(17);
+    torch::autograd::variable_list result(18);
     result[0] = q, result[2] = sk, result[3] = sv, result[4] = ck, result[5] = cv, result[6] = wk,
     result[7] = wv;
-    if (bias) result[10] = b;
+    if (bias) result[11] = b;
     return result;
   }
 };
@@ -543,6 +560,7 @@ Tensor attend(const Tensor& q,
                              s.compressed_values,
                              s.window_keys,
                              s.window_values,
+                             s.first_sink,
                              s.first_slot,
                              s.first_token,
                              bias,
@@ -556,7 +574,8 @@ Tensor attend(const Tensor& q,
 
 #define CTX_ATTEND_SCHEMA                                                                          \
   "Tensor q, Tensor position, Tensor sink_keys, Tensor sink_values, Tensor compressed_keys, "      \
-  "Tensor compressed_values, Tensor window_keys, Tensor window_values, Tensor first_slot, Tensor " \
+  "Tensor compressed_values, Tensor window_keys, Tensor window_values, Tensor first_sink, Tensor " \
+  "first_slot, Tensor "                                                                            \
   "first_token, "                                                                                  \
   "Tensor? bias, int[] schedule, str distance, int rotary_dim, float rotary_base, bool "           \
   "rotary_interleaved, "                                                                           \

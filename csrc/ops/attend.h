@@ -9,22 +9,24 @@
 
 namespace ctx::ops {
 
-// What a query attends to: three spans of keys, already rotated to their clocks, and where each
-// span begins.
+// What queries attend to: three spans of keys, already rotated to their clocks, and which number
+// the first key of each span has in the stream of the query (a call may hold several streams of a
+// row).
 struct Spans {
-  at::Tensor sink_keys;          // [B, Hkv, A, D], tokens 0 ... A - 1
-  at::Tensor sink_values;        // [B, Hkv, A, Dv]
-  at::Tensor compressed_keys;    // [B, Hkv, G, D], groups first_slot ... first_slot + G - 1
+  at::Tensor sink_keys;          // [B, Hkv, sinks, D]
+  at::Tensor sink_values;        // [B, Hkv, sinks, Dv]
+  at::Tensor compressed_keys;    // [B, Hkv, G, D]
   at::Tensor compressed_values;  // [B, Hkv, G, Dv]
-  at::Tensor window_keys;        // [B, Hkv, K, D], tokens first_token ... first_token + K - 1
+  at::Tensor window_keys;        // [B, Hkv, K, D]
   at::Tensor window_values;      // [B, Hkv, K, Dv]
-  at::Tensor first_slot;         // int64 [B]
-  at::Tensor first_token;        // int64 [B]
+  at::Tensor first_sink;         // int64 [B, T]: token, negative where the stream begins later
+  at::Tensor first_slot;         // int64 [B, T]: group
+  at::Tensor first_token;        // int64 [B, T]: token
 };
 
-// Dispatches ctx::attend: q [B, H, T, D] un-rotated, its first token at position [B] -> [B, H, T,
-// Dv]; differentiable. Keys of a span that the law does not show to a query are masked, whatever
-// they hold, as long as it is finite.
+// Dispatches ctx::attend: q [B, H, T, D] un-rotated, tokens of their streams by position [B, T] ->
+// [B, H, T, Dv]; differentiable. Keys of a span that the law does not show to a query are masked,
+// whatever they hold, as long as it is finite.
 at::Tensor attend(const at::Tensor& q,
                   const at::Tensor& position,
                   const Spans& spans,

@@ -52,12 +52,15 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
                  " as keys, got ",
                  values.scalar_type());
   const CompressorKind kind = parse_compressor({compressor.data(), compressor.size()}, where);
+  const auto size = [](const at::Tensor& x, int64_t dim) {
+    return x.sym_size(dim).guard_int(__FILE__, __LINE__);
+  };
   check_parameters(kind,
                    parameters,
-                   keys.size(1),
-                   keys.size(3),
-                   keys.size(4),
-                   values.size(4),
+                   size(keys, 1),
+                   size(keys, 3),
+                   size(keys, 4),
+                   size(values, 4),
                    keys.device(),
                    where);
   return compress_groups(keys, values, parameters, kind);

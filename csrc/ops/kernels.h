@@ -49,17 +49,15 @@ struct MemoryView {
   void* sink_values = nullptr;
 };
 
-// A piece of a call: tokens offset ... offset + tokens - 1 of it. Row b holds token seen[b] +
-// offset first, and lengths[b] (or all) of the call's tokens; `seen` is as it was when the call
-// began, or counts some of it already.
+// A piece of a call: tokens offset ... offset + tokens - 1 of it. Row b holds token origin[b] +
+// offset first (negative: a token before the stream), and lengths[b] (or all) of the call's tokens.
 struct Block {
-  const int64_t* seen = nullptr;
+  const int64_t* origin = nullptr;   // position of the call's first token in each row's stream
   const int64_t* lengths = nullptr;  // null: every row is as long as the call
   int64_t offset = 0;
   int64_t tokens = 0;
-  int64_t counted = 0;  // tokens of the call that `seen` counts already
 
-  CTX_HOST_DEVICE int64_t first(int64_t b) const { return seen[b] - counted + offset; }
+  CTX_HOST_DEVICE int64_t first(int64_t b) const { return origin[b] + offset; }
   CTX_HOST_DEVICE int64_t count(int64_t b) const {
     if (lengths == nullptr) return tokens;
     const int64_t left = lengths[b] - offset;

@@ -2,34 +2,44 @@
 // tokens and of a memory that stays as it is. What the rings hold is gathered in order and the new
 // tokens are put behind it; sizes depend on T and on the schedule alone, so that a compiled graph
 // serves every position of the stream.
+//
+// Tokens are counted from the call's first: what the window ring holds has negative places. A row
+// may begin a new stream (a document) at any place; the token at place i is token i - start(i) of
+// its stream, and the stream that the memory carries starts at -seen.
 #include <torch/library.h>
 
+#include <limits>
 #include <vector>
 
 #include "core/check.h"
 #include "ops/attend.h"
-#include "ops/memory.h"
 #include "ops/rotary.h"
 #include "ops/settings.h"
+#include "ops/state.h"
 
 namespace ctx::ops {
 namespace {
 
 using at::Tensor;
 using c10::SymInt;
+using OptionalTensor = std::optional<Tensor>;
 
-// The entries of a ring [B, Hkv, capacity, width] at absolute positions [B, n], in order.
-Tensor read_ring(const Tensor& ring, const Tensor& positions) {
-  const Tensor index = positions.remainder(ring.size(2)).unsqueeze(1).unsqueeze(-1);
-  return ring.gather(
+// The entries of a ring [B, Hkv, capacity, width] at absolute positions [B, n], in order; zero
+// where `held` [B, n] is not: an index there holds something else, or what an earlier stream left.
+Tensor read_ring(const Tensor& ring, const Tensor& positions, const Tensor& held) {
+  const auto column = [](const Tensor& x) { return x.unsqueeze(1).unsqueeze(-1); };
+  const Tensor index = column(positions.remainder(at::Scalar(ring.sym_size(2))));
+  const Tensor rows = ring.gather(
       2,
       index.expand_symint(
           {ring.sym_size(0), ring.sym_size(1), positions.sym_size(1), ring.sym_size(3)}));
+  return rows.masked_fill(column(held).logical_not(), 0.0);
 }
 
 // Rows `index` [B, n] of x [B, Hkv, m, width]; an index outside reads some row that the law hides.
 Tensor take_rows(const Tensor& x, const Tensor& index) {
-  const Tensor inside = index.clamp(0, x.sym_size(2) - 1).unsqueeze(1).unsqueeze(-1);
+  const Tensor inside =
+      index.clamp_min(0).clamp_max(at::Scalar(x.sym_size(2) - 1)).unsqueeze(1).unsqueeze(-1);
   return x.gather(
       2, inside.expand_symint({x.sym_size(0), x.sym_size(1), index.sym_size(1), x.sym_size(3)}));
 }
@@ -38,11 +48,15 @@ Tensor count_from(const Tensor& first, const SymInt& n) {
   return first.unsqueeze(-1) + at::arange(at::Scalar(n), first.options());
 }
 
+SymInt divide_up(const SymInt& x, int64_t by) { return (x + (by - 1)) / by; }
+
 // The new tokens of a call and what a memory holds of the rows' past.
 class Sequence {
  public:
   Sequence(const Tensor& k,
            const Tensor& v,
+           const OptionalTensor& lengths,
+           const OptionalTensor& reset_at,
            at::TensorList memory,
            at::IntArrayRef schedule,
            c10::string_view distance,
@@ -50,7 +64,7 @@ class Sequence {
            double rotary_base,
            bool rotary_interleaved,
            const char* where)
-      : memory_(memory.vec()), k_(k), v_(v) {
+      : memory_(memory.vec()) {
     clock_.schedule = parse_schedule(schedule, where);
     clock_.token_distance = parse_token_distance({distance.data(), distance.size()}, where);
     CTX_CHECK_VALUE(k.dim() == 4, where, "k must be [B, Hkv, T, D], got ", k.sym_sizes());
@@ -67,37 +81,37 @@ class Sequence {
                    " as k, got ",
                    v.scalar_type());
     storage_of(k.scalar_type(), where, "k");
-    rotary_ = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, k.size(3), where);
-    if (!memory_.empty()) {
-      check_state(memory_, clock_.schedule, where);
-      check_pairs(memory_, k, v, std::nullopt, where);
+    check_rows(k, lengths, reset_at, where);
+    if (!fresh()) {
+      check_state(memory_, law(), where);
+      check_pairs(memory_, k, v, where);
     }
-    seen_ = fresh() ? at::zeros_symint({k.sym_size(0)}, k.options().dtype(at::kLong)) : memory_[6];
-    first_token_ = seen_ - behind();
-    begun_ =
-        groups_of(law(), seen_ - 1).mul(seen_.gt(0));  // groups made before this call: n(seen - 1)
+    const int64_t head_dim = k.sym_size(3).guard_int(__FILE__, __LINE__);
+    rotary_ = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, head_dim, where);
+    tokens_ = k.sym_size(2);
+    resets_ = reset_at.has_value() && tokens_ > 0;
+    const auto integers = k.options().dtype(at::kLong);
+    seen_ = fresh() ? at::zeros_symint({k.sym_size(0)}, integers) : memory_[kSeen];
+    begun_ = groups_of(law(), seen_ - 1).mul(seen_.gt(0));  // groups made before: n(seen - 1)
+    const Tensor place = at::arange(at::Scalar(tokens_), integers).unsqueeze(0);  // [1, T]
+    k_ = k, v_ = v;
+    if (lengths) {  // nothing that stands at padding may matter, not even a NaN
+      padding_ = place.ge(lengths->unsqueeze(1));
+      const Tensor cut = padding_.unsqueeze(1).unsqueeze(-1);
+      k_ = k_.masked_fill(cut, 0.0), v_ = v_.masked_fill(cut, 0.0);
+    }
+    const Tensor carried = seen_.neg().unsqueeze(1);
+    start_ = resets_ ? std::get<0>(at::where(*reset_at, place, carried).cummax(1))
+                     : carried.expand_symint({k.sym_size(0), tokens_});
+    position_ = place - start_;
   }
 
   const Schedule& law() const { return clock_.schedule; }
   const Clock& clock() const { return clock_; }
   const Rotary& rotary() const { return rotary_; }
-  const Tensor& seen() const { return seen_; }
+  const Tensor& position() const { return position_; }  // [B, T]
+  const Tensor& padding() const { return padding_; }    // [B, T], undefined: none
   bool fresh() const { return memory_.empty(); }
-
-  // Tokens of the window ring that are put before the new ones, whether a row has that many or not.
-  int64_t behind() const { return fresh() ? 0 : law().max_window(); }
-
-  // Past slots that are put before the new ones.
-  int64_t slots_behind() const { return fresh() ? 0 : law().compressed; }
-
-  // The most groups that this call can make due.
-  SymInt new_groups() const {
-    if (law().compressed == 0) return 0;
-    const SymInt boundaries = (k_.sym_size(2) + (law().segment - 1)) / law().segment;
-    return (boundaries * law().segment + (law().ratio - 1)) / law().ratio;
-  }
-
-  Tensor group_indices() const { return count_from(begun_, new_groups()); }  // [B, G]
 
   // Un-rotated pairs of the groups that may fall due, [B, Hkv, G, c, width], in the arithmetic's
   // type.
@@ -106,14 +120,13 @@ class Sequence {
     Tensor keys = k_.to(type);
     Tensor values = v_.to(type);
     if (!fresh()) {
-      const Tensor positions = count_from(first_token_, behind());
-      keys = at::cat(
-          {rotate(read_ring(memory_[0], positions).to(type), positions.neg(), rotary_), keys}, 2);
-      values = at::cat({read_ring(memory_[1], positions).to(type), values}, 2);
+      const Tensor past = past_tokens();
+      const Tensor stored = read_ring(memory_[kWindowKeys], past, held_tokens(past)).to(type);
+      keys = at::cat({rotate(stored, past.neg(), rotary_), keys}, 2);
+      values =
+          at::cat({read_ring(memory_[kWindowValues], past, held_tokens(past)).to(type), values}, 2);
     }
-    const Tensor first =
-        group_indices().mul(law().ratio).add(law().sinks).sub(first_token_.unsqueeze(-1));
-    const Tensor index = count_from(first, law().ratio).flatten(1);  // [B, G c]
+    const Tensor index = count_from(groups().place + behind(), law().ratio).flatten(1);
     const auto group = [&](const Tensor& x) {
       return take_rows(x, index).reshape_symint(
           {x.sym_size(0), x.sym_size(1), new_groups(), law().ratio, x.sym_size(3)});
@@ -125,53 +138,145 @@ class Sequence {
   Spans spans(const Tensor& slot_keys, const Tensor& slot_values) const {
     const auto type = k_.scalar_type();
     Spans s;
-    const Tensor keys = rotate(k_, count_from(seen_, k_.sym_size(2)), rotary_);
-    const Tensor sink = count_from(
-        seen_.neg(), law().sinks);  // which new token is sink 0, 1, ...; negative: a past one
-    s.sink_keys = sinks(keys, sink, 4);
-    s.sink_values = sinks(v_, sink, 5);
-    s.first_token = first_token_;
-    s.first_slot = begun_ - slots_behind();
-    const Tensor positions = clock_.token_distance ? group_indices()
-                                                         .mul(law().ratio)
-                                                         .to(at::kDouble)
-                                                         .add(law().sinks + (law().ratio - 1) / 2.0)
-                                                   : group_indices();
-    s.compressed_keys = rotate(slot_keys, positions, rotary_).to(type);
+    const Tensor keys = rotate(k_, position_, rotary_);
+    add_sinks(s, keys);
+    const Groups groups = this->groups();
+    const Tensor clock = clock_.token_distance ? groups.number.mul(law().ratio)
+                                                     .to(at::kDouble)
+                                                     .add(law().sinks + (law().ratio - 1) / 2.0)
+                                               : groups.number;
+    s.compressed_keys = rotate(slot_keys, clock, rotary_).to(type);
     s.compressed_values = slot_values.to(type);
+    s.first_slot = groups.first - slots_behind();
     s.window_keys = keys;
     s.window_values = v_;
+    s.first_token = start_.neg() - behind();
     if (fresh()) return s;
-    const Tensor past = count_from(first_token_, behind());
-    s.window_keys = at::cat({read_ring(memory_[0], past), keys}, 2);
-    s.window_values = at::cat({read_ring(memory_[1], past), v_}, 2);
+    const Tensor past = past_tokens();
+    const Tensor held = held_tokens(past);
+    s.window_keys = at::cat({read_ring(memory_[kWindowKeys], past, held), keys}, 2);
+    s.window_values = at::cat({read_ring(memory_[kWindowValues], past, held), v_}, 2);
     if (law().compressed == 0) return s;
-    const Tensor slots = count_from(s.first_slot, slots_behind());
-    s.compressed_keys = at::cat({read_ring(memory_[2], slots), s.compressed_keys}, 2);
-    s.compressed_values = at::cat({read_ring(memory_[3], slots), s.compressed_values}, 2);
+    const Tensor slots = count_from(begun_ - slots_behind(), slots_behind());
+    const Tensor made = slots.ge(0);
+    s.compressed_keys =
+        at::cat({read_ring(memory_[kCompressedKeys], slots, made), s.compressed_keys}, 2);
+    s.compressed_values =
+        at::cat({read_ring(memory_[kCompressedValues], slots, made), s.compressed_values}, 2);
     return s;
   }
 
  private:
-  Tensor sinks(const Tensor& fresh_rows, const Tensor& index, int stored) const {
-    if (law().sinks == 0) return fresh_rows.slice(2, 0, 0);
-    const Tensor mine = take_rows(fresh_rows, index);
-    return fresh() ? mine
-                   : at::where(index.ge(0).unsqueeze(1).unsqueeze(-1), mine, memory_[stored]);
+  // The groups that may fall due, in the order in which their slots lie: where each one's first
+  // token stands, its number in its stream, and for every query the number of the first in its
+  // stream.
+  struct Groups {
+    Tensor place;   // [B, G]
+    Tensor number;  // [B, G]
+    Tensor first;   // [B, T]
+  };
+
+  // Tokens of the window ring that are put before the new ones, whether a row has that many or not.
+  int64_t behind() const { return fresh() ? 0 : law().max_window(); }
+
+  // Past slots that are put before the new ones.
+  int64_t slots_behind() const { return fresh() ? 0 : law().compressed; }
+
+  Tensor past_tokens() const { return count_from(seen_ - behind(), behind()); }
+
+  // Of the past, only what was in the window of the last token can still be seen or compressed.
+  Tensor held_tokens(const Tensor& past) const {
+    return past.ge(edge_of(law(), begun_).unsqueeze(1)).logical_and(past.ge(0));
+  }
+
+  // The most groups that this call can make due.
+  SymInt new_groups() const {
+    if (law().compressed == 0) return 0;
+    if (!resets_) return law().max_new_groups(tokens_);
+    return divide_up(tokens_, law().ratio) + divide_up(behind(), law().ratio).expect_int() + 1;
+  }
+
+  Groups groups() const {
+    const int64_t c = law().ratio;
+    const int64_t a = law().sinks;
+    if (!resets_ || law().compressed == 0) {
+      const Tensor number = count_from(begun_, new_groups());
+      return {number.mul(c).add(a).sub(seen_.unsqueeze(1)),
+              number,
+              begun_.unsqueeze(1).expand_symint(position_.sym_sizes())};
+    }
+    // A group is c places in a row, whichever stream it is of. Cut the places into blocks of c,
+    // counted from the block in which the first group of the carried stream begins: no two whole
+    // groups begin in the same block, and the next group of a stream begins in the next one.
+    const Tensor block = begun_.mul(c).add(a).sub(seen_).div(c, "floor");  // [B]
+    const Tensor places = count_from(block.mul(c), new_groups() * c);      // [B, G c]
+    const Tensor padded = at::constant_pad_nd(start_, {0, c}, std::numeric_limits<int64_t>::max());
+    const auto start_at = [&](const Tensor& place) {  // past the call's end: no stream's
+      const Tensor index = place.clamp_min(0).clamp_max(at::Scalar(tokens_ + (c - 1)));
+      return at::where(place.lt(0), seen_.neg().unsqueeze(1), padded.gather(1, index));
+    };
+    const Tensor start = start_at(places);
+    const Tensor token = places - start;
+    const Tensor whole = token.ge(a)
+                             .logical_and(token.sub(a).remainder(c).eq(0))
+                             .logical_and(start_at(places + (c - 1)).eq(start))
+                             .logical_and(places.lt(at::Scalar(tokens_)));
+    const Tensor offset = whole.unflatten_symint(1, {new_groups(), c}).to(at::kInt).argmax(-1);
+    const Tensor place = count_from(block, new_groups()).mul(c) + offset;
+    const Tensor number = (place - start_at(place) - a).div(c, "floor").clamp_min(0);
+    const Tensor first = block.unsqueeze(1) - (start_ + a).div(c, "floor");
+    return {place, number, first};
+  }
+
+  void add_sinks(Spans& s, const Tensor& keys) const {
+    const int64_t a = law().sinks;
+    if (a == 0 || (resets_ && fresh())) {  // where every stream's sinks are among the new tokens
+      s.sink_keys = a == 0 ? keys.slice(2, 0, 0) : keys;
+      s.sink_values = a == 0 ? v_.slice(2, 0, 0) : v_;
+      s.first_sink = start_.neg();
+      return;
+    }
+    if (!resets_) {
+      const Tensor mine = count_from(seen_.neg(), a);  // which new token is sink 0, 1, ...
+      const Tensor old = mine.lt(0).unsqueeze(1).unsqueeze(-1);
+      s.sink_keys = take_rows(keys, mine);
+      s.sink_values = take_rows(v_, mine);
+      if (!fresh()) {
+        s.sink_keys = at::where(old, memory_[kSinkKeys], s.sink_keys);
+        s.sink_values = at::where(old, memory_[kSinkValues], s.sink_values);
+      }
+      s.first_sink = at::zeros_like(position_);
+      return;
+    }
+    // The carried stream's sinks right before the new tokens, so that they are one span with those
+    // of them that are still to come.
+    const Tensor stored = seen_.clamp_max(a);
+    const Tensor index = count_from(stored - a, a);
+    const Tensor held = index.ge(0);
+    s.sink_keys = at::cat({read_ring(memory_[kSinkKeys], index, held), keys}, 2);
+    s.sink_values = at::cat({read_ring(memory_[kSinkValues], index, held), v_}, 2);
+    const Tensor carried = start_.lt(0);
+    s.first_sink = at::where(carried, (stored - a).unsqueeze(1), start_.neg() - a);
   }
 
   std::vector<Tensor> memory_;
+  bool resets_ = false;
   Tensor k_;
   Tensor v_;
   Clock clock_;
   Rotary rotary_;
-  Tensor seen_;
-  Tensor first_token_;
-  Tensor begun_;
+  SymInt tokens_;
+  Tensor seen_;      // [B]
+  Tensor begun_;     // [B]
+  Tensor padding_;   // [B, T]
+  Tensor start_;     // [B, T]: the place at which the token's stream starts
+  Tensor position_;  // [B, T]: the token's number in its stream
 };
 
 std::tuple<Tensor, Tensor> due_groups(const Tensor& k,
                                       const Tensor& v,
+                                      const OptionalTensor& lengths,
+                                      const OptionalTensor& reset_at,
                                       at::TensorList memory,
                                       at::IntArrayRef schedule,
                                       c10::string_view distance,
@@ -180,6 +285,8 @@ std::tuple<Tensor, Tensor> due_groups(const Tensor& k,
                                       bool rotary_interleaved) {
   return Sequence(k,
                   v,
+                  lengths,
+                  reset_at,
                   memory,
                   schedule,
                   distance,
@@ -193,10 +300,12 @@ std::tuple<Tensor, Tensor> due_groups(const Tensor& k,
 Tensor attend_sequence(const Tensor& q,
                        const Tensor& k,
                        const Tensor& v,
+                       const OptionalTensor& lengths,
+                       const OptionalTensor& reset_at,
                        at::TensorList memory,
                        const Tensor& slot_keys,
                        const Tensor& slot_values,
-                       const std::optional<Tensor>& bias,
+                       const OptionalTensor& bias,
                        at::IntArrayRef schedule,
                        c10::string_view distance,
                        int64_t rotary_dim,
@@ -204,8 +313,17 @@ Tensor attend_sequence(const Tensor& q,
                        bool rotary_interleaved,
                        double scale) {
   constexpr const char* where = "ctx.attend_sequence";
-  const Sequence sequence(
-      k, v, memory, schedule, distance, rotary_dim, rotary_base, rotary_interleaved, where);
+  const Sequence sequence(k,
+                          v,
+                          lengths,
+                          reset_at,
+                          memory,
+                          schedule,
+                          distance,
+                          rotary_dim,
+                          rotary_base,
+                          rotary_interleaved,
+                          where);
   CTX_CHECK_VALUE(q.dim() == 4 && q.sym_size(0) == k.sym_size(0) &&
                       q.sym_size(2) == k.sym_size(2) && q.sym_size(3) == k.sym_size(3),
                   where,
@@ -213,31 +331,32 @@ Tensor attend_sequence(const Tensor& q,
                   q.sym_sizes(),
                   " for k ",
                   k.sym_sizes());
-  if (q.sym_size(2) == 0)
+  if (q.sym_size(2) == 0) {
     return q.new_zeros_symint({q.sym_size(0), q.sym_size(1), 0, v.sym_size(3)});
-  return attend(q,
-                sequence.seen(),
-                sequence.spans(slot_keys, slot_values),
-                bias,
-                sequence.clock(),
-                sequence.rotary(),
-                scale);
+  }
+  const Tensor out = attend(q,
+                            sequence.position(),
+                            sequence.spans(slot_keys, slot_values),
+                            bias,
+                            sequence.clock(),
+                            sequence.rotary(),
+                            scale);
+  const Tensor& padding = sequence.padding();
+  return padding.defined() ? out.masked_fill(padding.unsqueeze(1).unsqueeze(-1), 0.0) : out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
-      "due_groups(Tensor k, Tensor v, Tensor[] memory, int[] schedule, str distance, int "
-      "rotary_dim, float "
-      "rotary_base, bool rotary_interleaved) -> (Tensor keys, Tensor values)",
+      "due_groups(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[] memory, int[] "
+      "schedule, str distance, int rotary_dim, float rotary_base, bool rotary_interleaved) -> "
+      "(Tensor keys, Tensor values)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "attend_sequence(Tensor q, Tensor k, Tensor v, Tensor[] memory, Tensor slot_keys, Tensor "
-      "slot_values, Tensor? "
-      "bias, int[] schedule, str distance, int rotary_dim, float rotary_base, bool "
-      "rotary_interleaved, float scale) "
-      "-> Tensor",
+      "attend_sequence(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[] "
+      "memory, Tensor slot_keys, Tensor slot_values, Tensor? bias, int[] schedule, str distance, "
+      "int rotary_dim, float rotary_base, bool rotary_interleaved, float scale) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -12,13 +12,13 @@ void check_parameter(const at::Tensor& tensor,
                      at::IntArrayRef sizes,
                      at::Device device,
                      const char* where) {
-  CTX_CHECK_VALUE(tensor.defined() && tensor.sizes() == sizes,
+  CTX_CHECK_VALUE(tensor.defined() && tensor.sym_sizes() == c10::fromIntArrayRefSlow(sizes),
                   where,
                   name,
                   " must be ",
                   sizes,
                   ", got ",
-                  tensor.defined() ? tensor.sizes() : at::IntArrayRef{});
+                  tensor.defined() ? tensor.sym_sizes() : c10::SymIntArrayRef{});
   CTX_CHECK_VALUE(
       tensor.device() == device, where, name, " must be on ", device, ", got ", tensor.device());
   CTX_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()),

@@ -8,7 +8,9 @@ it, and :mod:`ctx.reference` is the same function in plain PyTorch.
 from ctx import (
     _load,  # first: explains what is wrong if the compiled part does not fit
     compression,
+    padding,
     reference,
+    rows,
 )
 from ctx._load import cmake_prefix_path
 from ctx.attention import CompressiveAttention
@@ -27,5 +29,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "compression",
+    "padding",
     "reference",
+    "rows",
 ]

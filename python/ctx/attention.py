@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ctx.compression import make_compressor
-from ctx.memory import STATE, rotary_width, state_sizes
+from ctx.memory import rotary_width
+from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.schedule import Schedule
+from ctx.state import STATE, Memory, StateShape
 
 __all__ = ["CompressiveAttention", "Memory"]
-
-#: The memory of one attention layer: a plain dict of tensors, see
-#: :meth:`CompressiveAttention.init_memory`.
-Memory = dict[str, Tensor]
 
 _WHERE = "ctx.CompressiveAttention"
 
@@ -120,7 +119,7 @@ class CompressiveAttention(nn.Module):
                 f"{_WHERE}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
             )
 
-        self.schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
+        schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
             embed_dim,
             num_heads,
@@ -134,30 +133,46 @@ class CompressiveAttention(nn.Module):
             rotary_interleaved,
         )
         self.dropout, self.headroom = dropout, headroom
-        self.q_proj = nn.Linear(
-            embed_dim, num_heads * head_dim, bias=bias, device=device, dtype=dtype
-        )
-        self.k_proj = nn.Linear(
-            embed_dim, kv_heads * head_dim, bias=bias, device=device, dtype=dtype
-        )
-        self.v_proj = nn.Linear(
-            embed_dim, kv_heads * head_dim, bias=bias, device=device, dtype=dtype
-        )
-        self.out_proj = nn.Linear(
-            num_heads * head_dim, embed_dim, bias=bias, device=device, dtype=dtype
-        )
-        self.compressor = make_compressor(
-            compression, kv_heads, ratio, head_dim, device=device, dtype=dtype
-        )
-        start = torch.full((num_heads,), math.log(ratio), device=device, dtype=dtype)
+        self.schedule = schedule
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **made)
+        self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
+        self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
+        self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
+        self.compressor = make_compressor(compression, kv_heads, ratio, head_dim, **made)
+        start = torch.empty(num_heads, **made)
         if compressed_bias == "learned":
             self.compressed_bias: Tensor | None = nn.Parameter(start)
         else:
-            self.register_buffer(
-                "compressed_bias",
-                start if compressed_bias == "log_ratio" else None,
-                persistent=False,
-            )
+            start_or_none = start if compressed_bias == "log_ratio" else None
+            self.register_buffer("compressed_bias", start_or_none, persistent=False)
+        self._reset_compression()
+
+    def reset_parameters(self) -> None:
+        """First values of everything, also of what was made on the meta device."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            projection.reset_parameters()
+        self.compressor.reset_parameters()
+        self._reset_compression()
+
+    def _reset_compression(self) -> None:
+        if self.compressed_bias is not None:
+            with torch.no_grad():
+                self.compressed_bias.fill_(math.log(self.schedule.ratio))
+
+    @property
+    def schedule(self) -> Schedule:
+        """Sizes of the memory. Another of the same ratio may be assigned, e.g. to evaluate without
+        compressed slots; a memory belongs to the schedule that it was made with.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._state = StateShape.of(
+            schedule, self.num_kv_heads, self.head_dim, self.head_dim, self.headroom
+        )
 
     def init_memory(
         self,
@@ -182,52 +197,85 @@ class CompressiveAttention(nn.Module):
                 f"{_WHERE}.init_memory: batch_size must be at least 1, got {batch_size}"
             )
         weight = self.k_proj.weight
-        dtype, device = dtype or weight.dtype, device or weight.device
-        sizes = state_sizes(
-            self.schedule,
-            batch_size,
-            self.num_kv_heads,
-            self.head_dim,
-            self.head_dim,
-            self.headroom,
-        )
-        return {
-            name: torch.zeros(size, device=device, dtype=torch.int64 if name == "seen" else dtype)
-            for name, size in sizes.items()
-        }
+        return self._state.zeros(batch_size, dtype or weight.dtype, device or weight.device)
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Memory | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset_at: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
         """Attends from T new tokens per row to the memory and to themselves, and remembers them.
 
         Args:
             x: [B, T, E], floating point.
-            memory: what an earlier call returned; None: every row begins a new stream.
+            memory: what an earlier call returned; None: every row begins a new stream. It may be
+                kept in another dtype than ``x``.
+            lengths: int64 [B]: row b is its first ``lengths[b]`` tokens, the rest is padding.
+            mask: bool [B, T], true at tokens: as ``lengths``, for padding on the left or anywhere.
+            reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
+                packed batch), which sees nothing of what its row held before.
 
         Returns:
-            The output [B, T, E] and the memory after these tokens: a new one under grad, the one
-            passed in otherwise.
+            The output [B, T, E], zero at padding, and the memory after these tokens: a new one
+            under grad, the one passed in otherwise.
 
         Raises:
-            ValueError, TypeError: ``x`` or ``memory`` does not fit this module; nothing has been
-                written then.
+            ValueError, TypeError: an argument does not fit this module; nothing has been written
+                then.
         """
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{_WHERE}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {list(x.shape)}"
-            )
-        if memory is not None and set(memory) != set(STATE):
-            raise ValueError(
-                f"{_WHERE}: memory must be a dict of {', '.join(STATE)}, got {', '.join(memory)}"
-            )
+        self.check(x, memory, lengths, mask, reset_at, _WHERE)
+        if mask is not None:
+            x, lengths = to_right_padded(x, mask)
+            if reset_at is not None:
+                reset_at, _ = to_right_padded(reset_at, mask)
         q = self._heads(self.q_proj(x), self.num_heads)
         k = self._heads(self.k_proj(x), self.num_kv_heads)
         v = self._heads(self.v_proj(x), self.num_kv_heads)
+        dtype = q.dtype
+        if memory is not None:
+            kept = memory["window_keys"].dtype
+            q, k, v = q.to(kept), k.to(kept), v.to(kept)
         if torch.is_grad_enabled():
-            out, memory = self._differentiable(q, k, v, memory)
+            out, memory = self._differentiable(q, k, v, lengths, reset_at, memory)
         else:
-            out, memory = self._streaming(q, k, v, memory)
-        y = self.out_proj(out.transpose(1, 2).flatten(2))
-        return nn.functional.dropout(y, self.dropout, self.training), memory
+            out, memory = self._streaming(q, k, v, lengths, reset_at, memory)
+        y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
+        y = nn.functional.dropout(y, self.dropout, self.training)
+        if mask is not None:
+            y = from_right_padded(y, mask)
+        elif lengths is not None:
+            y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
+        return y, memory
+
+    def check(
+        self,
+        x: Tensor,
+        memory: Memory | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        reset_at: Tensor | None,
+        where: str,
+    ) -> None:
+        """Raises what :meth:`forward` would, `where` in front; a no-op in a compiled graph."""
+        if torch.compiler.is_compiling():
+            return
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {got}")
+        check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where)
+        if memory is None:
+            return
+        self._state.check(memory, x.shape[0], x.device, where, "x")
+        if not torch.is_grad_enabled() and x.requires_grad:
+            # Reentrant checkpointing does this, and would stream into the memory twice.
+            raise ValueError(
+                f"{where}: x must not require grad where grad is off and a memory is streamed into, "
+                "got one that does: detach it, or use checkpoint(..., use_reentrant=False)"
+            )
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
@@ -237,39 +285,44 @@ class CompressiveAttention(nn.Module):
         return (self.schedule.numbers, self.distance, *rotary)
 
     def _streaming(
-        self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        reset_at: Tensor | None,
+        memory: Memory | None,
     ) -> tuple[Tensor, Memory]:
         if memory is None:
-            memory = self.init_memory(q.shape[0], dtype=k.dtype, device=k.device)
+            memory = self._state.zeros(q.shape[0], k.dtype, k.device)
         state = [memory[name] for name in STATE]
         compressor = (self.compressor.operands(), self.compressor.name)
+        settings = (self.compressed_bias, *self._settings(), self.head_dim**-0.5)
         out: Tensor = torch.ops.ctx.step_(
-            q,
-            k,
-            v,
-            None,
-            *state,
-            *compressor,
-            self.compressed_bias,
-            *self._settings(),
-            self.head_dim**-0.5,
+            q, k, v, lengths, reset_at, *state, *compressor, *settings
         )
         return out, memory
 
     def _differentiable(
-        self, q: Tensor, k: Tensor, v: Tensor, memory: Memory | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        reset_at: Tensor | None,
+        memory: Memory | None,
     ) -> tuple[Tensor, Memory]:
         state = [] if memory is None else [memory[name] for name in STATE]
-        settings = self._settings()
-        slots = self.compressor(*torch.ops.ctx.due_groups(k, v, state, *settings))
+        settings, rows = self._settings(), (lengths, reset_at)
+        slots = self.compressor(*torch.ops.ctx.due_groups(k, v, *rows, state, *settings))
         if self.compressor_grad == "aux":
             slots = tuple(slot.detach() for slot in slots)
         out: Tensor = torch.ops.ctx.attend_sequence(
-            q, k, v, state, *slots, self.compressed_bias, *settings, self.head_dim**-0.5
+            q, k, v, *rows, state, *slots, self.compressed_bias, *settings, self.head_dim**-0.5
         )
         with torch.no_grad():
             if memory is None:
-                memory = self.init_memory(q.shape[0], dtype=k.dtype, device=k.device)
+                memory = self._state.zeros(q.shape[0], k.dtype, k.device)
             else:
                 memory = {name: tensor.clone() for name, tensor in memory.items()}
             state = [memory[name] for name in STATE]
@@ -277,7 +330,7 @@ class CompressiveAttention(nn.Module):
                 [operand.detach() for operand in self.compressor.operands()],
                 self.compressor.name,
             )
-            torch.ops.ctx.append_(k.detach(), v.detach(), None, *state, *compressor, *settings)
+            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *state, *compressor, *settings)
         return out, memory
 
     def extra_repr(self) -> str:

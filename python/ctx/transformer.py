@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ctx import generation
 from ctx.attention import CompressiveAttention
 from ctx.compression import COMPRESSORS
-from ctx.memory import state_sizes
+from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.schedule import Schedule
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
@@ -205,9 +205,15 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, memory: dict[str, Tensor] | None
+        self,
+        x: Tensor,
+        memory: dict[str, Tensor] | None,
+        lengths: Tensor | None,
+        reset_at: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, memory = self.attention(self.attention_norm(x), memory)
+        y, memory = self.attention(
+            self.attention_norm(x), memory, lengths=lengths, reset_at=reset_at
+        )
         x = x + y  # dropped out by the layer itself
         return x + self.dropout(self.mlp(self.mlp_norm(x))), memory
 
@@ -240,7 +246,8 @@ class CompressiveTransformer(nn.Module):
         """Normal weights; branches that write to the residual stream start smaller (GPT-2)."""
         std = 0.02
         branch = std / math.sqrt(2 * self.config.num_layers)
-        nn.init.normal_(self.embedding.weight, std=std)
+        for block in self.blocks:
+            block.attention.reset_parameters()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(
@@ -248,6 +255,9 @@ class CompressiveTransformer(nn.Module):
                 )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+                module.reset_parameters()
+        nn.init.normal_(self.embedding.weight, std=std)
 
     @property
     def schedule(self) -> Schedule:
@@ -262,22 +272,42 @@ class CompressiveTransformer(nn.Module):
         self,
         tokens: Tensor,  # [B, T]
         memory: Sequence[dict[str, Tensor]] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset_at: Tensor | None = None,
     ) -> tuple[Tensor, ModelMemory]:
         """Continues every row's stream by T tokens.
 
         Args:
             tokens: int64 [B, T], each in [0, vocab_size).
             memory: what `init_memory` or an earlier call returned; None: an empty memory.
+            lengths: int64 [B]: row b is its first `lengths[b]` tokens, the rest is padding.
+            mask: bool [B, T], true at tokens: as `lengths`, for padding on the left or anywhere.
+            reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
+                packed batch), which sees nothing of what its row held before.
 
         Returns:
-            Logits [B, T, vocab_size] for the token after each, and the memory after the last: a new
-            one under grad, the one passed (streamed into in place) without.
+            Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
+            after
+            the last: a new one under grad, the one passed (streamed into in place) without.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
         """
-        hidden, memory = self._hidden(tokens, memory, "ctx.CompressiveTransformer.forward")
-        return self._logits(hidden), memory
+        self._check(tokens, memory, "ctx.CompressiveTransformer.forward", lengths, mask, reset_at)
+        if mask is not None:
+            tokens, lengths = to_right_padded(tokens, mask)
+            if reset_at is not None:
+                reset_at, _ = to_right_padded(reset_at, mask)
+        hidden, memory = self._hidden(tokens, memory, lengths, reset_at)
+        logits = self._logits(hidden)
+        if mask is not None:
+            logits = from_right_padded(logits, mask)
+        elif lengths is not None:
+            padding = mask_of(lengths, tokens.shape[1]).logical_not()
+            logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
+        return logits, memory
 
     def with_memory(
         self,
@@ -382,19 +412,22 @@ class CompressiveTransformer(nn.Module):
         for _ in range(num_tokens):
             with torch.inference_mode():  # never across a yield: it would leak to the caller
                 for chunk in tokens.split(block, 1):
-                    hidden, memory = self._hidden(chunk, memory, settings.where)
+                    hidden, memory = self._hidden(chunk, memory)
                 drawn = draw(self._logits(hidden[:, -1]))
             tokens = drawn[:, None]
             yield drawn.clone()  # an ordinary tensor, of use under grad as well
 
     def _hidden(
-        self, tokens: Tensor, memory: Sequence[dict[str, Tensor]] | None, where: str
+        self,
+        tokens: Tensor,
+        memory: Sequence[dict[str, Tensor]] | None,
+        lengths: Tensor | None = None,
+        reset_at: Tensor | None = None,
     ) -> tuple[Tensor, ModelMemory]:
-        self._check(tokens, memory, where)
         x: Tensor = self.dropout(self.embedding(tokens))
         states: ModelMemory = []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if memory is None else memory[i])
+            x, state = block(x, None if memory is None else memory[i], lengths, reset_at)
             states.append(state)
         return x, states
 
@@ -403,22 +436,31 @@ class CompressiveTransformer(nn.Module):
         return F.linear(self.norm(hidden), weight)
 
     def _check(
-        self, tokens: Tensor, memory: Sequence[dict[str, Tensor]] | None, where: str
+        self,
+        tokens: Tensor,
+        memory: Sequence[dict[str, Tensor]] | None,
+        where: str,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset_at: Tensor | None = None,
     ) -> None:
+        """Everything about every layer, before the first is written."""
         if not isinstance(tokens, Tensor):
             raise TypeError(f"{where}: tokens must be a tensor, got {type(tokens).__name__}")
         if tokens.dtype != torch.int64:
             raise TypeError(f"{where}: tokens must be int64, got {tokens.dtype}")
         if tokens.dim() != 2 or tokens.shape[0] < 1:
             raise ValueError(f"{where}: tokens must be [B, T], got {list(tokens.shape)}")
-        # Reading the values would wait for a device and break a compiled graph.
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the rest reads values, or is not for a graph
+            return
+        if tokens.device.type == "cpu" and tokens.numel():
             low, high = map(int, tokens.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 got = low if low < 0 else high
                 raise IndexError(
                     f"{where}: tokens must be in [0, {self.config.vocab_size}), got {got}"
                 )
+        check_rows(tokens.shape[0], tokens.shape[1], lengths, mask, reset_at, where)
         if memory is None:
             return
         if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):
@@ -427,20 +469,10 @@ class CompressiveTransformer(nn.Module):
                 f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
                 f"got {got}"
             )
-        # Every layer, before the first is written: an error must leave the memory as it was.
         for i, (block, layer) in enumerate(zip(self.blocks, memory, strict=True)):
-            sizes = _sizes(block.attention, tokens.shape[0])
-            got = {name: tuple(part.shape) for name, part in layer.items()}
-            if got != sizes:
-                name = next(name for name in {**sizes, **got} if got.get(name) != sizes.get(name))
-                raise ValueError(
-                    f"{where}: memory[{i}]: {name} must be {sizes.get(name)}, got {got.get(name)}"
-                )
-
-
-def _sizes(layer: CompressiveAttention, rows: int) -> dict[str, tuple[int, ...]]:
-    width = layer.head_dim
-    return state_sizes(layer.schedule, rows, layer.num_kv_heads, width, width, layer.headroom)
+            shape = block.attention._state
+            name = f"{where}: memory[{i}]"
+            shape.check(layer, tokens.shape[0], tokens.device, name, "tokens")
 
 
 def _share(module: Any) -> Any:

@@ -33,10 +33,14 @@ struct AttentionOptions {
 // Attends from T new tokens per row to a memory and to themselves.
 //
 //   q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], un-rotated; H a multiple of Hkv; one
-//   dtype, one device memory   empty for streams that begin here, else the seven tensors of
-//   KVMemory::tensors(); constants bias     [H], added to the scores of compressed slots; undefined
-//   or absent: none constant_slots  no gradient passes through compressed slots (the paper's
-//   training scheme) returns [B, H, T, Dv]
+//   dtype, one device
+//   memory          empty for streams that begin here, else the tensors of KVMemory::tensors();
+//                   constants
+//   bias            [H], added to the scores of compressed slots; undefined or absent: none
+//   constant_slots  no gradient passes through compressed slots (the paper's training scheme)
+//   lengths         int64 [B]: row b is its first lengths[b] tokens, the rest is padding
+//   reset_at        bool [B, T]: true where a token is the first of a new stream
+//   returns [B, H, T, Dv]; zero at padding
 //
 // Gradients reach q, k, v, the compressor's parameters and the bias. Throws ValueError for shapes,
 // dtypes or devices that do not belong together.
@@ -47,6 +51,8 @@ CTX_API at::Tensor compressive_attention(const at::Tensor& q,
                                          const Compressor& compressor,
                                          const std::optional<at::Tensor>& bias,
                                          const AttentionOptions& options,
-                                         bool constant_slots = false);
+                                         bool constant_slots = false,
+                                         const std::optional<at::Tensor>& lengths = std::nullopt,
+                                         const std::optional<at::Tensor>& reset_at = std::nullopt);
 
 }  // namespace ctx

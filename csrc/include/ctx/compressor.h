@@ -1,21 +1,19 @@
 // Compressors: c tokens -> 1 slot, per kv head.
 //
-//   name     slot (the value slot likewise, with its own parameters)     parameters, in this order
-//   "mean"   mean over the c tokens                                      none
-//   "max"    maximum over the c tokens, channel by channel               none
-//   "conv"   sum_i x_i W_i (+ b): kernel = stride = c                    key_weight [Hkv, c, D, D],
-//   value_weight [Hkv, c, Dv, Dv],
-//                                                                        or these two and key_bias
-//                                                                        [Hkv, D], value_bias [Hkv,
-//                                                                        Dv]
-//   "gated"  sum_i softmax_i(key_i . gate + position_i) x_i              key_gate [Hkv, D],
-//   key_position [Hkv, c],
-//                                                                        value_gate [Hkv, D],
-//                                                                        value_position [Hkv, c]
+//   name     slot (the value slot likewise, with its own parameters)
+//   "mean"   mean over the c tokens
+//   "max"    maximum over the c tokens, channel by channel
+//   "conv"   sum_i x_i W_i (+ b): kernel = stride = c
+//   "gated"  sum_i softmax_i(key_i . gate + position_i) x_i
 //
-// Mean, max and conv are the compression functions of Rae et al. 2019 (arXiv:1911.05507,
-// section 3.2); they work there on hidden states shared by all heads, here on the pairs of each kv
-// head. Gated pooling is not in the paper.
+//   name     parameters, in this order
+//   "conv"   key_weight [Hkv, c, D, D], value_weight [Hkv, c, Dv, Dv], and perhaps
+//            key_bias [Hkv, D], value_bias [Hkv, Dv]
+//   "gated"  key_gate [Hkv, D], key_position [Hkv, c], value_gate [Hkv, D], value_position [Hkv, c]
+//
+// Mean, max and conv are the compression functions of Rae et al. 2019 (arXiv:1911.05507, section
+// 3.2); they work there on hidden states shared by all heads, here on the pairs of each kv head.
+// Gated pooling is not in the paper.
 #pragma once
 
 #include <ATen/core/Tensor.h>

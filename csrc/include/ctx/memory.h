@@ -11,11 +11,14 @@
 
 #include <array>
 #include <optional>
+#include <string>
+#include <vector>
 
 #include "ctx/attention.h"
 #include "ctx/compressor.h"
 #include "ctx/export.h"
 #include "ctx/schedule.h"
+#include "ctx/snapshot.h"
 
 namespace ctx {
 
@@ -43,48 +46,100 @@ class CTX_API KVMemory {
   // Allocates everything it will ever hold, zeroed. Throws what MemoryOptions::validate throws.
   explicit KVMemory(MemoryOptions options);
 
+  // Two handles of one memory would be a trap: clone() says what it does.
+  KVMemory(const KVMemory&) = delete;
+  KVMemory& operator=(const KVMemory&) = delete;
+  KVMemory(KVMemory&&) = default;
+  KVMemory& operator=(KVMemory&&) = default;
+
   // Appends T tokens to every row and returns what each query attends to. One operator call.
   //
   //   q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], un-rotated; dtype and device of the
-  //   memory, any strides lengths  int64 [B], 0 <= length <= T: row b brings its first lengths[b]
-  //   tokens only; absent: all T returns [B, H, T, Dv], a fresh tensor; zero at tokens past a row's
-  //   length
+  //     memory, any strides
+  //   lengths   int64 [B], 0 <= length <= T: row b brings its first lengths[b] tokens only, the
+  //             rest
+  //     is padding that nothing sees or counts; absent: all T
+  //   reset_at  bool [B, T]: true where a token is the first of a new stream, which sees nothing of
+  //     what its row held before; absent: nowhere
+  //   returns [B, H, T, Dv], a fresh tensor; zero at padding
   //
   // Records no gradient. Throws ValueError or TypeError before anything is written. Not safe to
   // call from two threads on one object; different objects are independent.
   at::Tensor step(const at::Tensor& q,
                   const at::Tensor& k,
                   const at::Tensor& v,
-                  const std::optional<at::Tensor>& lengths = std::nullopt);
+                  const std::optional<at::Tensor>& lengths = std::nullopt,
+                  const std::optional<at::Tensor>& reset_at = std::nullopt);
 
   // The first half of step: appends, evicts and compresses.
   void append(const at::Tensor& k,
               const at::Tensor& v,
-              const std::optional<at::Tensor>& lengths = std::nullopt);
+              const std::optional<at::Tensor>& lengths = std::nullopt,
+              const std::optional<at::Tensor>& reset_at = std::nullopt);
 
-  // The second half: q [B, H, T, D] are the queries of the last T tokens of every row, T <=
-  // headroom and T <= seen. Returns [B, H, T, Dv]. Writes nothing.
+  // The second half: q [B, H, T, D] are the queries of the last T tokens of every row, T at most
+  // rewindable() of each. Returns [B, H, T, Dv]. Writes nothing.
   at::Tensor attend(const at::Tensor& q) const;
 
-  // Every row begins a new stream.
+  // Every row begins a new stream, or those rows do: int64 [N] in 0 ... B - 1, or bool [B]. Throws
+  // IndexError for a row that is not there.
   void reset();
+  void reset(const at::Tensor& rows);
 
-  // Tokens that each row has seen, int64 [B]; aliases the memory's own tensor.
+  // Takes back the last tokens of every row, as if they had not come: `tokens` of each, or int64
+  // [B]. Exact, and refused with a ValueError beyond rewindable(), which is the headroom once a
+  // stream is that long.
+  void rewind(int64_t tokens);
+  void rewind(const at::Tensor& tokens);
+
+  // A new memory of these rows of this one, in this order: int64 [N], repeats allowed, or bool [B].
+  KVMemory select(const at::Tensor& rows) const;
+
+  // A new memory of the rows of several, one after the other. Throws ValueError naming the first
+  // setting in which two of them differ.
+  static KVMemory merge(const std::vector<const KVMemory*>& memories);
+
+  // A new memory that holds the same, in the same or another dtype and on the same or another
+  // device. The compressor's parameters are shared as long as they need not move.
+  KVMemory clone() const;
+  KVMemory to(at::ScalarType dtype, at::Device device) const;
+
+  // What the memory holds (snapshot.h). The tensors of state_dict alias the memory. load_state_dict
+  // and load copy from any floating dtype and any device; they throw ValueError or TypeError before
+  // anything is written, naming the setting, where the snapshot is of another geometry, format or
+  // version.
+  Snapshot state_dict() const;
+  void load_state_dict(const Snapshot& snapshot);
+  void save(const std::string& path) const { write_snapshot(state_dict(), path); }
+  void load(const std::string& path) { load_state_dict(read_snapshot(path)); }
+
+  // Tokens that each row has seen, int64 [B]: the whole bookkeeping. Aliases the memory's own
+  // tensor.
   const at::Tensor& seen() const { return tensors_[6]; }
 
+  // How many of them can be taken back, int64 [B]. Aliases the memory's own tensor.
+  const at::Tensor& rewindable() const { return tensors_[7]; }
+
   // window keys [B, Hkv, Wcap, D] and values [.., Dv], compressed keys [B, Hkv, Ccap, D] and
-  // values, sink keys [B, Hkv, A, D] and values, seen [B]. They alias the memory: operators of
-  // `torch.ops.ctx` work on them directly.
-  const std::array<at::Tensor, 7>& tensors() const { return tensors_; }
+  // values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]. They alias the memory:
+  // operators of `torch.ops.ctx` work on them directly.
+  const std::array<at::Tensor, 8>& tensors() const { return tensors_; }
 
   // Bytes of all tensors. Constant.
   int64_t nbytes() const;
 
   const MemoryOptions& options() const { return options_; }
 
+  // Other parameters for the slots made from now on; the same compressor. Throws what
+  // MemoryOptions::validate throws.
+  void set_parameters(std::vector<at::Tensor> parameters);
+
  private:
+  KVMemory(MemoryOptions options, std::array<at::Tensor, 8> tensors);
+  at::Tensor checked_rows(const at::Tensor& rows, const char* where) const;
+
   MemoryOptions options_;
-  std::array<at::Tensor, 7> tensors_;
+  std::array<at::Tensor, 8> tensors_;
 };
 
 }  // namespace ctx

@@ -67,20 +67,24 @@ struct Schedule {
   // Tokens that the memory reaches back to, exactly or compressed.
   CTX_HOST_DEVICE constexpr int64_t reach() const { return sinks + ratio * compressed + window; }
 
-  // The most groups that can fall due while the position advances by `tokens`.
-  CTX_HOST_DEVICE constexpr int64_t max_new_groups(int64_t tokens) const {
-    const int64_t boundaries = (tokens + segment - 1) / segment;
-    return (segment * boundaries + ratio - 1) / ratio;
+  // The most groups that can fall due while the position advances by `tokens`. Int: int64_t, or a
+  // symbol of the same arithmetic.
+  template <typename Int>
+  CTX_HOST_DEVICE constexpr Int max_new_groups(Int tokens) const {
+    const Int boundaries = (tokens + (segment - 1)) / segment;
+    return (boundaries * segment + (ratio - 1)) / ratio;
   }
 
   // Ring sizes that let `headroom` tokens be written before the first of them attends, and
   // `headroom` tokens be taken back again. A token's index is its position modulo the capacity, a
   // slot's its group modulo the capacity.
-  CTX_HOST_DEVICE constexpr int64_t window_capacity(int64_t headroom) const {
-    return max_window() + headroom;
+  template <typename Int>
+  CTX_HOST_DEVICE constexpr Int window_capacity(Int headroom) const {
+    return headroom + max_window();
   }
-  CTX_HOST_DEVICE constexpr int64_t compressed_capacity(int64_t headroom) const {
-    return compressed == 0 ? 0 : compressed + max_new_groups(headroom - 1);
+  template <typename Int>
+  CTX_HOST_DEVICE constexpr Int compressed_capacity(Int headroom) const {
+    return compressed == 0 ? Int(0) : max_new_groups(Int(headroom - 1)) + compressed;
   }
 
   constexpr bool operator==(const Schedule&) const = default;

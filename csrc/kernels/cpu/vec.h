@@ -19,8 +19,7 @@
 #endif
 
 #ifndef CTX_CPU_CAPABILITY
-#error \
-    "kernel sources are compiled once per instruction set, with -DCTX_CPU_CAPABILITY=DEFAULT|AVX2|AVX512"
+#error "compiled once per instruction set, with -DCTX_CPU_CAPABILITY=DEFAULT|AVX2|AVX512"
 #endif
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {

@@ -11,6 +11,7 @@ rounded to the dtype of the memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,13 @@ class Row:
     def __init__(self) -> None:
         self.tokens: list[Pair] = []
         self.slots: list[Pair] = []
+        self.rewindable = 0  # tokens that the rings of the real memory could take back
+
+    def copy(self) -> Row:
+        """The same stream, to go on by itself."""
+        row = Row()
+        row.tokens, row.slots, row.rewindable = [*self.tokens], [*self.slots], self.rewindable
+        return row
 
 
 class KVMemory:
@@ -86,23 +94,73 @@ class KVMemory:
         )
         self.reset()
 
-    def reset(self) -> None:
-        """Forgets everything: all streams start again at token 0."""
-        self.rows = [Row() for _ in range(self.batch_size)]
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forgets everything, in these rows or in all: their streams start again at token 0."""
+        if rows is None:
+            self.rows = [Row() for _ in range(self.batch_size)]
+        else:
+            for b in rows:
+                self.rows[b] = Row()
+
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Takes back the last tokens of every row, as if they had not come."""
+        for row, count in zip(self.rows, tokens, strict=True):
+            if not 0 <= count <= row.rewindable:
+                raise ValueError(
+                    "ctx.reference.KVMemory.rewind: tokens must be between 0 and "
+                    f"{row.rewindable}, got {count}"
+                )
+        for row, count in zip(self.rows, tokens, strict=True):
+            left = len(row.tokens) - count
+            del row.tokens[left:]
+            del row.slots[self.schedule.groups(left - 1) if left else 0 :]
+            row.rewindable -= count
+
+    def select(self, rows: Sequence[int]) -> KVMemory:
+        """A new memory of these rows, in this order."""
+        other = copy.copy(self)
+        other.rows = [self.rows[b].copy() for b in rows]
+        other.batch_size = len(other.rows)
+        return other
+
+    def clone(self) -> KVMemory:
+        """A new memory that holds the same."""
+        return self.select(range(self.batch_size))
+
+    @staticmethod
+    def merge(memories: Sequence[KVMemory]) -> KVMemory:
+        """A new memory of the rows of several, one after the other."""
+        other = memories[0].clone()
+        other.rows = [row.copy() for memory in memories for row in memory.rows]
+        other.batch_size = len(other.rows)
+        return other
 
     @torch.no_grad()
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int] | None = None,
+        reset_at: Tensor | None = None,
+    ) -> Tensor:
         """Appends T tokens and returns what each of them sees, [B, H, T, Dv].
 
         Args:
             q: [B, H, T, D].
             k: [B, Hkv, T, D], without rotation.
             v: [B, Hkv, T, Dv].
+            lengths: of the rows; what comes behind is padding, and its output zero.
+            reset_at: bool [B, T], true where a token is the first of a new stream.
         """
-        out = q.new_empty(*q.shape[:3], self.value_dim)
-        for i in range(q.shape[2]):
-            self.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
-            out[:, :, i : i + 1] = self.attend(q[:, :, i : i + 1])
+        out = q.new_zeros(*q.shape[:3], self.value_dim)
+        for b in range(self.batch_size):
+            for i in range(q.shape[2] if lengths is None else lengths[b]):
+                if reset_at is not None and reset_at[b, i]:
+                    self.reset([b])
+                self._append_token(self.rows[b], k[b, :, i], v[b, :, i])
+                row = self.rows[b]
+                out[b, :, i] = self._attend_token(row, len(row.tokens) - 1, q[b, :, i])
         return out
 
     @torch.no_grad()
@@ -127,6 +185,7 @@ class KVMemory:
         for g in range(len(row.slots), self.schedule.groups(t)):
             row.slots.append(self._make_slot(row, g))
         row.tokens.append(self._store(key.to(self.work), value, position=t))
+        row.rewindable = min(row.rewindable + 1, self.headroom)
 
     def _make_slot(self, row: Row, g: int) -> Pair:
         keys, values = [], []
@@ -176,6 +235,11 @@ class KVMemory:
         return torch.tensor([len(row.tokens) for row in self.rows], dtype=torch.int64)
 
     @property
+    def rewindable(self) -> Tensor:
+        """How many of them can be taken back, int64 [B]."""
+        return torch.tensor([row.rewindable for row in self.rows], dtype=torch.int64)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The lists laid out as the real memory lays them out: token t >= A of the window and
         group g of the compressed memory stand at their number modulo the capacity of the ring, and
@@ -200,7 +264,7 @@ class KVMemory:
             for g, pair in enumerate(row.slots if compressed else []):
                 rings["compressed_keys"][b, :, g % compressed] = pair.key
                 rings["compressed_values"][b, :, g % compressed] = pair.value
-        return {**rings, "seen": self.seen}
+        return {**rings, "seen": self.seen, "rewindable": self.rewindable}
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,297 @@
+// What KVMemory does with whole rows: reset, rewind, select, merge, clone, snapshots. Row
+// operations are rare and may wait for a device to read an index; step and append never do.
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <sstream>
+
+#include "core/check.h"
+#include "ctx/memory.h"
+#include "ops/state.h"
+
+namespace ctx {
+namespace {
+
+using at::Tensor;
+
+constexpr const char* kFormat = "ctx.KVMemory";
+constexpr int64_t kVersion = 1;
+
+// The settings that what is stored depends on, by name.
+Snapshot geometry(const MemoryOptions& options) {
+  const AttentionOptions& a = options.attention;
+  const Schedule& s = a.schedule;
+  return {{"batch_size", options.batch_size},
+          {"kv_heads", options.kv_heads},
+          {"head_dim", options.head_dim},
+          {"value_dim", options.value_dim},
+          {"window", s.window},
+          {"compressed", s.compressed},
+          {"ratio", s.ratio},
+          {"segment", s.segment},
+          {"sinks", s.sinks},
+          {"headroom", options.headroom},
+          {"rotary_dim", a.rotary_dim},
+          {"rotary_base", a.rotary_base},
+          {"rotary_interleaved", int64_t{a.rotary_interleaved}},
+          {"distance", a.distance},
+          {"compressor", options.compressor.name}};
+}
+
+std::string describe(const Snapshot::mapped_type& part) {
+  std::ostringstream text;
+  std::visit(
+      [&](const auto& value) {
+        if constexpr (std::is_same_v<std::decay_t<decltype(value)>, Tensor>) {
+          text << "a tensor " << value.sizes();
+        } else {
+          text << value;
+        }
+      },
+      part);
+  return text.str();
+}
+
+bool equal(const Snapshot::mapped_type& one, const Snapshot::mapped_type& other) {
+  return one.index() == other.index() && !std::holds_alternative<Tensor>(one) &&
+         describe(one) == describe(other);
+}
+
+const Snapshot::mapped_type& find(const Snapshot& snapshot,
+                                  const std::string& name,
+                                  const char* where) {
+  const auto found = snapshot.find(name);
+  CTX_CHECK_VALUE(
+      found != snapshot.end(), where, name, " must be in the snapshot, but it is missing");
+  return found->second;
+}
+
+const Tensor& find_tensor(const Snapshot& snapshot,
+                          int index,
+                          at::IntArrayRef sizes,
+                          const char* where) {
+  const char* name = ops::state_name(index);
+  const auto& part = find(snapshot, name, where);
+  const Tensor* tensor = std::get_if<Tensor>(&part);
+  CTX_CHECK_TYPE(tensor != nullptr && tensor->defined(),
+                 where,
+                 name,
+                 " must be a tensor, got ",
+                 describe(part));
+  CTX_CHECK_VALUE(
+      tensor->sizes() == sizes, where, name, " must be ", sizes, ", got ", tensor->sizes());
+  const bool fits = index < ops::kSeen ? at::isFloatingType(tensor->scalar_type())
+                                       : tensor->scalar_type() == at::kLong;
+  CTX_CHECK_TYPE(fits,
+                 where,
+                 name,
+                 " must be ",
+                 index < ops::kSeen ? "floating point" : "int64",
+                 ", got ",
+                 tensor->scalar_type());
+  return *tensor;
+}
+
+}  // namespace
+
+// int64 [N] on the memory's device.
+Tensor KVMemory::checked_rows(const Tensor& rows, const char* where) const {
+  const int64_t batch = options_.batch_size;
+  CTX_CHECK_TYPE(rows.scalar_type() == at::kLong || rows.scalar_type() == at::kBool,
+                 where,
+                 "rows must be int64 or bool, got ",
+                 rows.scalar_type());
+  CTX_CHECK_VALUE(rows.dim() == 1, where, "rows must be [N], got ", rows.sizes());
+  if (rows.scalar_type() == at::kBool) {
+    CTX_CHECK_VALUE(
+        rows.size(0) == batch, where, "rows must be bool [B] = [", batch, "], got ", rows.sizes());
+    return rows.nonzero().squeeze(1).to(options_.device);
+  }
+  const Tensor values = rows.cpu().contiguous();
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    const int64_t row = values.const_data_ptr<int64_t>()[i];
+    CTX_CHECK_INDEX(row >= 0 && row < batch,
+                    where,
+                    "rows must be between 0 and B - 1 = ",
+                    batch - 1,
+                    ", got ",
+                    row);
+  }
+  return rows.to(options_.device);
+}
+
+void KVMemory::reset() {
+  tensors_[ops::kSeen].zero_();
+  tensors_[ops::kRewindable].zero_();
+}
+
+void KVMemory::reset(const Tensor& rows) {
+  const Tensor chosen = checked_rows(rows, "ctx.KVMemory.reset");
+  tensors_[ops::kSeen].index_fill_(0, chosen, 0);
+  tensors_[ops::kRewindable].index_fill_(0, chosen, 0);
+}
+
+void KVMemory::rewind(int64_t tokens) { rewind(at::full_like(seen(), tokens)); }
+
+void KVMemory::rewind(const Tensor& tokens) {
+  constexpr const char* where = "ctx.KVMemory.rewind";
+  CTX_CHECK_TYPE(
+      tokens.scalar_type() == at::kLong, where, "tokens must be int64, got ", tokens.scalar_type());
+  CTX_CHECK_VALUE(tokens.dim() == 1 && tokens.size(0) == options_.batch_size,
+                  where,
+                  "tokens must be [B] = [",
+                  options_.batch_size,
+                  "], got ",
+                  tokens.sizes());
+  const Tensor asked = tokens.cpu().contiguous();
+  const Tensor most = rewindable().cpu();
+  for (int64_t b = 0; b < options_.batch_size; ++b) {
+    const int64_t count = asked.const_data_ptr<int64_t>()[b];
+    const int64_t held = most.const_data_ptr<int64_t>()[b];
+    CTX_CHECK_VALUE(count >= 0 && count <= held,
+                    where,
+                    "tokens must be between 0 and what row ",
+                    b,
+                    " can take back = ",
+                    held,
+                    ", got ",
+                    count);
+  }
+  const Tensor here = tokens.to(options_.device);
+  tensors_[ops::kSeen].sub_(here);
+  tensors_[ops::kRewindable].sub_(here);
+}
+
+KVMemory KVMemory::select(const Tensor& rows) const {
+  const Tensor chosen = checked_rows(rows, "ctx.KVMemory.select");
+  CTX_CHECK_VALUE(chosen.size(0) > 0, "ctx.KVMemory.select", "rows must be at least one, got none");
+  MemoryOptions options = options_;
+  options.batch_size = chosen.size(0);
+  const c10::InferenceMode ordinary(false);
+  std::array<Tensor, 8> tensors;
+  for (int i = 0; i < ops::kStateTensors; ++i) tensors[i] = tensors_[i].index_select(0, chosen);
+  return {std::move(options), std::move(tensors)};
+}
+
+KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
+  constexpr const char* where = "ctx.KVMemory.merge";
+  CTX_CHECK_VALUE(!memories.empty(), where, "memories must be at least one, got none");
+  MemoryOptions options = memories[0]->options_;
+  const Snapshot wanted = geometry(options);
+  for (size_t i = 1; i < memories.size(); ++i) {
+    const MemoryOptions& other = memories[i]->options_;
+    for (const auto& [name, part] : geometry(other)) {
+      CTX_CHECK_VALUE(name == "batch_size" || equal(part, wanted.at(name)),
+                      where,
+                      "memories must have one ",
+                      name,
+                      " = ",
+                      describe(wanted.at(name)),
+                      ", got ",
+                      describe(part));
+    }
+    CTX_CHECK_TYPE(other.dtype == options.dtype,
+                   where,
+                   "memories must have one dtype = ",
+                   options.dtype,
+                   ", got ",
+                   other.dtype);
+    CTX_CHECK_VALUE(other.device == options.device,
+                    where,
+                    "memories must be on one device = ",
+                    options.device,
+                    ", got ",
+                    other.device);
+    options.batch_size += other.batch_size;
+  }
+  const c10::InferenceMode ordinary(false);
+  std::array<Tensor, 8> tensors;
+  for (int i = 0; i < ops::kStateTensors; ++i) {
+    std::vector<Tensor> parts;
+    for (const KVMemory* memory : memories) parts.push_back(memory->tensors_[i]);
+    tensors[i] = at::cat(parts);
+  }
+  return {std::move(options), std::move(tensors)};
+}
+
+KVMemory KVMemory::clone() const { return to(options_.dtype, options_.device); }
+
+KVMemory KVMemory::to(at::ScalarType dtype, at::Device device) const {
+  MemoryOptions options = options_;
+  options.dtype = dtype;
+  options.device = device;
+  for (Tensor& parameter : options.compressor.parameters) parameter = parameter.to(device);
+  if (options.compressed_bias) options.compressed_bias = options.compressed_bias->to(device);
+  options.validate();
+  const c10::InferenceMode ordinary(false);
+  std::array<Tensor, 8> tensors;
+  for (int i = 0; i < ops::kStateTensors; ++i) {
+    const auto type = i < ops::kSeen ? dtype : at::kLong;
+    tensors[i] = tensors_[i].to(device, type, /*non_blocking=*/false, /*copy=*/true);
+  }
+  return {std::move(options), std::move(tensors)};
+}
+
+Snapshot KVMemory::state_dict() const {
+  Snapshot snapshot = geometry(options_);
+  snapshot["format"] = std::string(kFormat);
+  snapshot["version"] = kVersion;
+  for (int i = 0; i < ops::kStateTensors; ++i) snapshot[ops::state_name(i)] = tensors_[i];
+  return snapshot;
+}
+
+void KVMemory::load_state_dict(const Snapshot& snapshot) {
+  constexpr const char* where = "ctx.KVMemory.load_state_dict";
+  const auto found = snapshot.find("format");
+  CTX_CHECK_VALUE(found != snapshot.end() && equal(found->second, std::string(kFormat)),
+                  where,
+                  "format must be ",
+                  kFormat,
+                  ", got ",
+                  found == snapshot.end() ? "none" : describe(found->second));
+  const auto& version = find(snapshot, "version", where);
+  CTX_CHECK_VALUE(
+      equal(version, kVersion), where, "version must be ", kVersion, ", got ", describe(version));
+  Snapshot known = state_dict();
+  for (const auto& [name, part] : snapshot) {
+    CTX_CHECK_VALUE(known.count(name) == 1,
+                    where,
+                    "snapshot must hold what version ",
+                    kVersion,
+                    " holds, got another part: ",
+                    name);
+  }
+  for (const auto& [name, part] : geometry(options_)) {
+    const auto& theirs = find(snapshot, name, where);
+    CTX_CHECK_VALUE(equal(theirs, part),
+                    where,
+                    name,
+                    " must be ",
+                    describe(part),
+                    " as the memory's, got ",
+                    describe(theirs));
+  }
+  std::array<Tensor, 8> tensors;
+  for (int i = 0; i < ops::kStateTensors; ++i)
+    tensors[i] = find_tensor(snapshot, i, tensors_[i].sizes(), where);
+  const Tensor seen_here = tensors[ops::kSeen].cpu().contiguous();
+  const Tensor spare = tensors[ops::kRewindable].cpu().contiguous();
+  for (int64_t b = 0; b < options_.batch_size; ++b) {
+    const int64_t seen = seen_here.const_data_ptr<int64_t>()[b];
+    const int64_t back = spare.const_data_ptr<int64_t>()[b];
+    CTX_CHECK_VALUE(seen >= 0, where, "seen must be at least 0, got ", seen, " in row ", b);
+    CTX_CHECK_VALUE(back >= 0 && back <= std::min(seen, options_.headroom),
+                    where,
+                    "rewindable must be between 0 and ",
+                    std::min(seen, options_.headroom),
+                    ", got ",
+                    back,
+                    " in row ",
+                    b);
+  }
+  at::NoGradGuard no_grad;
+  for (int i = 0; i < ops::kStateTensors; ++i) tensors_[i].copy_(tensors[i]);
+}
+
+}  // namespace ctx

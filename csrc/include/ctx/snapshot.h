@@ -1,0 +1,38 @@
+// Snapshots: what a memory holds, as plain tensors, numbers and names.
+//
+// On disk a snapshot is the archive that torch.save writes of a dict, so Python reads it with
+// torch.load(path, weights_only=True) and C++ programs without libctx with torch::pickle_load.
+//
+//   "format"        "ctx.KVMemory"
+//   "version"       1
+//   geometry        batch_size, kv_heads, head_dim, value_dim, window, compressed, ratio, segment,
+//                   sinks, headroom, rotary_dim, rotary_base, rotary_interleaved (0 or 1),
+//                   distance, compressor
+//   tensors         window_keys ... rewindable, as KVMemory::tensors() orders them
+//
+// The scale, the compressed bias and the compressor's parameters belong to the model: a snapshot
+// does not hold them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <string>
+#include <variant>
+
+#include "ctx/export.h"
+
+namespace ctx {
+
+using Snapshot = std::map<std::string, std::variant<int64_t, double, std::string, at::Tensor>>;
+
+// Writes a snapshot whole or not at all: to a file beside `path`, which then takes its place. A
+// process that dies meanwhile leaves the old file, and perhaps a `path`.<process>.part beside it.
+// Throws std::system_error where the file cannot be written.
+CTX_API void write_snapshot(const Snapshot& snapshot, const std::string& path);
+
+// Reads what write_snapshot or Python's torch.save wrote; tensors are on the CPU. Throws
+// std::system_error where the file cannot be read, and ValueError for a damaged or foreign one.
+CTX_API Snapshot read_snapshot(const std::string& path);
+
+}  // namespace ctx

@@ -1,0 +1,251 @@
+#include "ops/state.h"
+
+#include "core/check.h"
+
+namespace ctx::ops {
+namespace {
+
+using at::Tensor;
+using c10::SymInt;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kNames[kStateTensors] = {"window_keys",
+                                               "window_values",
+                                               "compressed_keys",
+                                               "compressed_values",
+                                               "sink_keys",
+                                               "sink_values",
+                                               "seen",
+                                               "rewindable"};
+
+bool is_pair(int index) { return index < kSeen; }
+
+void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, const char* where) {
+  CTX_CHECK_TYPE(x.scalar_type() == keys.scalar_type(),
+                 where,
+                 name,
+                 " must be ",
+                 keys.scalar_type(),
+                 " as the memory, got ",
+                 x.scalar_type());
+  CTX_CHECK_VALUE(x.device() == keys.device(),
+                  where,
+                  name,
+                  " must be on ",
+                  keys.device(),
+                  " as the memory, got ",
+                  x.device());
+}
+
+}  // namespace
+
+const char* state_name(int index) { return kNames[index]; }
+
+std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
+                                                           const SymInt& batch,
+                                                           const SymInt& kv_heads,
+                                                           const SymInt& head_dim,
+                                                           const SymInt& value_dim,
+                                                           const SymInt& headroom) {
+  const SymInt window = schedule.window_capacity(headroom);
+  const SymInt compressed = schedule.compressed_capacity(headroom);
+  return {{
+      {batch, kv_heads, window, head_dim},
+      {batch, kv_heads, window, value_dim},
+      {batch, kv_heads, compressed, head_dim},
+      {batch, kv_heads, compressed, value_dim},
+      {batch, kv_heads, schedule.sinks, head_dim},
+      {batch, kv_heads, schedule.sinks, value_dim},
+      {batch},
+      {batch},
+  }};
+}
+
+SymInt check_state(at::TensorList state, const Schedule& schedule, const char* where) {
+  CTX_CHECK_VALUE(state.size() == kStateTensors,
+                  where,
+                  "memory must be ",
+                  int{kStateTensors},
+                  " tensors, got ",
+                  state.size());
+  const Tensor& keys = state[kWindowKeys];
+  const Tensor& values = state[kWindowValues];
+  CTX_CHECK_VALUE(
+      keys.dim() == 4, where, "window_keys must be [B, Hkv, capacity, D], got ", keys.sym_sizes());
+  CTX_CHECK_VALUE(values.dim() == 4,
+                  where,
+                  "window_values must be [B, Hkv, capacity, Dv], got ",
+                  values.sym_sizes());
+  const SymInt headroom = keys.sym_size(2) - schedule.max_window();
+  CTX_CHECK_VALUE(headroom >= 1,
+                  where,
+                  "window_keys must hold more than ",
+                  schedule.max_window(),
+                  " tokens for this schedule, got ",
+                  keys.sym_size(2));
+  const auto sizes = state_sizes(
+      schedule, keys.sym_size(0), keys.sym_size(1), keys.sym_size(3), values.sym_size(3), headroom);
+  for (int i = 0; i < kStateTensors; ++i) {
+    const auto type = is_pair(i) ? keys.scalar_type() : at::kLong;
+    CTX_CHECK_VALUE(state[i].sym_sizes() == c10::SymIntArrayRef(sizes[i]),
+                    where,
+                    kNames[i],
+                    " must be ",
+                    c10::SymIntArrayRef(sizes[i]),
+                    ", got ",
+                    state[i].sym_sizes());
+    CTX_CHECK_TYPE(state[i].scalar_type() == type,
+                   where,
+                   kNames[i],
+                   " must be ",
+                   type,
+                   ", got ",
+                   state[i].scalar_type());
+    CTX_CHECK_VALUE(state[i].device() == keys.device(),
+                    where,
+                    kNames[i],
+                    " must be on ",
+                    keys.device(),
+                    ", got ",
+                    state[i].device());
+    CTX_CHECK_VALUE(state[i].is_contiguous(),
+                    where,
+                    kNames[i],
+                    " must be contiguous, got strides ",
+                    state[i].sym_strides());
+  }
+  return headroom;
+}
+
+void check_pairs(at::TensorList state, const Tensor& k, const Tensor& v, const char* where) {
+  const Tensor& keys = state[kWindowKeys];
+  const SymInt batch = keys.sym_size(0);
+  const SymInt kv_heads = keys.sym_size(1);
+  const auto check =
+      [&](const Tensor& x, const char* name, const char* width_name, const SymInt& width) {
+        CTX_CHECK_VALUE(x.dim() == 4 && x.sym_size(0) == batch && x.sym_size(1) == kv_heads &&
+                            x.sym_size(3) == width,
+                        where,
+                        name,
+                        " must be [B, Hkv, T, ",
+                        width_name,
+                        "] = [",
+                        batch,
+                        ", ",
+                        kv_heads,
+                        ", T, ",
+                        width,
+                        "], got ",
+                        x.sym_sizes());
+        check_like_memory(x, keys, name, where);
+      };
+  check(k, "k", "D", keys.sym_size(3));
+  check(v, "v", "Dv", state[kWindowValues].sym_size(3));
+  CTX_CHECK_VALUE(v.sym_size(2) == k.sym_size(2),
+                  where,
+                  "v must have as many tokens as k = ",
+                  k.sym_size(2),
+                  ", got ",
+                  v.sym_size(2));
+}
+
+void check_queries(at::TensorList state,
+                   const Tensor& q,
+                   const SymInt& tokens,
+                   const OptionalTensor& bias,
+                   const char* where) {
+  const Tensor& keys = state[kWindowKeys];
+  const SymInt kv_heads = keys.sym_size(1);
+  CTX_CHECK_VALUE(
+      q.dim() == 4 && q.sym_size(0) == keys.sym_size(0) && q.sym_size(3) == keys.sym_size(3),
+      where,
+      "q must be [B, H, T, D] = [",
+      keys.sym_size(0),
+      ", H, T, ",
+      keys.sym_size(3),
+      "], got ",
+      q.sym_sizes());
+  CTX_CHECK_VALUE(q.sym_size(1) > 0 && q.sym_size(1) % kv_heads == 0,
+                  where,
+                  "q must have a multiple of Hkv = ",
+                  kv_heads,
+                  " heads, got ",
+                  q.sym_size(1));
+  CTX_CHECK_VALUE(tokens < 0 || q.sym_size(2) == tokens,
+                  where,
+                  "q must have as many tokens as k = ",
+                  tokens,
+                  ", got ",
+                  q.sym_size(2));
+  check_like_memory(q, keys, "q", where);
+  if (!bias) return;
+  CTX_CHECK_VALUE(
+      bias->dim() == 1 && (bias->sym_size(0) == q.sym_size(1) || bias->sym_size(0) == 1),
+      where,
+      "compressed_bias must be [H] = [",
+      q.sym_size(1),
+      "], got ",
+      bias->sym_sizes());
+  CTX_CHECK_VALUE(bias->device() == keys.device(),
+                  where,
+                  "compressed_bias must be on ",
+                  keys.device(),
+                  ", got ",
+                  bias->device());
+}
+
+void check_rows(const Tensor& k,
+                const OptionalTensor& lengths,
+                const OptionalTensor& reset_at,
+                const char* where) {
+  const auto check = [&](const Tensor& x, const char* name, at::ScalarType type) {
+    CTX_CHECK_TYPE(
+        x.scalar_type() == type, where, name, " must be ", type, ", got ", x.scalar_type());
+    CTX_CHECK_VALUE(x.device() == k.device(),
+                    where,
+                    name,
+                    " must be on ",
+                    k.device(),
+                    " as k, got ",
+                    x.device());
+  };
+  if (lengths) {
+    check(*lengths, "lengths", at::kLong);
+    CTX_CHECK_VALUE(lengths->dim() == 1 && lengths->sym_size(0) == k.sym_size(0),
+                    where,
+                    "lengths must be [B] = [",
+                    k.sym_size(0),
+                    "], got ",
+                    lengths->sym_sizes());
+  }
+  if (reset_at) {
+    check(*reset_at, "reset_at", at::kBool);
+    CTX_CHECK_VALUE(reset_at->dim() == 2 && reset_at->sym_size(0) == k.sym_size(0) &&
+                        reset_at->sym_size(1) == k.sym_size(2),
+                    where,
+                    "reset_at must be [B, T] = [",
+                    k.sym_size(0),
+                    ", ",
+                    k.sym_size(2),
+                    "], got ",
+                    reset_at->sym_sizes());
+  }
+}
+
+void check_lengths(const OptionalTensor& lengths, int64_t tokens, const char* where) {
+  if (!lengths || !lengths->is_cpu()) return;
+  const Tensor values = lengths->contiguous();
+  for (int64_t b = 0; b < values.numel(); ++b) {
+    const int64_t length = values.const_data_ptr<int64_t>()[b];
+    CTX_CHECK_VALUE(length >= 0 && length <= tokens,
+                    where,
+                    "lengths must be between 0 and T = ",
+                    tokens,
+                    ", got ",
+                    length,
+                    " in row ",
+                    b);
+  }
+}
+
+}  // namespace ctx::ops

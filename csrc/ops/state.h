@@ -1,0 +1,63 @@
+// The tensors that are a memory, and what is checked before one of them is touched.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <array>
+#include <optional>
+
+#include "ctx/schedule.h"
+
+namespace ctx::ops {
+
+// In this order everywhere. `seen` is the whole bookkeeping; `rewindable` says how much of it the
+// rings can still take back.
+enum StateIndex : int {
+  kWindowKeys,
+  kWindowValues,
+  kCompressedKeys,
+  kCompressedValues,
+  kSinkKeys,
+  kSinkValues,
+  kSeen,
+  kRewindable,
+  kStateTensors
+};
+
+using State = std::array<at::Tensor, kStateTensors>;
+
+const char* state_name(int index);
+
+// Sizes of the tensors for a schedule and a headroom.
+std::array<std::vector<c10::SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
+                                                                const c10::SymInt& batch,
+                                                                const c10::SymInt& kv_heads,
+                                                                const c10::SymInt& head_dim,
+                                                                const c10::SymInt& value_dim,
+                                                                const c10::SymInt& headroom);
+
+// Checks the tensors against each other and a schedule, and returns their headroom. Like the two
+// below, it reads sizes as symbols, so that it holds while a graph is traced.
+c10::SymInt check_state(at::TensorList state, const Schedule& schedule, const char* where);
+
+// Checks pairs against a memory: k [B, Hkv, T, D], v [B, Hkv, T, Dv].
+void check_pairs(at::TensorList state, const at::Tensor& k, const at::Tensor& v, const char* where);
+
+// Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any); bias
+// [H] or [1].
+void check_queries(at::TensorList state,
+                   const at::Tensor& q,
+                   const c10::SymInt& tokens,
+                   const std::optional<at::Tensor>& bias,
+                   const char* where);
+
+// What a call says about its rows, k being its keys: lengths int64 [B], reset_at bool [B, T].
+void check_rows(const at::Tensor& k,
+                const std::optional<at::Tensor>& lengths,
+                const std::optional<at::Tensor>& reset_at,
+                const char* where);
+
+// 0 <= lengths <= T. Reads values, so only of tensors on the CPU: a device is never waited for.
+void check_lengths(const std::optional<at::Tensor>& lengths, int64_t tokens, const char* where);
+
+}  // namespace ctx::ops

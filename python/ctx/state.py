@@ -1,0 +1,92 @@
+"""The tensors that are the memory of one layer: their names, their shapes, and what must hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctx.schedule import Schedule
+
+__all__ = ["STATE", "Memory", "StateShape"]
+
+#: The memory of one attention layer: a plain dict of tensors by these names.
+Memory = dict[str, Tensor]
+
+#: Names of the tensors that are a memory, in the order in which operators take them. ``seen`` is
+#: the whole bookkeeping; ``rewindable`` says how much of it the rings can still take back.
+STATE = (
+    "window_keys",
+    "window_values",
+    "compressed_keys",
+    "compressed_values",
+    "sink_keys",
+    "sink_values",
+    "seen",
+    "rewindable",
+)
+COUNTS = ("seen", "rewindable")
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """Shapes of a memory's tensors, but for the number of rows."""
+
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int
+    compressed: int
+    sinks: int
+
+    @classmethod
+    def of(
+        cls, schedule: Schedule, kv_heads: int, head_dim: int, value_dim: int, headroom: int
+    ) -> StateShape:
+        """The shapes that a schedule and a headroom need."""
+        window = schedule._law.window_capacity(headroom)
+        compressed = schedule._law.compressed_capacity(headroom)
+        return cls(kv_heads, head_dim, value_dim, window, compressed, schedule.sinks)
+
+    def sizes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor for so many rows."""
+        lengths = (self.window, self.compressed, self.sinks)
+        widths = (self.head_dim, self.value_dim)
+        pairs = [(rows, self.kv_heads, length, width) for length in lengths for width in widths]
+        return dict(zip(STATE, [*pairs, (rows,), (rows,)], strict=True))
+
+    def zeros(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Memory:
+        """An empty memory."""
+        return {
+            name: torch.zeros(size, device=device, dtype=torch.int64 if name in COUNTS else dtype)
+            for name, size in self.sizes(rows).items()
+        }
+
+    def check(self, memory: Any, rows: int, device: torch.device, where: str, of: str) -> None:
+        """Raises unless `memory` has these shapes, one dtype, and the rows and device of input
+        `of`.
+
+        Raises:
+            ValueError, TypeError: the message begins with `where` and names the tensor.
+        """
+        if not isinstance(memory, dict) or set(memory) != set(STATE):
+            got = ", ".join(map(str, memory)) if isinstance(memory, dict) else type(memory).__name__
+            raise ValueError(f"{where}: memory must be a dict of {', '.join(STATE)}, got {got}")
+        held = memory["seen"].shape
+        if len(held) == 1 and held[0] != rows:
+            raise ValueError(
+                f"{where}: {of} must have as many rows as memory = {held[0]}, got {rows}"
+            )
+        dtype = memory["window_keys"].dtype
+        for name, size in self.sizes(rows).items():
+            tensor, kind = memory[name], torch.int64 if name in COUNTS else dtype
+            if tuple(tensor.shape) != size:
+                raise ValueError(f"{where}: {name} must be {list(size)}, got {list(tensor.shape)}")
+            if tensor.dtype != kind or not (name in COUNTS or kind.is_floating_point):
+                raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
+            if tensor.device != device:
+                raise ValueError(f"{where}: {name} must be on {device}, got {tensor.device}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"{where}: {name} must be contiguous, got {tensor.stride()}")
