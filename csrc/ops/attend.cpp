@@ -415,6 +415,7 @@ Call make_call(CTX_ATTEND_PARAMETERS) {
 }
 
 std::tuple<Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS) {
+  const auto precision = own_precision();
   auto [out, logsumexp] = make_call(CTX_ATTEND_ARGUMENTS).forward();
   return {out.to(q.scalar_type()), logsumexp};
 }
@@ -434,6 +435,7 @@ Gradients8 attend_backward(const Tensor& grad_out,
                            const Tensor& out,
                            const Tensor& logsumexp,
                            CTX_ATTEND_PARAMETERS) {
+  const auto precision = own_precision();
   auto g = make_call(CTX_ATTEND_ARGUMENTS).backward(grad_out, grad_logsumexp, out, logsumexp);
   const auto type = q.scalar_type();
   return {g.q.to(type),

@@ -37,6 +37,7 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
                                             at::TensorList parameters,
                                             c10::string_view compressor) {
   constexpr const char* where = "ctx.compress";
+  const auto precision = own_precision();
   CTX_CHECK_VALUE(keys.dim() == 5, where, "keys must be [B, Hkv, G, c, D], got ", keys.sym_sizes());
   CTX_CHECK_VALUE(
       values.dim() == 5 && values.sym_sizes().slice(0, 4) == keys.sym_sizes().slice(0, 4),

@@ -283,6 +283,7 @@ std::tuple<Tensor, Tensor> due_groups(const Tensor& k,
                                       int64_t rotary_dim,
                                       double rotary_base,
                                       bool rotary_interleaved) {
+  const auto precision = own_precision();
   return Sequence(k,
                   v,
                   lengths,
@@ -313,6 +314,7 @@ Tensor attend_sequence(const Tensor& q,
                        bool rotary_interleaved,
                        double scale) {
   constexpr const char* where = "ctx.attend_sequence";
+  const auto precision = own_precision();
   const Sequence sequence(k,
                           v,
                           lengths,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 #include <string_view>
@@ -15,6 +16,11 @@ namespace ctx::ops {
 inline at::ScalarType arithmetic_type(at::ScalarType storage) {
   return storage == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+// What an operator computes is its dtypes' business: autocast, which stands for whole models, ends
+// where one of ours begins. Lives as long as the operator runs.
+using OwnPrecision = c10::impl::ExcludeDispatchKeyGuard;
+inline OwnPrecision own_precision() { return OwnPrecision(c10::autocast_dispatch_keyset); }
 
 // The storage of a dtype; throws TypeError for one that a memory cannot have.
 Storage storage_of(at::ScalarType dtype, const char* where, const char* name);

@@ -1,0 +1,199 @@
+"""Compiled graphs: one graph serves every position of a stream, and gives the same numbers."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+
+import ctx
+from strategies import assert_close, assert_same_bits
+
+SIZES: dict[str, Any] = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8, "sinks": 2}
+
+
+class Compiled:
+    """A module compiled whole, for any size, and the number of graphs that this took."""
+
+    def __init__(self, module, backend):
+        torch._dynamo.reset()
+        self.graphs = 0
+        self.backend = lookup_backend(backend)
+        self.run = torch.compile(module, backend=self.compile, fullgraph=True, dynamic=True)
+
+    def compile(self, graph, inputs):
+        self.graphs += 1
+        return self.backend(graph, inputs)
+
+
+def attention(**options):
+    return ctx.CompressiveAttention(32, 4, 2, **{**SIZES, **options})
+
+
+def transformer():
+    config = ctx.CompressiveTransformerConfig(
+        vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, **SIZES
+    )
+    return ctx.CompressiveTransformer(config)
+
+
+def layers_of(memory):
+    return memory if isinstance(memory, list) else [memory]
+
+
+def inputs(module, rows, tokens):
+    if isinstance(module, ctx.CompressiveTransformer):
+        return torch.randint(0, 50, (rows, tokens))
+    return torch.randn(rows, tokens, 32)
+
+
+def gradients(module, y):
+    module.zero_grad()
+    y.square().mean().backward()
+    return [parameter.grad for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["streaming", "differentiable"])
+@pytest.mark.parametrize("make", [attention, transformer])
+def test_one_graph_for_every_position(make, grad):
+    """50 steps of varying `seen` and length: at most two compilations, nothing left to Python."""
+    module = make()
+    compiled = Compiled(module, "aot_eager" if grad else "eager")
+    ours, theirs = module.init_memory(2), module.init_memory(2)
+    with torch.set_grad_enabled(grad):
+        for step in range(50):
+            x = inputs(module, 2, 3 + step % 4)
+            y, ours = compiled.run(x, ours)
+            expected, theirs = module(x, theirs)
+            assert_close(y, expected, 1e-6)
+            if grad and step % 25 == 24:
+                pairs = zip(gradients(module, y), gradients(module, expected), strict=True)
+                for mine, yours in pairs:
+                    assert_close(mine, yours, 1e-6)
+    assert compiled.graphs <= 2
+    for mine, yours in zip(layers_of(ours), layers_of(theirs), strict=True):
+        assert_same_bits(mine["seen"], yours["seen"])
+        for name in mine:
+            assert_close(mine[name], yours[name], 1e-6)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["streaming", "differentiable"])
+def test_begins_without_a_memory(grad):
+    module = attention()
+    compiled = Compiled(module, "aot_eager")
+    x = torch.randn(2, 9, 32)
+    with torch.set_grad_enabled(grad):
+        y, memory = compiled.run(x)
+        expected, held = module(x)
+    assert_close(y, expected, 1e-6)
+    for name in held:
+        assert_close(memory[name], held[name], 1e-6)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "how, grad",
+    [
+        ("lengths", False),
+        ("mask", False),
+        ("reset_at", False),
+        ("reset_at", True),
+        pytest.param("lengths", True, marks=SLOW),
+        pytest.param("mask", True, marks=SLOW),
+    ],
+)
+def test_rows(how, grad):
+    """Padding and documents are tensors: they compile too."""
+    module = attention()
+    compiled = Compiled(module, "aot_eager")
+    ours, theirs = module.init_memory(3), module.init_memory(3)
+    with torch.set_grad_enabled(grad):
+        for _ in range(4):
+            x = torch.randn(3, 10, 32)
+            rows = {
+                "lengths": torch.randint(0, 11, (3,)),
+                "mask": torch.rand(3, 10) < 0.7,
+                "reset_at": torch.rand(3, 10) < 0.2,
+            }
+            y, ours = compiled.run(x, ours, **{how: rows[how]})
+            expected, theirs = module(x, theirs, **{how: rows[how]})
+            assert_close(y, expected, 1e-6)
+    assert compiled.graphs <= 2
+    assert_same_bits(ours["seen"], theirs["seen"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True], ids=["streaming", "differentiable"])
+@pytest.mark.parametrize("make", [attention, transformer])
+def test_inductor(make, grad):
+    """The compiler's own code around our operators."""
+    module = make()
+    compiled = Compiled(module, "inductor")
+    ours, theirs = module.init_memory(2), module.init_memory(2)
+    with torch.set_grad_enabled(grad):
+        for step in range(12):
+            x = inputs(module, 2, 3 + step % 4)
+            y, ours = compiled.run(x, ours)
+            expected, theirs = module(x, theirs)
+            assert_close(y, expected, 1e-5)
+        if grad:
+            pairs = zip(gradients(module, y), gradients(module, expected), strict=True)
+            for mine, yours in pairs:
+                assert_close(mine, yours, 1e-5)
+    assert compiled.graphs <= 2
+
+
+class Step(nn.Module):
+    """One streaming step as a graph: memory in, memory out."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, memory):
+        with torch.no_grad():
+            return self.module(x, memory)
+
+
+@pytest.mark.parametrize("make", [attention, transformer])
+def test_export_of_a_step(make):
+    """Memory is input and output of the exported step; its decomposition gives the same stream."""
+    module = make().eval().requires_grad_(False)
+    memory = module.init_memory(2)
+    x = inputs(module, 2, 1)
+    exported = torch.export.export(Step(module), (x, memory), strict=False)
+    decomposed = exported.run_decompositions()
+    targets = {str(node.target) for node in decomposed.graph.nodes if node.op == "call_function"}
+    assert any("ctx" in target or "auto_functionalized" in target for target in targets)
+    step, held = decomposed.module(), module.init_memory(2)
+    for _ in range(40):
+        x = inputs(module, 2, 1)
+        y, memory = step(x, memory)
+        expected, held = Step(module)(x, held)
+        assert_close(y, expected, 1e-6)
+    for mine, yours in zip(layers_of(memory), layers_of(held), strict=True):
+        for name in mine:
+            assert_close(mine[name], yours[name], 1e-6)
+
+
+@pytest.mark.parametrize("compression", ["mean", "gated"])
+def test_operators_alone(compression):
+    """torch.ops.ctx compiles without any of our modules around it."""
+    module = attention(compression=compression).requires_grad_(False)
+    settings = module._settings()
+    compressor = (module.compressor.operands(), module.compressor.name)
+
+    def step(q, k, v, *state):
+        return torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, None, *settings, 0.5)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
+    ours, theirs = (list(module.init_memory(2).values()) for _ in range(2))
+    for _ in range(30):
+        q, k, v = (torch.randn(2, heads, 3, 8) for heads in (4, 2, 2))
+        assert_close(compiled(q, k, v, *ours), step(q, k, v, *theirs), 1e-6)
+    for mine, yours in itertools.zip_longest(ours, theirs):
+        assert_same_bits(mine, yours)

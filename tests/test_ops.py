@@ -1,0 +1,149 @@
+"""Every operator under torch.library.opcheck: schema, autograd, shapes, and compiled graphs."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import ctx
+from strategies import DTYPES
+
+B, HKV, H, D, DV, T, C = 2, 2, 4, 6, 4, 5, 2
+SCHEDULE = ctx.Schedule(4, 3, C, 4, 1)
+SETTINGS = (SCHEDULE.numbers, "slot", 4, 10000.0, False)
+SCALE = D**-0.5
+
+
+def drawn(*shape, dtype, grad=False):
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+def memory(dtype):
+    """The tensors of a memory in the middle of a stream."""
+    used = ctx.KVMemory(SCHEDULE, B, HKV, D, DV, headroom=5, dtype=dtype, rotary_dim=4)
+    pairs = [torch.randn(B, HKV, 17, width, dtype=dtype) for width in (D, DV)]
+    used.append(*pairs)
+    return [tensor.clone() for tensor in used.tensors.values()]
+
+
+def compressor(dtype, grad=False):
+    module = ctx.compression.Conv(HKV, C, D, DV, dtype=dtype)
+    return [operand.detach().requires_grad_(grad) for operand in module.operands()], "conv"
+
+
+def pairs(dtype, grad=False):
+    sizes = (H, D), (HKV, D), (HKV, DV)
+    return [drawn(B, heads, T, width, dtype=dtype, grad=grad) for heads, width in sizes]
+
+
+ROWS = {
+    "uniform": (None, None),
+    "lengths": (torch.tensor([3, 5]), None),
+    "documents": (None, torch.tensor([[False, True, False, False, True], [True] + [False] * 4])),
+}
+
+
+def step(dtype, rows, grad):
+    bias = torch.randn(H, dtype=dtype)
+    return (
+        *pairs(dtype, grad),
+        *ROWS[rows],
+        *memory(dtype),
+        *compressor(dtype),
+        bias,
+        *SETTINGS,
+        SCALE,
+    )
+
+
+def append(dtype, rows, grad):
+    return (*pairs(dtype, grad)[1:], *ROWS[rows], *memory(dtype), *compressor(dtype), *SETTINGS)
+
+
+def attend_memory(dtype, rows, grad):
+    return (pairs(dtype, grad)[0], *memory(dtype), None, *SETTINGS, SCALE)
+
+
+MUTATING = {"step_": step, "append_": append, "attend_memory": attend_memory}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad", [False, True], ids=["constant", "requires_grad"])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", MUTATING)
+def test_streaming_operators(name, rows, grad, dtype):
+    """Mutation and differentiation never meet: outputs carry no gradient, whatever goes in."""
+    operator, arguments = getattr(torch.ops.ctx, name).default, MUTATING[name](dtype, rows, grad)
+    with torch.set_grad_enabled(not grad):
+        opcheck(operator, arguments)
+    if operator._schema.returns:
+        assert not operator(*arguments).requires_grad
+
+
+def rotary(dtype, grad):
+    x = drawn(B, H, T, D, dtype=dtype, grad=grad)
+    return x, torch.randint(0, 100, (B, T)), 4, 10000.0, False
+
+
+def compress(dtype, grad):
+    keys, values = (drawn(B, HKV, 3, C, width, dtype=dtype, grad=grad) for width in (D, DV))
+    return keys, values, *compressor(dtype, grad)
+
+
+def attend(dtype, grad):
+    q = drawn(B, H, T, D, dtype=dtype, grad=grad)
+    spans = []
+    for count in (1, 4, 9):
+        for width in (D, DV):
+            spans.append(drawn(B, HKV, count, width, dtype=dtype, grad=grad))
+    numbers = [torch.arange(17, 17 + T).expand(B, T)]
+    numbers += [torch.full((B, T), first) for first in (0, 3, 13)]
+    bias = drawn(H, dtype=dtype, grad=grad)
+    return (q, numbers[0], *spans, *numbers[1:], bias, *SETTINGS, SCALE)
+
+
+def due_groups(dtype, grad):
+    return (*pairs(dtype, grad)[1:], *ROWS["lengths"], memory(dtype), *SETTINGS)
+
+
+def attend_sequence(dtype, grad):
+    q, k, v = pairs(dtype, grad)
+    keys, values = torch.ops.ctx.due_groups(
+        k, v, None, ROWS["documents"][1], memory(dtype), *SETTINGS
+    )
+    slots = keys.mean(3).detach(), values.mean(3).detach()
+    bias = drawn(H, dtype=dtype, grad=grad)
+    return (q, k, v, None, ROWS["documents"][1], memory(dtype), *slots, bias, *SETTINGS, SCALE)
+
+
+FUNCTIONAL = {
+    "rotary": rotary,
+    "compress": compress,
+    "attend": attend,
+    "due_groups": due_groups,
+    "attend_sequence": attend_sequence,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad", [False, True], ids=["constant", "requires_grad"])
+@pytest.mark.parametrize("name", FUNCTIONAL)
+def test_functional_operators(name, grad, dtype):
+    opcheck(getattr(torch.ops.ctx, name).default, FUNCTIONAL[name](dtype, grad))
+
+
+def test_attend_backward():
+    """The backward is an operator, too."""
+    arguments = attend(torch.float64, False)
+    out, logsumexp = torch.ops.ctx.attend(*arguments)
+    grads = torch.randn_like(out), torch.randn_like(logsumexp)
+    opcheck(torch.ops.ctx.attend_backward.default, (*grads, out, logsumexp, *arguments))
+
+
+def test_none_is_left_out():
+    """Every operator of the library is checked above."""
+    names = {
+        schema.name.removeprefix("ctx::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("ctx::")
+    }
+    assert names == {*MUTATING, *FUNCTIONAL, "attend_backward"}
