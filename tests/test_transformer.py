@@ -241,6 +241,31 @@ class TestGenerate:
         out = built.generate(tokens(1, 4), 6, seed=0)
         built(out)[0].sum().backward()
 
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_prompts_of_unequal_length(self, side):
+        """Every row continues as if it were alone, however long the prompts and wherever padded."""
+        built, counts = model(), [1, 150, 64, 65]
+        prompts = [tokens(1, count) for count in counts]
+        text, mask = torch.zeros(4, 150, dtype=torch.int64), torch.zeros(4, 150, dtype=torch.bool)
+        for row, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
+            place = slice(0, count) if side == "right" else slice(150 - count, 150)
+            text[row, place], mask[row, place] = prompt[0], True
+        rows = {"lengths": torch.tensor(counts)} if side == "right" else {"mask": mask}
+        memory = built.init_memory(4)
+        out = built.generate(text, 9, temperature=0, memory=memory, **rows)
+        for row, prompt in enumerate(prompts):
+            assert torch.equal(out[row], built.generate(prompt, 9, temperature=0)[0])
+        assert memory[1]["seen"].tolist() == [count + 8 for count in counts]
+
+    def test_an_empty_prompt_is_refused(self):
+        built = model()
+        with pytest.raises(
+            ValueError, match="lengths must leave at least one token, got none in row 1"
+        ):
+            built.generate(tokens(2, 4), 1, lengths=torch.tensor([2, 0]))
+        with pytest.raises(ValueError, match="mask must leave at least one token"):
+            built.generate(tokens(1, 2), 1, mask=torch.zeros(1, 2, dtype=torch.bool))
+
     def test_nothing_is_drawn(self):
         built = model()
         memory = built.init_memory(2)

@@ -273,8 +273,8 @@ class CompressiveAttention(nn.Module):
         if not torch.is_grad_enabled() and x.requires_grad:
             # Reentrant checkpointing does this, and would stream into the memory twice.
             raise ValueError(
-                f"{where}: x must not require grad where grad is off and a memory is streamed into, "
-                "got one that does: detach it, or use checkpoint(..., use_reentrant=False)"
+                f"{where}: x must not require grad while grad is off and a memory is streamed "
+                "into, got one that does: detach it, or checkpoint with use_reentrant=False"
             )
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:

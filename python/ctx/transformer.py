@@ -341,6 +341,8 @@ class CompressiveTransformer(nn.Module):
         num_tokens: int,
         *,
         memory: Sequence[dict[str, Tensor]] | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -352,6 +354,8 @@ class CompressiveTransformer(nn.Module):
             tokens: int64 [B, T], T >= 1: the prompt, or what comes next in `memory`'s streams.
             memory: streamed into in place; afterwards it holds all but the newest token, so
                 `generate(out[:, -1:], n, memory=memory)` goes on. None: starts empty.
+            lengths: int64 [B], each at least 1: prompts of unequal length, padded on the right.
+            mask: bool [B, T], true at tokens: as `lengths`, for padding on the left or anywhere.
             temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
             top_k: only the k likeliest tokens can be drawn.
             top_p: only the fewest likeliest tokens whose probabilities reach p can be drawn.
@@ -365,7 +369,7 @@ class CompressiveTransformer(nn.Module):
         """
         where = "ctx.CompressiveTransformer.generate"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        steps = list(self._stream(tokens, num_tokens, memory, settings))
+        steps = list(self._stream(tokens, num_tokens, memory, lengths, mask, settings))
         return torch.stack(steps, 1) if steps else tokens.new_empty(tokens.shape[0], 0)
 
     def stream(
@@ -374,6 +378,8 @@ class CompressiveTransformer(nn.Module):
         num_tokens: int,
         *,
         memory: Sequence[dict[str, Tensor]] | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -382,40 +388,68 @@ class CompressiveTransformer(nn.Module):
         """`generate`, one step at a time: yields int64 [B] as soon as it is drawn."""
         where = "ctx.CompressiveTransformer.stream"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        return self._stream(tokens, num_tokens, memory, settings)
+        return self._stream(tokens, num_tokens, memory, lengths, mask, settings)
 
     def _stream(
         self,
         tokens: Tensor,
         num_tokens: int,
         memory: Sequence[dict[str, Tensor]] | None,
+        lengths: Tensor | None,
+        mask: Tensor | None,
         settings: generation.Sampling,
     ) -> Iterator[Tensor]:
-        self._check(tokens, memory, settings.where)
+        where = settings.where
+        self._check(tokens, memory, where, lengths, mask)
         if tokens.shape[1] < 1:
             raise ValueError(
-                f"{settings.where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
+                f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
             )
-        generation.check_count(num_tokens, settings.where)
+        generation.check_count(num_tokens, where)
+        if mask is not None:
+            tokens, lengths = to_right_padded(tokens, mask)
+        if lengths is not None and tokens.device.type == "cpu" and int(lengths.min()) < 1:
+            name = "lengths" if mask is None else "mask"
+            row = int(lengths.argmin())
+            raise ValueError(
+                f"{where}: {name} must leave at least one token, got none in row {row}"
+            )
         state = self.init_memory(tokens.shape[0]) if memory is None else memory
-        return self._draw(tokens, num_tokens, state, settings)
+        return self._draw(tokens, lengths, num_tokens, state, settings)
 
     def _draw(
         self,
         tokens: Tensor,
+        lengths: Tensor | None,
         num_tokens: int,
         memory: Sequence[dict[str, Tensor]],
         settings: generation.Sampling,
     ) -> Iterator[Tensor]:
         draw = settings.sampler(tokens.device)
-        block = max(64, self.schedule.segment)  # a long prompt is read at constant memory, too
         for _ in range(num_tokens):
             with torch.inference_mode():  # never across a yield: it would leak to the caller
-                for chunk in tokens.split(block, 1):
-                    hidden, memory = self._hidden(chunk, memory)
-                drawn = draw(self._logits(hidden[:, -1]))
-            tokens = drawn[:, None]
+                drawn = draw(self._logits(self._newest(tokens, lengths, memory)))
+            tokens, lengths = drawn[:, None], None
             yield drawn.clone()  # an ordinary tensor, of use under grad as well
+
+    def _newest(
+        self, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
+    ) -> Tensor:
+        """Streams the tokens and returns what stands behind the last of every row, [B, E]."""
+        block = max(64, self.schedule.segment)  # a long prompt is read at constant memory, too
+        newest: Tensor | None = None
+        for first in range(0, tokens.shape[1], block):
+            chunk = tokens[:, first : first + block]
+            if lengths is None:
+                newest = self._hidden(chunk, memory)[0][:, -1]
+                continue
+            count = (lengths - first).clamp(0, chunk.shape[1])
+            hidden, _ = self._hidden(chunk, memory, count)
+            last = hidden[torch.arange(len(hidden)), (count - 1).clamp_min(0)]
+            # A row that ended in an earlier chunk keeps what it had.
+            newest = last if newest is None else torch.where((count > 0)[:, None], last, newest)
+        assert newest is not None
+        return newest
 
     def _hidden(
         self,
