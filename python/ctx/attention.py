@@ -269,7 +269,7 @@ class CompressiveAttention(nn.Module):
         check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where)
         if memory is None:
             return
-        self._state.check(memory, x.shape[0], x.device, where, "x")
+        self.check_memory(memory, x.shape[0], x.device, where, "x")
         if not torch.is_grad_enabled() and x.requires_grad:
             # Reentrant checkpointing does this, and would stream into the memory twice.
             raise ValueError(
@@ -277,8 +277,14 @@ class CompressiveAttention(nn.Module):
                 "into, got one that does: detach it, or checkpoint with use_reentrant=False"
             )
 
+    def check_memory(
+        self, memory: Memory, rows: int, device: torch.device, where: str, of: str
+    ) -> None:
+        """Raises unless `memory` is one of this layer, with the rows and device of input `of`."""
+        self._state.check(memory, rows, device, where, of)
+
     def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
     def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
         rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)

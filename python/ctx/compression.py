@@ -145,8 +145,8 @@ class Conv(Compressor):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         with torch.no_grad():
-            for weight in (self.key_weight, self.value_weight):
-                weight.diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
+            for name in ("key_weight", "value_weight"):
+                self.get_parameter(name).diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
 
 
 class Gated(Compressor):

@@ -103,7 +103,8 @@ def select(memory: Nested, rows: Rows) -> Nested:
         index = _index(layer, rows, where)
         return {name: tensor.index_select(0, index) for name, tensor in layer.items()}
 
-    return _map(chosen, memory)
+    selected: Nested = _map(chosen, memory)
+    return selected
 
 
 def merge(memories: Sequence[Nested]) -> Nested:
@@ -131,13 +132,15 @@ def merge(memories: Sequence[Nested]) -> Nested:
                     raise ValueError(f"{where}: {name} must be {mine} as the first's, got {others}")
         merged.append({name: torch.cat([layer[name] for layer in layers]) for name in layers[0]})
     rest = iter(merged)
-    return _map(lambda layer: next(rest), memories[0])
+    whole: Nested = _map(lambda layer: next(rest), memories[0])
+    return whole
 
 
 def clone(memory: Nested) -> Nested:
     """A new memory that holds the same: where two continuations of a stream part."""
     _layers(memory, "ctx.rows.clone")
-    return _map(lambda layer: {name: tensor.clone() for name, tensor in layer.items()}, memory)
+    twin: Nested = _map(lambda layer: {name: x.clone() for name, x in layer.items()}, memory)
+    return twin
 
 
 def _map(function: Any, memory: Any) -> Any:
