@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class KVMemory:
         value_dim: int,
         compressor: str,
         parameters: Sequence[Tensor],
+        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
         distance: str,
         rotary_dim: int,
         rotary_base: float,

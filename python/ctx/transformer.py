@@ -24,7 +24,6 @@ __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemor
 ModelMemory = list[dict[str, Tensor]]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "compression": tuple(COMPRESSORS),
     "position": ("rotary", None),
     "distance": ("slot", "token"),
     "compressed_bias": ("none", "log_ratio", "learned"),
@@ -100,7 +99,7 @@ class CompressiveTransformerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{where}: {name} must be a number, got {value!r}")
-        for name, choices in _CHOICES.items():
+        for name, choices in {"compression": tuple(COMPRESSORS), **_CHOICES}.items():
             if getattr(self, name) not in choices:
                 names = ", ".join(map(repr, choices))
                 got = getattr(self, name)
