@@ -93,11 +93,12 @@ def select(memory: Nested, rows: Rows) -> Nested:
         rows: an index, several, or a bool tensor [B].
 
     Raises:
-        IndexError, TypeError, ValueError: ``rows`` does not fit.
+        IndexError, TypeError, ValueError: ``rows`` does not fit, or is none.
     """
     where = "ctx.rows.select"
     for layer in _layers(memory, where):
-        _index(layer, rows, where)
+        if len(_index(layer, rows, where)) == 0:
+            raise ValueError(f"{where}: rows must be at least one, got none")
 
     def chosen(layer: Memory) -> Memory:
         index = _index(layer, rows, where)
