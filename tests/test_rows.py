@@ -255,10 +255,16 @@ def test_functions_on_dicts_equal_the_methods(data):
     assert_same_memory(copied, mine.tensors)
 
 
-def filled(tokens=9, batch=3, headroom=4, **options):
-    memory = ctx.KVMemory(ctx.Schedule(4, 3, 2, 4, 1), batch, 1, 4, headroom=headroom, **options)
-    memory.step(*(torch.randn(batch, 1, tokens, 4, dtype=memory.tensors["sink_keys"].dtype),) * 3)
-    return memory.tensors
+def kv_memory(headroom=4, dtype=torch.float32):
+    """Three rows of nine tokens."""
+    law = ctx.Schedule(4, 3, 2, 4, 1)
+    memory = ctx.KVMemory(law, 3, 1, 4, headroom=headroom, dtype=dtype)
+    memory.step(*[torch.randn(3, 1, 9, 4, dtype=dtype)] * 3)
+    return memory
+
+
+def filled(**options):
+    return kv_memory(**options).tensors
 
 
 def test_nested_memories():
@@ -308,6 +314,7 @@ ERRORS = {
     "layers": (lambda m: ctx.rows.merge([m, m[:1]]), ValueError, "as many layers"),
     "geometry": (lambda m: ctx.rows.merge([m, [m[1], m[0]]]), ValueError, "window_keys must be"),
     "not a memory": (lambda m: ctx.rows.reset([m[0], {"seen": 1}]), ValueError, "dict of"),
+    "word": (lambda m: ctx.rows.select(m, "0"), TypeError, "rows must be an index"),
     "nothing": (lambda m: ctx.rows.reset([*m, None]), TypeError, "NoneType"),
 }
 
@@ -322,3 +329,29 @@ def test_errors_touch_nothing(name):
         call(memory)
     for layer, old in zip(memory, before, strict=True):
         assert_same_memory(layer, old)
+
+
+def test_a_memory_s_own_counters_as_arguments():
+    """`seen` and `rewindable` alias the memory, and may be handed to it."""
+    memory, lengths = kv_memory(headroom=20), torch.tensor([9, 4, 0])
+    memory.rewind(9 - lengths)
+    tensors = [torch.randn(3, 1, 9, 4)] * 3
+    for name in ("seen", "rewindable"):
+        used, held = memory.clone(), [memory.clone().tensors, memory.clone().tensors]
+        used.step(*tensors, lengths=used.tensors[name])
+        assert used.seen.tolist() == used.rewindable.tolist() == [18, 8, 0]
+        used.rewind(used.tensors[name])
+        ctx.rows.rewind(held, held[0][name])
+        for counters in (used.tensors, *held):
+            assert counters["seen"].tolist() == counters["rewindable"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("tokens", [1.5, True, None, "1", [1, 1, 1]])
+def test_rewind_takes_integers_only(tokens):
+    memory = kv_memory()
+    for call in (memory.rewind, lambda n: ctx.rows.rewind(memory.tensors, n)):
+        with pytest.raises(TypeError, match="tokens must be an integer"):
+            call(tokens)
+        with pytest.raises(ValueError, match="tokens must be at most"):
+            call(2**70)
+    assert memory.seen.tolist() == [9, 9, 9]
