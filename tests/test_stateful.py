@@ -48,7 +48,7 @@ from strategies import (
 )
 
 STEPS = 25  # rules per example
-TOKENS = 60  # per example, over all rows: the reference is slow
+TOKENS = 120  # per example, over all rows: the reference is slow
 ROWS = 3
 
 #: How often each rule was applied in this process.
@@ -164,13 +164,19 @@ class Machine(RuleBasedStateMachine):
     def append(self, data: st.DataObject, ragged: bool, resetting: bool) -> None:
         self.step(data, ragged=ragged, resetting=resetting, halves=True)
 
+    @precondition(lambda self: any(self.late()))
     @action(data=st.data())
     def attend(self, data: st.DataObject) -> None:
         """Late queries, as far back as every row can go."""
-        twins = self.pick(data)
-        tokens = data.draw(sizes(min(12, int(twins.theirs.rewindable.min()))))
+        late = [(twins, most) for twins, most in zip(self.all, self.late(), strict=True) if most]
+        twins, most = data.draw(st.sampled_from(late))
+        tokens = data.draw(st.integers(1, min(12, most)))
         q, _, _ = self.tensors(twins.batch, tokens, data.draw(st.integers(0, 3)))
         self.close(twins.ours.attend(q), twins.theirs.attend(q))
+
+    def late(self) -> list[int]:
+        """How many tokens back each memory can be asked about."""
+        return [int(twins.theirs.rewindable.min()) for twins in getattr(self, "all", [])]
 
     @action(data=st.data())
     def reset(self, data: st.DataObject) -> None:
