@@ -188,6 +188,20 @@ def test_rewound_memory_goes_on(mode, data):
         assert_same_row(law, rewound, b, after, b, 1e-11, exact=False, rewindable=False)
 
 
+def test_slots_of_tokens_taken_back_are_not_read():
+    """The tightest ring: the newest slot of NaN stands where one that is no longer seen stood."""
+    sizes = {"window": 0, "compressed": 2, "ratio": 1, "segment": 1, "headroom": 3}
+    attn = ctx.CompressiveAttention(4, 1, compression="mean", dtype=F64, **sizes)
+    x = torch.randn(1, 15, 4, dtype=F64)
+    memory = carried(attn, x[:, :12], None)
+    other = ctx.rows.clone(memory)
+    with torch.no_grad():
+        attn(torch.full((1, 3, 4), float("nan"), dtype=F64), other)
+    ctx.rows.rewind(other, 3)
+    assert other["compressed_keys"].isnan().any()
+    assert_close(attn(x[:, 12:], other)[0], attn(x[:, 12:], memory)[0], 1e-12)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_selected_and_merged_model_memories_go_on(mode):
     """Rows of a model's memory, in another order and in company, continue their streams."""
