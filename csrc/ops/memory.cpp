@@ -67,7 +67,10 @@ class Rows {
         tokens_(tokens),
         origin_(memory.state[kSeen]),
         spare_(memory.state[kRewindable]) {
-    if (lengths) lengths_ = lengths->contiguous();
+    if (lengths) {
+      const bool own = lengths->is_alias_of(origin_) || lengths->is_alias_of(spare_);
+      lengths_ = own ? lengths->clone() : lengths->contiguous();
+    }
     if (!reset_at) return;
     reset_at_ = lengths ? reset_at->logical_and(
                               at::arange(tokens, lengths_.options()).lt(lengths_.unsqueeze(1)))

@@ -156,7 +156,9 @@ class Sequence {
     s.window_values = at::cat({read_ring(memory_[kWindowValues], past, held), v_}, 2);
     if (law().compressed == 0) return s;
     const Tensor slots = count_from(begun_ - slots_behind(), slots_behind());
-    const Tensor made = slots.ge(0);
+    // A slot that the next token no longer sees may hold what was taken back since, even a NaN.
+    const Tensor oldest = groups_of(law(), seen_).sub(law().compressed).clamp_min(0);
+    const Tensor made = slots.ge(oldest.unsqueeze(1));
     s.compressed_keys =
         at::cat({read_ring(memory_[kCompressedKeys], slots, made), s.compressed_keys}, 2);
     s.compressed_values =

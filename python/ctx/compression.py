@@ -146,7 +146,8 @@ class Native(Compressor):
 
     def slots(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`forward`: the operator checks."""
-        return self(keys, values)
+        made: tuple[Tensor, Tensor] = self(keys, values)
+        return made
 
 
 class Custom(Compressor):

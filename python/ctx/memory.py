@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ctx import _C
 from ctx.compression import as_compressor, make_compressor
-from ctx.rows import Rows, as_rows
+from ctx.rows import Rows, as_counts, as_rows
 from ctx.schedule import Schedule
 from ctx.state import STATE
 
@@ -252,9 +252,7 @@ class KVMemory:
         Raises:
             ValueError, TypeError: more than can be taken back; nothing has been changed then.
         """
-        if not isinstance(tokens, Tensor):
-            tokens = torch.full_like(self.seen, tokens)
-        self._native.rewind(tokens)
+        self._native.rewind(as_counts(tokens, self.seen, "ctx.KVMemory.rewind"))
 
     def select(self, rows: Rows) -> KVMemory:
         """A new memory of these rows, in this order; repeats allowed (beam search).
