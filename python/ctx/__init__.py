@@ -8,6 +8,7 @@ it, and :mod:`ctx.reference` is the same function in plain PyTorch.
 from ctx import (
     _load,  # first: explains what is wrong if the compiled part does not fit
     compression,
+    losses,
     padding,
     reference,
     rows,
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "compression",
+    "losses",
     "padding",
     "reference",
     "rows",

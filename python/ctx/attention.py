@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctx.compression import as_compressor, make_compressor
+from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.schedule import Schedule
@@ -49,6 +50,9 @@ class CompressiveAttention(nn.Module):
         compressor_grad: ``"task"`` (the task's gradient trains the compressor, and keys and values
             through it) or ``"aux"`` (the paper's: compressed slots are constants to the task; only
             an auxiliary loss trains it).
+        aux_loss: what ``forward(..., return_aux=True)`` gives: ``"reconstruction"`` (the paper's
+            attention reconstruction), ``"autoencoding"`` (adds a decoder to the parameters), or
+            None. See :mod:`ctx.losses`.
         dropout: probability of the dropout of the output, in training mode.
         bias: biases of the four projections.
         rotary_base, rotary_dim, rotary_interleaved: as in :class:`ctx.KVMemory`.
@@ -75,6 +79,7 @@ class CompressiveAttention(nn.Module):
         distance: str = "slot",
         compressed_bias: str = "learned",
         compressor_grad: str = "task",
+        aux_loss: str | None = None,
         dropout: float = 0.0,
         bias: bool = False,
         rotary_base: float = 10000.0,
@@ -105,6 +110,8 @@ class CompressiveAttention(nn.Module):
         _one_of("distance", distance, ("slot", "token"))
         _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
         _one_of("compressor_grad", compressor_grad, ("task", "aux"))
+        if aux_loss is not None:
+            _one_of("aux_loss", aux_loss, LOSSES)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"{_WHERE}: dropout must be at least 0 and below 1, got {dropout}")
         if headroom < 1:
@@ -147,6 +154,9 @@ class CompressiveAttention(nn.Module):
                 f"{_WHERE}: compression must be a name or a module, got {compression!r}"
             )
         self.compressor = as_compressor(compression, kv_heads, ratio, head_dim, head_dim)
+        self.aux_loss = aux_loss
+        if aux_loss == "autoencoding":
+            self.decoder = Decoder(kv_heads, ratio, head_dim, head_dim, **made)
         start = torch.empty(num_heads, **made)
         if compressed_bias == "learned":
             self.compressed_bias: Tensor | None = nn.Parameter(start)
@@ -160,6 +170,8 @@ class CompressiveAttention(nn.Module):
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             projection.reset_parameters()
         self.compressor.reset_parameters()
+        if self.aux_loss == "autoencoding":
+            self.decoder.reset_parameters()
         self._reset_compression()
 
     def _reset_compression(self) -> None:
@@ -214,7 +226,8 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
-    ) -> tuple[Tensor, Memory]:
+        return_aux: bool = False,
+    ) -> Any:
         """Attends from T new tokens per row to the memory and to themselves, and remembers them.
 
         Args:
@@ -225,10 +238,12 @@ class CompressiveAttention(nn.Module):
             mask: bool [B, T], true at tokens: as ``lengths``, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
                 packed batch), which sees nothing of what its row held before.
+            return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
+                the compressor (and the decoder) only; not together with ``reset_at``.
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
-            under grad, the one passed in otherwise.
+            under grad, the one passed in otherwise; with ``return_aux`` the loss, too.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
@@ -246,6 +261,13 @@ class CompressiveAttention(nn.Module):
         if memory is not None:
             kept = memory["window_keys"].dtype
             q, k, v = q.to(kept), k.to(kept), v.to(kept)
+        if return_aux:
+            if self.aux_loss is None or reset_at is not None:
+                got = "aux_loss=None" if self.aux_loss is None else "reset_at"
+                raise ValueError(
+                    f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
+                )
+            aux = self._auxiliary(q, k, v, lengths, memory)
         if torch.is_grad_enabled():
             out, memory = self._differentiable(q, k, v, lengths, reset_at, memory)
         else:
@@ -256,7 +278,7 @@ class CompressiveAttention(nn.Module):
             y = from_right_padded(y, mask)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
-        return y, memory
+        return (y, memory, aux) if return_aux else (y, memory)
 
     def check(
         self,
@@ -296,6 +318,15 @@ class CompressiveAttention(nn.Module):
     def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
         rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
         return (self.schedule.numbers, self.distance, *rotary)
+
+    def _auxiliary(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
+    ) -> Tensor:
+        state = [] if memory is None else [memory[name] for name in STATE]
+        evicted = evictions(q, k, v, lengths, state, self.schedule, self._settings())
+        if self.aux_loss == "autoencoding":
+            return auto_encoding(evicted, self.compressor, self.decoder)
+        return attention_reconstruction(evicted, self.compressor)
 
     def _streaming(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ctx import generation
 from ctx.attention import CompressiveAttention
 from ctx.compression import COMPRESSORS
+from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.schedule import Schedule
 
@@ -28,6 +29,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "distance": ("slot", "token"),
     "compressed_bias": ("none", "log_ratio", "learned"),
     "compressor_grad": ("task", "aux"),
+    "aux_loss": (None, *LOSSES),
     "mlp": ("swiglu", "gelu"),
     "norm": ("rms", "layer"),
 }
@@ -70,6 +72,7 @@ class CompressiveTransformerConfig:
     distance: str = "slot"
     compressed_bias: str = "learned"
     compressor_grad: str = "task"
+    aux_loss: str | None = None
     rotary_base: float = 10000.0
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
@@ -209,12 +212,15 @@ class _Block(nn.Module):
         memory: dict[str, Tensor] | None,
         lengths: Tensor | None,
         reset_at: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        y, memory = self.attention(
-            self.attention_norm(x), memory, lengths=lengths, reset_at=reset_at
+        return_aux: bool,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        rows = {"lengths": lengths, "reset_at": reset_at}
+        y, memory, *aux = self.attention(
+            self.attention_norm(x), memory, **rows, return_aux=return_aux
         )
         x = x + y  # dropped out by the layer itself
-        return x + self.dropout(self.mlp(self.mlp_norm(x))), memory
+        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x, memory, aux[0] if aux else None
 
 
 class CompressiveTransformer(nn.Module):
@@ -280,7 +286,8 @@ class CompressiveTransformer(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
-    ) -> tuple[Tensor, ModelMemory]:
+        return_aux: bool = False,
+    ) -> Any:
         """Continues every row's stream by T tokens.
 
         Args:
@@ -290,11 +297,13 @@ class CompressiveTransformer(nn.Module):
             mask: bool [B, T], true at tokens: as `lengths`, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
                 packed batch), which sees nothing of what its row held before.
+            return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
+                layers; not together with `reset_at`.
 
         Returns:
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
-            after
-            the last: a new one under grad, the one passed (streamed into in place) without.
+            after the last: a new one under grad, the one passed (streamed into in place) without;
+            with `return_aux` the loss, too.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
@@ -304,14 +313,14 @@ class CompressiveTransformer(nn.Module):
             tokens, lengths = to_right_padded(tokens, mask)
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
-        hidden, memory = self._hidden(tokens, memory, lengths, reset_at)
+        hidden, memory, aux = self._hidden(tokens, memory, lengths, reset_at, return_aux)
         logits = self._logits(hidden)
         if mask is not None:
             logits = from_right_padded(logits, mask)
         elif lengths is not None:
             padding = mask_of(lengths, tokens.shape[1]).logical_not()
             logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
-        return logits, memory
+        return (logits, memory, torch.stack(aux).mean()) if return_aux else (logits, memory)
 
     def with_memory(
         self,
@@ -448,7 +457,7 @@ class CompressiveTransformer(nn.Module):
                 newest = self._hidden(chunk, memory)[0][:, -1]
                 continue
             count = (lengths - first).clamp(0, chunk.shape[1])
-            hidden, _ = self._hidden(chunk, memory, count)
+            hidden = self._hidden(chunk, memory, count)[0]
             last = hidden[torch.arange(len(hidden)), (count - 1).clamp_min(0)]
             # A row that ended in an earlier chunk keeps what it had.
             newest = last if newest is None else torch.where((count > 0)[:, None], last, newest)
@@ -461,13 +470,18 @@ class CompressiveTransformer(nn.Module):
         memory: Sequence[dict[str, Tensor]] | None,
         lengths: Tensor | None = None,
         reset_at: Tensor | None = None,
-    ) -> tuple[Tensor, ModelMemory]:
+        return_aux: bool = False,
+    ) -> tuple[Tensor, ModelMemory, list[Tensor]]:
         x: Tensor = self.dropout(self.embedding(tokens))
         states: ModelMemory = []
+        losses: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            x, state = block(x, None if memory is None else memory[i], lengths, reset_at)
+            held = None if memory is None else memory[i]
+            x, state, aux = block(x, held, lengths, reset_at, return_aux)
             states.append(state)
-        return x, states
+            if aux is not None:
+                losses.append(aux)
+        return x, states, losses
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight

@@ -6,6 +6,7 @@ kernels compute, compare against it to know that they do. It is slow, and nothin
 
 from .attention import attend, compressive_attention, working_dtype
 from .compression import COMPRESSORS, compress_group, conv, gated, initial_parameters, maximum, mean
+from .losses import attention_reconstruction
 from .memory import KVMemory
 from .rotary import Rotary
 from .schedule import Schedule
@@ -16,6 +17,7 @@ __all__ = [
     "Rotary",
     "Schedule",
     "attend",
+    "attention_reconstruction",
     "compress_group",
     "compressive_attention",
     "conv",

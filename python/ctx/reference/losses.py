@@ -1,0 +1,56 @@
+"""Auxiliary losses, boundary by boundary: Rae et al. 2019 (arXiv:1911.05507), section 3.2 and
+algorithm 2.
+
+Deviations: see ctx.losses. Everything but the slots is constant, so the gradient reaches the
+compressor (and the decoder) only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .attention import mix, scores_of
+from .compression import Compressor
+from .schedule import Schedule
+
+
+def boundaries(schedule: Schedule, seen: int, length: int) -> list[int]:
+    """Where segments end after the first `seen` tokens, within the first `length`."""
+    segment = schedule.segment or schedule.ratio
+    return [b for b in range(seen + 1, length + 1) if b % segment == 0]
+
+
+def attention_reconstruction(
+    q: Tensor,  # [H, L, D] of one stream, without rotation
+    k: Tensor,  # [Hkv, L, D]
+    v: Tensor,  # [Hkv, L, Dv]
+    schedule: Schedule,
+    compressor: Compressor,
+    seen: int = 0,
+) -> list[Tensor]:
+    """One error for each boundary behind the first `seen` tokens at which something is evicted."""
+    errors = []
+    segment = schedule.segment or schedule.ratio
+    for b in boundaries(schedule, seen, q.shape[1]):
+        groups = range(schedule.groups(b - 1), schedule.groups(b))
+        if not groups or not schedule.compressed:
+            continue
+        tokens = [j for g in groups for j in schedule.members(g)]
+        queries = range(max(seen, b - segment), b)
+        keys, values = k[:, tokens].detach(), v[:, tokens].detach()
+        shape = (1, k.shape[0], len(groups), schedule.ratio, -1)
+        slot_keys, slot_values = compressor(keys.reshape(shape), values.reshape(shape))
+        each = []
+        for t in queries:
+            query = q[None, :, t].detach()
+            want = mix(_weights(query, keys[None]), values[None])
+            got = mix(_weights(query, slot_keys), slot_values)
+            each.append((got - want).square().mean())
+        errors.append(torch.stack(each).mean())
+    return errors
+
+
+def _weights(query: Tensor, keys: Tensor) -> Tensor:
+    scale: float = query.shape[-1] ** -0.5
+    return (scale * scores_of(query, keys)).softmax(-1)
