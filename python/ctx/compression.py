@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ctx import _check
+
 __all__ = ["COMPRESSORS", "Compressor", "Conv", "Gated", "Max", "Mean", "make_compressor"]
 
 
@@ -44,7 +46,7 @@ class Compressor(nn.Module):
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
         for name, size in sizes.items():
-            if size < 1:
+            if _check.integer(size, name, f"ctx.compression.{type(self).__name__}") < 1:
                 raise ValueError(
                     f"ctx.compression.{type(self).__name__}: {name} must be at least 1, got {size}"
                 )
@@ -86,6 +88,7 @@ class Compressor(nn.Module):
         Raises:
             ValueError: shapes do not belong together.
         """
+        _check.tensors(f"ctx.compression.{type(self).__name__}", keys=keys, values=values)
         slots: tuple[Tensor, Tensor] = torch.ops.ctx.compress(
             keys, values, self.operands(), self.name
         )
