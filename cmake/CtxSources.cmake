@@ -1,6 +1,7 @@
 # Every source file of the project, listed: a new file is one line here.
 
 set(CTX_SOURCES
+    csrc/core/archive.cpp
     csrc/core/attention.cpp
     csrc/core/compressor.cpp
     csrc/core/init.cpp
@@ -31,7 +32,8 @@ set(CTX_CUDA_SOURCES)
 set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp)
 
 # One program each, named after the file.
-set(CTX_TEST_SOURCES)
+set(CTX_TEST_SOURCES tests/cpp/test_attention.cpp tests/cpp/test_memory.cpp
+                     tests/cpp/test_schedule.cpp tests/cpp/test_snapshot.cpp)
 
 set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>
                             <torch/library.h>)

@@ -65,7 +65,8 @@ THEIRS = {
     "check": r"c10/util/",
     "seam": None,
     "registry": r"c10/core/",
-    "core": r"ATen/(?!cuda)|c10/(?!cuda)|torch/|(fcntl|unistd)\.h",  # a file written whole
+    # core writes files whole, and reads archives that may be damaged.
+    "core": r"ATen/(?!cuda)|c10/(?!cuda)|torch/|caffe2/serialize/|(fcntl|unistd)\.h",
     "ops": r"ATen/(?!cuda)|c10/(?!cuda)|torch/",
     "cuh": CUDA,
     "cpu": r"ATen/Parallel\.h|ATen/cpu/|c10/util/|immintrin\.h",

@@ -350,7 +350,7 @@ def test_a_memory_s_own_counters_as_arguments():
 def test_rewind_takes_integers_only(tokens):
     memory = kv_memory()
     for call in (memory.rewind, lambda n: ctx.rows.rewind(memory.tensors, n)):
-        with pytest.raises(TypeError, match="tokens must be an integer"):
+        with pytest.raises(TypeError, match="tokens must be an int"):
             call(tokens)
         with pytest.raises(ValueError, match="tokens must be at most"):
             call(2**70)

@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "ops/settings.h"
+#include "ops/state.h"
 
 namespace ctx {
 
@@ -61,7 +62,15 @@ at::Tensor compressive_attention(const at::Tensor& q,
                                                         double)>();
   CTX_CHECK_VALUE(
       q.dim() == 4, "ctx.compressive_attention", "q must be [B, H, T, D], got ", q.sizes());
+  CTX_CHECK_VALUE(
+      k.dim() == 4, "ctx.compressive_attention", "k must be [B, Hkv, T, D], got ", k.sizes());
   options.validate(q.size(3));
+  ops::check_rows(k, lengths, reset_at, "ctx.compressive_attention");
+  ops::check_lengths(lengths, k.size(2), "ctx.compressive_attention");
+  if (!memory.empty()) {
+    ops::check_state(memory, options.schedule, "ctx.compressive_attention");
+    ops::check_seen(memory[ops::kSeen], "ctx.compressive_attention");
+  }
   const Schedule& s = options.schedule;
   const std::array<int64_t, 5> schedule = {s.window, s.compressed, s.ratio, s.segment, s.sinks};
   const double scale =

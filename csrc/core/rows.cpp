@@ -4,10 +4,13 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <array>
+#include <charconv>
 #include <sstream>
 
 #include "core/check.h"
 #include "ctx/memory.h"
+#include "ops/registry.h"
 #include "ops/state.h"
 
 namespace ctx {
@@ -39,31 +42,45 @@ Snapshot geometry(const MemoryOptions& options) {
           {"compressor", options.compressor.name}};
 }
 
+// Tells 2 from 2.0 and 10000.0 from 10000.000001: a message says what differs.
 std::string describe(const Snapshot::mapped_type& part) {
   std::ostringstream text;
-  std::visit(
-      [&](const auto& value) {
-        if constexpr (std::is_same_v<std::decay_t<decltype(value)>, Tensor>) {
-          text << "a tensor " << value.sizes();
-        } else {
-          text << value;
-        }
-      },
-      part);
+  if (const auto* number = std::get_if<double>(&part)) {
+    std::array<char, 32> digits;
+    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), *number).ptr;
+    const std::string shortest(digits.data(), end);
+    text << shortest
+         << (shortest.find_first_not_of("-0123456789") == std::string::npos ? ".0" : "");
+  } else if (const auto* tensor = std::get_if<Tensor>(&part)) {
+    text << "a tensor";
+    if (tensor->defined()) text << " " << tensor->sizes();
+  } else if (const auto* name = std::get_if<std::string>(&part)) {
+    text << '"' << *name << '"';
+  } else {
+    text << std::get<int64_t>(part);
+  }
   return text.str();
 }
 
 bool equal(const Snapshot::mapped_type& one, const Snapshot::mapped_type& other) {
-  return one.index() == other.index() && !std::holds_alternative<Tensor>(one) &&
-         describe(one) == describe(other);
+  return std::visit(
+      [&](const auto& value) {
+        using Value = std::decay_t<decltype(value)>;
+        if constexpr (std::is_same_v<Value, Tensor>) {
+          return false;
+        } else {
+          const auto* same = std::get_if<Value>(&other);
+          return same != nullptr && *same == value;
+        }
+      },
+      one);
 }
 
 const Snapshot::mapped_type& find(const Snapshot& snapshot,
                                   const std::string& name,
                                   const char* where) {
   const auto found = snapshot.find(name);
-  CTX_CHECK_VALUE(
-      found != snapshot.end(), where, name, " must be in the snapshot, but it is missing");
+  CTX_CHECK_VALUE(found != snapshot.end(), where, name, " must be in the snapshot, got none");
   return found->second;
 }
 
@@ -81,6 +98,7 @@ const Tensor& find_tensor(const Snapshot& snapshot,
                  describe(part));
   CTX_CHECK_VALUE(
       tensor->sizes() == sizes, where, name, " must be ", sizes, ", got ", tensor->sizes());
+  ops::check_readable(*tensor, name, where);
   const bool fits = index < ops::kSeen ? at::isFloatingType(tensor->scalar_type())
                                        : tensor->scalar_type() == at::kLong;
   CTX_CHECK_TYPE(fits,
@@ -103,6 +121,7 @@ Tensor KVMemory::checked_rows(const Tensor& rows, const char* where) const {
                  "rows must be int64 or bool, got ",
                  rows.scalar_type());
   CTX_CHECK_VALUE(rows.dim() == 1, where, "rows must be [N], got ", rows.sizes());
+  ops::check_readable(rows, "rows", where);
   if (rows.scalar_type() == at::kBool) {
     CTX_CHECK_VALUE(
         rows.size(0) == batch, where, "rows must be bool [B] = [", batch, "], got ", rows.sizes());
@@ -144,6 +163,7 @@ void KVMemory::rewind(const Tensor& tokens) {
                   options_.batch_size,
                   "], got ",
                   tokens.sizes());
+  ops::check_readable(tokens, "tokens", where);
   const Tensor asked = tokens.cpu().contiguous();
   const Tensor most = rewindable().cpu();
   for (int64_t b = 0; b < options_.batch_size; ++b) {
@@ -219,6 +239,7 @@ KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
 KVMemory KVMemory::clone() const { return to(options_.dtype, options_.device); }
 
 KVMemory KVMemory::to(at::ScalarType dtype, at::Device device) const {
+  ops::kernels_for(device.type());
   MemoryOptions options = options_;
   options.dtype = dtype;
   options.device = device;
@@ -281,7 +302,14 @@ void KVMemory::load_state_dict(const Snapshot& snapshot) {
   for (int64_t b = 0; b < options_.batch_size; ++b) {
     const int64_t seen = seen_here.const_data_ptr<int64_t>()[b];
     const int64_t back = spare.const_data_ptr<int64_t>()[b];
-    CTX_CHECK_VALUE(seen >= 0, where, "seen must be at least 0, got ", seen, " in row ", b);
+    CTX_CHECK_VALUE(seen >= 0 && seen <= Schedule::kLastPosition,
+                    where,
+                    "seen must be between 0 and ",
+                    Schedule::kLastPosition,
+                    ", got ",
+                    seen,
+                    " in row ",
+                    b);
     CTX_CHECK_VALUE(back >= 0 && back <= std::min(seen, options_.headroom),
                     where,
                     "rewindable must be between 0 and ",

@@ -2,15 +2,22 @@
 
 #include <ATen/core/Dict.h>
 #include <ATen/core/ivalue.h>
+#include <caffe2/serialize/inline_container.h>
+#include <caffe2/serialize/read_adapter_interface.h>
 #include <fcntl.h>
-#include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/csrc/jit/serialization/import_read.h>
+#include <torch/csrc/jit/serialization/pickler.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <system_error>
 
+#include "core/archive.h"
 #include "core/check.h"
 
 namespace ctx {
@@ -26,7 +33,7 @@ namespace fs = std::filesystem;
 class File {
  public:
   File(const fs::path& path, int flags)
-      : path_(path), descriptor_(::open(path.c_str(), flags, 0666)) {
+      : path_(path), descriptor_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
     if (descriptor_ < 0) fail("ctx: cannot open ", path_);
   }
   ~File() {
@@ -63,16 +70,95 @@ class File {
   int descriptor_;
 };
 
+// A name beside `path` that no other thread or process is writing to. A process may have died with
+// the same number, or live on another machine that shares the folder: hence the count, and O_EXCL.
+fs::path create_part(const std::string& path) {
+  static std::atomic<uint64_t> count{0};
+  for (;;) {
+    const fs::path part(path + "." + std::to_string(::getpid()) + "." + std::to_string(count++) +
+                        ".part");
+    const int descriptor = ::open(part.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    if (descriptor >= 0) {
+      ::close(descriptor);
+      return part;
+    }
+    if (errno != EEXIST) fail("ctx: cannot open ", part);
+  }
+}
+
+// The rename itself should reach the disk, too. By now the file is whole and in its place, and not
+// every file system lets a folder be opened or synchronized: no reason to fail.
+void sync_folder(const fs::path& folder) {
+  const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (descriptor < 0) return;
+  ::fsync(descriptor);
+  ::close(descriptor);
+}
+
+// The system would read the name up to there, and use another file.
+void check_path(const std::string& path, const char* where) {
+  CTX_CHECK_VALUE(path.find('\0') == std::string::npos,
+                  where,
+                  "path must not hold a null character, got one after ",
+                  path.c_str());
+}
+
+// As torch::jit::pickle_save, but without the types of containers, which Python's torch.load with
+// weights_only=True refuses.
 std::vector<char> encode(const Snapshot& snapshot) {
   c10::impl::GenericDict plain(c10::StringType::get(), c10::AnyType::get());
   for (const auto& [name, part] : snapshot) {
     plain.insert(name, std::visit([](const auto& value) { return c10::IValue(value); }, part));
   }
-  return torch::jit::pickle_save(plain);
+  std::vector<char> pickle;
+  torch::jit::Pickler pickler(
+      [&](const char* bytes, size_t size) { pickle.insert(pickle.end(), bytes, bytes + size); },
+      /*tensor_table=*/nullptr,
+      /*type_renamer=*/nullptr,
+      /*memoized_class_types=*/nullptr,
+      /*get_tensor_id=*/nullptr,
+      /*tag_aggregates=*/false);
+  pickler.protocol();
+  pickler.pushIValue(plain);
+  pickler.stop();
+
+  std::vector<char> archive;
+  caffe2::serialize::PyTorchStreamWriter writer([&](const void* bytes, size_t size) {
+    const char* begin = static_cast<const char*>(bytes);
+    archive.insert(archive.end(), begin, begin + size);
+    return size;
+  });
+  size_t number = 0;
+  for (const at::Tensor& tensor : pickler.tensorData()) {
+    const auto data = torch::jit::getWriteableTensorData(tensor);
+    writer.writeRecord("data/" + std::to_string(number++), data.data(), data.sizeInBytes());
+  }
+  writer.writeRecord("data.pkl", pickle.data(), pickle.size());
+  writer.writeEndOfFile();
+  return archive;
 }
 
+// torch::jit::pickle_load would read behind the end of a damaged archive.
+class Reader : public caffe2::serialize::ReadAdapterInterface {
+ public:
+  explicit Reader(const std::vector<char>& bytes) : bytes_(bytes) {}
+  size_t size() const override { return bytes_.size(); }
+  size_t read(uint64_t at, void* to, size_t count, const char* /*what*/) const override {
+    if (at >= bytes_.size()) return 0;
+    count = std::min<size_t>(count, bytes_.size() - at);
+    std::memcpy(to, bytes_.data() + at, count);
+    return count;
+  }
+
+ private:
+  const std::vector<char>& bytes_;
+};
+
 Snapshot decode(const std::vector<char>& bytes) {
-  const c10::IValue value = torch::jit::pickle_load(bytes);
+  TORCH_CHECK(is_whole_archive(bytes), "not a whole archive");
+  caffe2::serialize::PyTorchStreamReader reader(std::make_unique<Reader>(bytes));
+  const c10::IValue value = torch::jit::readArchiveAndTensors(
+      "data", "", "", std::nullopt, std::nullopt, std::nullopt, reader);
   TORCH_CHECK(value.isGenericDict(), "not a dict");
   Snapshot snapshot;
   for (const auto& item : value.toGenericDict()) {
@@ -95,12 +181,13 @@ Snapshot decode(const std::vector<char>& bytes) {
 }  // namespace
 
 void write_snapshot(const Snapshot& snapshot, const std::string& path) {
+  check_path(path, "ctx.KVMemory.save");
   const std::vector<char> bytes = encode(snapshot);
   const fs::path target(path);
-  const fs::path part(path + "." + std::to_string(::getpid()) + ".part");
+  const fs::path part = create_part(path);
   try {
     {
-      File file(part, O_WRONLY | O_CREAT | O_TRUNC);
+      File file(part, O_WRONLY);
       file.write(bytes);
       file.sync();
     }
@@ -110,11 +197,11 @@ void write_snapshot(const Snapshot& snapshot, const std::string& path) {
     fs::remove(part, ignored);
     throw;
   }
-  // The rename itself must reach the disk, too.
-  File(target.has_parent_path() ? target.parent_path() : fs::path("."), O_RDONLY).sync();
+  sync_folder(target.has_parent_path() ? target.parent_path() : fs::path("."));
 }
 
 Snapshot read_snapshot(const std::string& path) {
+  check_path(path, "ctx.KVMemory.load");
   const std::vector<char> bytes = File(path, O_RDONLY).read();
   try {
     return decode(bytes);

@@ -52,6 +52,10 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
                  keys.scalar_type(),
                  " as keys, got ",
                  values.scalar_type());
+  CTX_CHECK_TYPE(at::isFloatingType(keys.scalar_type()),
+                 where,
+                 "keys must be floating point, got ",
+                 keys.scalar_type());
   const CompressorKind kind = parse_compressor({compressor.data(), compressor.size()}, where);
   const auto size = [](const at::Tensor& x, int64_t dim) {
     return x.sym_size(dim).guard_int(__FILE__, __LINE__);

@@ -1,6 +1,7 @@
 // ctx::step_, ctx::append_, ctx::attend_memory: the memory at inference. They write into the
 // tensors of a memory, or read them, and hand spans to the device's kernels; nothing is
 // concatenated, no size depends on what was seen, and no value of a device is waited for.
+#include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -34,6 +35,7 @@ struct Memory {
     view.clock.schedule = parse_schedule(schedule, where);
     view.clock.token_distance = parse_token_distance({distance.data(), distance.size()}, where);
     headroom = check_state(state, view.clock.schedule, where).expect_int();
+    check_seen(state[kSeen], where);
     const Tensor& keys = state[kWindowKeys];
     view.rotary = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, keys.size(3), where);
     view.storage = storage_of(keys.scalar_type(), where, "window_keys");
@@ -97,6 +99,8 @@ class Rows {
 
   // Counts the call's tokens.
   void finish() {
+    // A memory that was made in inference mode may be streamed into outside of it, too.
+    const c10::InferenceMode writes(true);
     Tensor seen = memory_.state[kSeen];
     Tensor rewindable = memory_.state[kRewindable];
     if (reset_at_.defined()) seen.copy_(origin_), rewindable.copy_(spare_);

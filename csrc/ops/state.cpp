@@ -35,6 +35,8 @@ void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, co
                   keys.device(),
                   " as the memory, got ",
                   x.device());
+  CTX_CHECK_VALUE(
+      x.layout() == at::kStrided, where, name, " must be a dense tensor, got ", x.layout());
 }
 
 }  // namespace
@@ -208,6 +210,8 @@ void check_rows(const Tensor& k,
                     k.device(),
                     " as k, got ",
                     x.device());
+    CTX_CHECK_VALUE(
+        x.layout() == at::kStrided, where, name, " must be a dense tensor, got ", x.layout());
   };
   if (lengths) {
     check(*lengths, "lengths", at::kLong);
@@ -229,6 +233,27 @@ void check_rows(const Tensor& k,
                     k.sym_size(2),
                     "], got ",
                     reset_at->sym_sizes());
+  }
+}
+
+void check_readable(const Tensor& x, const char* name, const char* where) {
+  CTX_CHECK_VALUE(
+      x.layout() == at::kStrided, where, name, " must be a dense tensor, got ", x.layout());
+  CTX_CHECK_VALUE(!x.is_meta(), where, name, " must hold numbers, got a tensor on meta");
+}
+
+void check_seen(const Tensor& seen, const char* where) {
+  if (!seen.is_cpu()) return;
+  for (int64_t b = 0; b < seen.numel(); ++b) {
+    const int64_t count = seen.const_data_ptr<int64_t>()[b];
+    CTX_CHECK_VALUE(count >= 0 && count <= Schedule::kLastPosition,
+                    where,
+                    "seen must be between 0 and ",
+                    Schedule::kLastPosition,
+                    ", got ",
+                    count,
+                    " in row ",
+                    b);
   }
 }
 

@@ -57,6 +57,13 @@ void check_rows(const at::Tensor& k,
                 const std::optional<at::Tensor>& reset_at,
                 const char* where);
 
+// A tensor of the caller whose numbers can be read: neither sparse nor on the meta device.
+void check_readable(const at::Tensor& x, const char* name, const char* where);
+
+// Whoever holds the tensors of a memory can write to them, and rings are indexed with what `seen`
+// says: 0 <= seen <= kLastPosition. Reads values, so only of tensors on the CPU.
+void check_seen(const at::Tensor& seen, const char* where);
+
 // 0 <= lengths <= T. Reads values, so only of tensors on the CPU: a device is never waited for.
 void check_lengths(const std::optional<at::Tensor>& lengths, int64_t tokens, const char* where);
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctx.compression import as_compressor, make_compressor
+from ctx import _check
+from ctx.compression import COMPRESSORS, as_compressor, make_compressor
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
@@ -95,9 +96,20 @@ class CompressiveAttention(nn.Module):
             ("embed_dim", embed_dim),
             ("num_heads", num_heads),
             ("num_kv_heads", kv_heads),
+            ("headroom", headroom),
         ):
-            if size < 1:
+            if _check.integer(size, name, _WHERE) < 1:
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
+        if rotary_dim is not None:
+            _check.integer(rotary_dim, "rotary_dim", _WHERE)
+        dropout = _check.number(dropout, "dropout", _WHERE)
+        rotary_base = _check.number(rotary_base, "rotary_base", _WHERE)
+        _check.flag(bias, "bias", _WHERE)
+        _check.flag(rotary_interleaved, "rotary_interleaved", _WHERE)
+        if device is not None:
+            _check.device(device, _WHERE)
+        if dtype is not None and not _check.dtype(dtype, _WHERE).is_floating_point:
+            raise TypeError(f"{_WHERE}: dtype must be floating point, got {dtype}")
         if embed_dim % num_heads:
             raise ValueError(
                 f"{_WHERE}: embed_dim must be a multiple of num_heads = {num_heads}, "
@@ -107,6 +119,8 @@ class CompressiveAttention(nn.Module):
             raise ValueError(
                 f"{_WHERE}: num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}"
             )
+        if isinstance(compression, str):
+            _one_of("compression", compression, tuple(COMPRESSORS))
         _one_of("distance", distance, ("slot", "token"))
         _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
         _one_of("compressor_grad", compressor_grad, ("task", "aux"))
@@ -114,8 +128,6 @@ class CompressiveAttention(nn.Module):
             _one_of("aux_loss", aux_loss, LOSSES)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"{_WHERE}: dropout must be at least 0 and below 1, got {dropout}")
-        if headroom < 1:
-            raise ValueError(f"{_WHERE}: headroom must be at least 1, got {headroom}")
         if not (math.isfinite(rotary_base) and rotary_base > 0):
             raise ValueError(
                 f"{_WHERE}: rotary_base must be positive and finite, got {rotary_base}"
@@ -211,10 +223,13 @@ class CompressiveAttention(nn.Module):
         Raises:
             ValueError: ``batch_size`` is below 1.
         """
-        if batch_size < 1:
-            raise ValueError(
-                f"{_WHERE}.init_memory: batch_size must be at least 1, got {batch_size}"
-            )
+        where = f"{_WHERE}.init_memory"
+        if _check.integer(batch_size, "batch_size", where) < 1:
+            raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
+        if dtype is not None and not _check.dtype(dtype, where).is_floating_point:
+            raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
+        if device is not None:
+            device = _check.device(device, where)
         weight = self.k_proj.weight
         return self._state.zeros(batch_size, dtype or weight.dtype, device or weight.device)
 
@@ -292,10 +307,24 @@ class CompressiveAttention(nn.Module):
         """Raises what :meth:`forward` would, `where` in front; a no-op in a compiled graph."""
         if torch.compiler.is_compiling():
             return
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != self.embed_dim:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        _check.tensors(where, x=x)
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            got = list(x.shape)
             raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {got}")
-        check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where)
+        if x.layout != torch.strided:
+            raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
+        weight = self.k_proj.weight
+        if x.device != weight.device and not weight.is_meta:  # meta: brought in when it is called
+            raise ValueError(
+                f"{where}: x must be on {weight.device} as the parameters, got {x.device}"
+            )
+        # Where numbers are cast on the way, or parameters quantized, the projections know better.
+        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        exact = weight.is_floating_point() and not cast
+        if not x.is_floating_point() or (exact and x.dtype != weight.dtype):
+            kind = weight.dtype if exact else "floating point"
+            raise TypeError(f"{where}: x must be {kind} as the parameters, got {x.dtype}")
+        check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
         if memory is None:
             return
         self.check_memory(memory, x.shape[0], x.device, where, "x")

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ctx import _check
+
 __all__ = [
     "COMPRESSORS",
     "Compressor",
@@ -59,7 +61,7 @@ class Compressor(nn.Module):
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
         for name, size in sizes.items():
-            if size < 1:
+            if _check.integer(size, name, f"ctx.compression.{type(self).__name__}") < 1:
                 raise ValueError(
                     f"ctx.compression.{type(self).__name__}: {name} must be at least 1, got {size}"
                 )
@@ -139,6 +141,7 @@ class Native(Compressor):
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses groups; see :meth:`Compressor.forward`."""
+        _check.tensors(f"ctx.compression.{type(self).__name__}", keys=keys, values=values)
         slots: tuple[Tensor, Tensor] = torch.ops.ctx.compress(
             keys, values, self.operands(), self.name
         )

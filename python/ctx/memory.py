@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctx import _C
+from ctx import _C, _check
 from ctx.compression import as_compressor, make_compressor
 from ctx.rows import Rows, as_counts, as_rows
 from ctx.schedule import Schedule
@@ -22,18 +22,21 @@ __all__ = ["KVMemory"]
 
 def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | None:
     """The bias of compressed slots by name, or as numbers per query head; None for no bias."""
-    if isinstance(name, Tensor):
-        return name.detach()
     if not isinstance(name, str):
-        try:
-            values = [float(value) for value in name]
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"ctx.KVMemory: compressed_bias must be numbers per query head, got {name!r}"
-            ) from None
-        if not all(math.isfinite(value) for value in values):
-            raise ValueError(f"ctx.KVMemory: compressed_bias must be finite, got {values}")
-        return torch.tensor(values, dtype=torch.float64)
+        if isinstance(name, Tensor) and not name.is_meta and not name.is_complex():
+            values = name.detach().to(torch.float64)
+        else:
+            try:
+                if isinstance(name, Tensor):
+                    raise TypeError
+                values = torch.tensor([float(value) for value in name], dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(
+                    f"ctx.KVMemory: compressed_bias must be numbers per query head, got {name!r}"
+                ) from None
+        if not values.isfinite().all():
+            raise ValueError(f"ctx.KVMemory: compressed_bias must be finite, got {values.tolist()}")
+        return values
     if name == "none":
         return None
     if name == "log_ratio":
@@ -117,14 +120,27 @@ class KVMemory:
             raise TypeError(
                 f"ctx.KVMemory: schedule must be a ctx.Schedule, got {type(schedule).__name__}"
             )
+        where = "ctx.KVMemory"
+        batch_size = _check.integer(batch_size, "batch_size", where)
+        kv_heads = _check.integer(kv_heads, "kv_heads", where)
+        head_dim = _check.integer(head_dim, "head_dim", where)
         if head_dim < 1:
-            raise ValueError(f"ctx.KVMemory: head_dim must be at least 1, got {head_dim}")
+            raise ValueError(f"{where}: head_dim must be at least 1, got {head_dim}")
         value_dim = head_dim if value_dim is None else value_dim
+        value_dim = _check.integer(value_dim, "value_dim", where)
         if value_dim < 1:
-            raise ValueError(f"ctx.KVMemory: value_dim must be at least 1, got {value_dim}")
+            raise ValueError(f"{where}: value_dim must be at least 1, got {value_dim}")
+        rotary_base = _check.number(rotary_base, "rotary_base", where)
+        if rotary_dim is not None:
+            rotary_dim = _check.integer(rotary_dim, "rotary_dim", where)
+        _check.flag(rotary_interleaved, "rotary_interleaved", where)
+        if not isinstance(distance, str):
+            raise TypeError(f'{where}: distance must be "slot" or "token", got {distance!r}')
+        scale = None if scale is None else _check.number(scale, "scale", where)
         if scale is not None and not (math.isfinite(scale) and scale != 0):
-            raise ValueError(f"ctx.KVMemory: scale must be finite and not zero, got {scale}")
-        device = torch.device(device)
+            raise ValueError(f"{where}: scale must be finite and not zero, got {scale}")
+        headroom = _check.integer(headroom, "headroom", where)
+        dtype, device = _check.dtype(dtype, where), _check.device(device, where)
         if isinstance(compressor, str):
             compressor = make_compressor(
                 compressor,
@@ -169,7 +185,7 @@ class KVMemory:
             [operand.detach() for operand in operands],
             None if compressor.native else compressor.slots,
             distance,
-            rotary_width(position, rotary_dim, head_dim, "ctx.KVMemory"),
+            rotary_width(position, rotary_dim, head_dim, where),
             rotary_base,
             rotary_interleaved,
             None if bias is None else bias.to(device, wide),
@@ -208,7 +224,12 @@ class KVMemory:
                 then.
         """
         self._read_compressor()
-        return self._native.step(q, k, v, lengths, reset_at)
+        try:
+            return self._native.step(q, k, v, lengths, reset_at)
+        except TypeError:  # where it is about the binding, its words are a C++ signature
+            given = {"q": q, "k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
+            _check.tensors("ctx.KVMemory.step", ("lengths", "reset_at"), **given)
+            raise
 
     def append(
         self,
@@ -219,7 +240,12 @@ class KVMemory:
     ) -> None:
         """The first half of :meth:`step`: appends, evicts and compresses."""
         self._read_compressor()
-        self._native.append(k, v, lengths, reset_at)
+        try:
+            self._native.append(k, v, lengths, reset_at)
+        except TypeError:
+            given = {"k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
+            _check.tensors("ctx.KVMemory.append", ("lengths", "reset_at"), **given)
+            raise
 
     def attend(self, q: Tensor) -> Tensor:
         """The second half of :meth:`step`: queries of the last T tokens appended; writes nothing.
@@ -233,7 +259,11 @@ class KVMemory:
         Raises:
             ValueError, TypeError: ``q`` does not fit the memory.
         """
-        return self._native.attend(q)
+        try:
+            return self._native.attend(q)
+        except TypeError:
+            _check.tensors("ctx.KVMemory.attend", q=q)
+            raise
 
     def reset(self, rows: Rows | None = None) -> None:
         """Every row begins a new stream, or these do: an index, several, or bool [B].
@@ -241,7 +271,7 @@ class KVMemory:
         Raises:
             IndexError, ValueError, TypeError: a row is not there.
         """
-        self._native.reset(None if rows is None else as_rows(rows))
+        self._native.reset(None if rows is None else as_rows(rows, "ctx.KVMemory.reset"))
 
     def rewind(self, tokens: int | Tensor) -> None:
         """Takes back the last tokens of every row, exactly, as if they had not come.
@@ -263,7 +293,7 @@ class KVMemory:
         Raises:
             IndexError, ValueError, TypeError: a row is not there, or none is given.
         """
-        return self._with(self._native.select(as_rows(rows)))
+        return self._with(self._native.select(as_rows(rows, "ctx.KVMemory.select")))
 
     @staticmethod
     def merge(memories: Sequence[KVMemory]) -> KVMemory:
@@ -271,17 +301,26 @@ class KVMemory:
 
         The compressor, its bias and the scale are the first one's.
 
+        Args:
+            memories: a list or tuple.
+
         Raises:
             ValueError, TypeError: none is given, or two differ in a setting; the message names it.
         """
+        if not isinstance(memories, (list, tuple)):
+            raise TypeError(
+                "ctx.KVMemory.merge: memories must be a list of ctx.KVMemory, "
+                f"got {type(memories).__name__}"
+            )
         for memory in memories:
             if not isinstance(memory, KVMemory):
                 raise TypeError(
                     "ctx.KVMemory.merge: memories must be ctx.KVMemory, "
                     f"got {type(memory).__name__}"
                 )
-        merged = _C.KVMemory.merge([memory._native for memory in memories])
-        return memories[0]._with(merged)
+        merged = _C.KVMemory.merge([memory._native for memory in memories])  # refuses none at all
+        first: KVMemory = memories[0]
+        return first._with(merged)
 
     def clone(self) -> KVMemory:
         """A new memory that holds the same; the compressor is shared."""
@@ -297,7 +336,8 @@ class KVMemory:
         The compressor is shared; where it has parameters on another device, move it first.
         """
         keys = self._native.tensors[0]
-        dtype, device = dtype or keys.dtype, torch.device(device or keys.device)
+        dtype = keys.dtype if dtype is None else _check.dtype(dtype, "ctx.KVMemory.to")
+        device = keys.device if device is None else _check.device(device, "ctx.KVMemory.to")
         return self._with(self._native.to(dtype, device))
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
@@ -315,6 +355,21 @@ class KVMemory:
             ValueError, TypeError: the state is of another geometry, format or version; the message
                 names the setting, and nothing has been written.
         """
+        where = "ctx.KVMemory.load_state_dict"
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"{where}: state must be what state_dict returns, got {type(state).__name__}"
+            )
+        for name, part in state.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{where}: names in state must be str, got {name!r}")
+            if not isinstance(part, (Tensor, int, float, str)):
+                raise TypeError(
+                    f"{where}: {name} must be a tensor, a number or a name, "
+                    f"got {type(part).__name__}"
+                )
+            if isinstance(part, int):
+                _check.integer(int(part), name, where)
         self._native.load_state_dict(dict(state))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -326,7 +381,7 @@ class KVMemory:
         Raises:
             OSError: the file cannot be written; an older one is as it was.
         """
-        self._native.save(os.fspath(path))
+        self._native.save(_check.path(path, "ctx.KVMemory.save"))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Takes over the state that :meth:`save` wrote, into this memory's dtype and device.
@@ -336,7 +391,7 @@ class KVMemory:
             ValueError, TypeError: it is damaged, or of another geometry, format or version; nothing
                 has been written.
         """
-        self._native.load(os.fspath(path))
+        self._native.load(_check.path(path, "ctx.KVMemory.load"))
 
     @property
     def seen(self) -> Tensor:

@@ -7,13 +7,15 @@ index; a step never does.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ctx.state import STATE, Memory
+from ctx import _check
+from ctx.state import COUNTS, STATE, Memory
 
 __all__ = ["clone", "merge", "reset", "rewind", "select"]
 
@@ -22,29 +24,38 @@ Nested = TypeVar("Nested", bound=Any)
 Rows = int | Sequence[int] | Tensor
 
 
-def as_rows(rows: Rows) -> Tensor:
-    """Row indices as the tensor that the engine checks: int64 [N], or bool [B]."""
+def as_rows(rows: Any, where: str) -> Tensor:
+    """Row indices as the tensor that the engine checks: int64 [N], or bool [B].
+
+    Raises:
+        TypeError, IndexError: they are no integers, or such as no row can have.
+    """
     if isinstance(rows, Tensor):
         return rows
-    if isinstance(rows, Sequence) and len(rows) == 0:
-        return torch.zeros(0, dtype=torch.int64)
+    if hasattr(rows, "__array__") and hasattr(rows, "__len__"):  # NumPy's
+        rows = rows.tolist()
+    values = rows if isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)) else [rows]
+    if values is rows and values and all(isinstance(value, bool) for value in values):
+        return torch.tensor(values)
     try:
-        return torch.as_tensor([rows] if isinstance(rows, int) else rows)
-    except (TypeError, ValueError, RuntimeError):
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError
+        indices = [operator.index(value) for value in values]
+    except TypeError:
         raise TypeError(
-            f"ctx: rows must be an index, several, or a bool tensor, got {rows!r}"
+            f"{where}: rows must be an index, several, or bool [B], got {rows!r}"
         ) from None
+    for index in indices:
+        if index not in _check.INT64:
+            raise IndexError(f"{where}: rows must be between 0 and B - 1, got {index}")
+    return torch.tensor(indices, dtype=torch.int64)
 
 
-def as_counts(tokens: int | Tensor, seen: Tensor, where: str) -> Tensor:
-    """Tokens of each row as a tensor; a copy, since it may be a memory's own counter."""
+def as_counts(tokens: Any, seen: Tensor, where: str) -> Tensor:
+    """Tokens of each row, int64 [B], of one number or of a tensor that is still to be checked."""
     if isinstance(tokens, Tensor):
-        return tokens.clone()
-    if isinstance(tokens, bool) or not isinstance(tokens, int):
-        raise TypeError(f"{where}: tokens must be an integer or an int64 tensor, got {tokens!r}")
-    if abs(tokens) >= 2**63:
-        raise ValueError(f"{where}: tokens must be at most what can be taken back, got {tokens}")
-    return torch.full_like(seen, tokens)
+        return tokens.clone()  # it may be a memory's own counter
+    return torch.full_like(seen, _check.integer(tokens, "tokens", where))
 
 
 def reset(memory: Nested, rows: Rows | None = None) -> None:
@@ -58,7 +69,10 @@ def reset(memory: Nested, rows: Rows | None = None) -> None:
         IndexError, TypeError, ValueError: ``rows`` does not fit; nothing has been written then.
     """
     layers = _layers(memory, "ctx.rows.reset")
-    chosen = [_index(layer, rows, "ctx.rows.reset") for layer in layers]
+    if rows is None:
+        chosen = [torch.arange(len(layer["seen"]), device=layer["seen"].device) for layer in layers]
+    else:
+        chosen = [_index(layer, rows, "ctx.rows.reset") for layer in layers]
     with torch.inference_mode():
         for layer, index in zip(layers, chosen, strict=True):
             layer["seen"].index_fill_(0, index, 0)
@@ -85,7 +99,7 @@ def rewind(memory: Nested, tokens: int | Tensor) -> None:
             raise TypeError(f"{where}: tokens must be int64, got {count.dtype}")
         if count.shape != seen.shape:
             raise ValueError(f"{where}: tokens must be {list(seen.shape)}, got {list(count.shape)}")
-        count = count.to(seen.device)
+        count = _readable(count, "tokens", where).to(seen.device)
         for row, (asked, most) in enumerate(
             zip(count.tolist(), layer["rewindable"].tolist(), strict=True)
         ):
@@ -131,6 +145,8 @@ def merge(memories: Sequence[Nested]) -> Nested:
         ValueError: there is none, or two of them differ; the message names the tensor.
     """
     where = "ctx.rows.merge"
+    if not isinstance(memories, (list, tuple)):
+        raise TypeError(f"{where}: memories must be a list, got {type(memories).__name__}")
     if not memories:
         raise ValueError(f"{where}: memories must be at least one, got none")
     parts = [_layers(memory, where) for memory in memories]
@@ -139,14 +155,11 @@ def merge(memories: Sequence[Nested]) -> Nested:
         raise ValueError(f"{where}: memories must have as many layers as the first, got {counts}")
     merged = []
     for layers in zip(*parts, strict=True):
-        for name, first in layers[0].items():
-            for layer in layers:
-                mine, others = (
-                    (first.shape[1:], first.dtype),
-                    (layer[name].shape[1:], layer[name].dtype),
-                )
-                if mine != others:
-                    raise ValueError(f"{where}: {name} must be {mine} as the first's, got {others}")
+        for name in STATE:
+            first, *others = (_kind(layer[name]) for layer in layers)
+            for other in others:
+                if other != first:
+                    raise ValueError(f"{where}: {name} must be {first} as the first's, got {other}")
         merged.append({name: torch.cat([layer[name] for layer in layers]) for name in layers[0]})
     rest = iter(merged)
     whole: Nested = _map(lambda layer: next(rest), memories[0])
@@ -160,6 +173,17 @@ def clone(memory: Nested) -> Nested:
     return twin
 
 
+def _kind(tensor: Tensor) -> str:
+    return f"[B, {', '.join(map(str, tensor.shape[1:]))}] {tensor.dtype} on {tensor.device}"
+
+
+def _readable(tensor: Tensor, name: str, where: str) -> Tensor:
+    if tensor.is_meta or tensor.layout != torch.strided:
+        got = "a tensor on meta" if tensor.is_meta else tensor.layout
+        raise ValueError(f"{where}: {name} must be a dense tensor of numbers, got {got}")
+    return tensor
+
+
 def _map(function: Any, memory: Any) -> Any:
     if isinstance(memory, dict):
         return function(memory)
@@ -170,9 +194,20 @@ def _layers(memory: Any, where: str) -> list[Memory]:
     """The memories of all layers, or an error before any of them is touched."""
     if isinstance(memory, dict):
         if set(memory) != set(STATE):
-            raise ValueError(
-                f"{where}: memory must be a dict of {', '.join(STATE)}, got {', '.join(memory)}"
-            )
+            got = ", ".join(map(str, memory)) or "an empty one"
+            raise ValueError(f"{where}: memory must be a dict of {', '.join(STATE)}, got {got}")
+        _check.tensors(where, **memory)
+        rows = memory["seen"].shape[:1]
+        for name in (*COUNTS, *STATE):
+            tensor = memory[name]
+            rank = 1 if name in COUNTS else 4
+            if tensor.dim() != rank or tensor.shape[:1] != rows:
+                sizes = ["[B]", "[B, Hkv, capacity, width]"][rank > 1]
+                got = f"{list(tensor.shape)} beside seen {list(memory['seen'].shape)}"
+                raise ValueError(f"{where}: {name} must be {sizes}, got {got}")
+            if (tensor.dtype == torch.int64) != (name in COUNTS):
+                kind = "int64" if name in COUNTS else "floating point"
+                raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
         return [memory]
     if not isinstance(memory, (list, tuple)):
         raise TypeError(
@@ -182,17 +217,16 @@ def _layers(memory: Any, where: str) -> list[Memory]:
     return [layer for part in memory for layer in _layers(part, where)]
 
 
-def _index(layer: Memory, rows: Rows | None, where: str) -> Tensor:
+def _index(layer: Memory, rows: Rows, where: str) -> Tensor:
     """Row indices, int64 [N] on the layer's device."""
     seen = layer["seen"]
     batch = seen.shape[0]
-    if rows is None:
-        return torch.arange(batch, device=seen.device)
-    chosen = as_rows(rows)
+    chosen = as_rows(rows, where)
     if chosen.dtype not in (torch.int64, torch.bool):
         raise TypeError(f"{where}: rows must be int64 or bool, got {chosen.dtype}")
     if chosen.dim() != 1:
         raise ValueError(f"{where}: rows must be [N], got {list(chosen.shape)}")
+    _readable(chosen, "rows", where)
     if chosen.dtype == torch.bool:
         if len(chosen) != batch:
             raise ValueError(

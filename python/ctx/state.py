@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctx import _check
 from ctx.schedule import Schedule
 
 __all__ = ["STATE", "Memory", "StateShape"]
@@ -74,6 +75,7 @@ class StateShape:
         if not isinstance(memory, dict) or set(memory) != set(STATE):
             got = ", ".join(map(str, memory)) if isinstance(memory, dict) else type(memory).__name__
             raise ValueError(f"{where}: memory must be a dict of {', '.join(STATE)}, got {got}")
+        _check.tensors(where, **memory)
         held = memory["seen"].shape
         if len(held) == 1 and held[0] != rows:
             raise ValueError(
@@ -90,3 +92,16 @@ class StateShape:
                 raise ValueError(f"{where}: {name} must be on {device}, got {tensor.device}")
             if not tensor.is_contiguous():
                 raise ValueError(f"{where}: {name} must be contiguous, got {tensor.stride()}")
+        if device.type == "cpu":  # a device is never waited for
+            for row, (seen, spare) in enumerate(
+                zip(memory["seen"].tolist(), memory["rewindable"].tolist(), strict=True)
+            ):
+                if not 0 <= seen < 2**62:
+                    raise ValueError(
+                        f"{where}: seen must be between 0 and 2**62, got {seen} in row {row}"
+                    )
+                if not 0 <= spare <= seen:
+                    raise ValueError(
+                        f"{where}: rewindable must be between 0 and seen = {seen}, "
+                        f"got {spare} in row {row}"
+                    )

@@ -512,7 +512,13 @@ class CompressiveTransformer(nn.Module):
                 raise IndexError(
                     f"{where}: tokens must be in [0, {self.config.vocab_size}), got {got}"
                 )
-        check_rows(tokens.shape[0], tokens.shape[1], lengths, mask, reset_at, where)
+        weight = self.embedding.weight
+        if tokens.device != weight.device and not weight.is_meta:
+            raise ValueError(
+                f"{where}: tokens must be on {weight.device} as the parameters, got {tokens.device}"
+            )
+        rows = (tokens.shape[0], tokens.shape[1], lengths, mask, reset_at)
+        check_rows(*rows, where, tokens.device)
         if memory is None:
             return
         if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):

@@ -37,7 +37,8 @@ struct Compressor {
 
   std::string name = "mean";
   std::vector<at::Tensor> parameters;
-  Function function = nullptr;  // of the compressor "custom", which is yours; called once for each call
+  Function function =
+      nullptr;  // of the compressor "custom", which is yours; called once for each call
 
   // A compressor that starts as mean pooling (max: as itself). Throws ValueError for an unknown
   // name or a size below 1.

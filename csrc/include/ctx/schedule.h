@@ -31,6 +31,7 @@ struct Schedule {
   // Largest value of any setting: leaves every product of two of them, and every position below
   // 2^62, inside int64.
   static constexpr int64_t kLimit = int64_t{1} << 30;
+  static constexpr int64_t kLastPosition = (int64_t{1} << 62) - 1;
 
   // Groups compressed before the segment of token t began, for t >= 0; 0 for t = -1, "nothing seen
   // yet".

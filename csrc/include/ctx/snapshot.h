@@ -28,12 +28,13 @@ namespace ctx {
 using Snapshot = std::map<std::string, std::variant<at::Tensor, int64_t, double, std::string>>;
 
 // Writes a snapshot whole or not at all: to a file beside `path`, which then takes its place. A
-// process that dies meanwhile leaves the old file, and perhaps a `path`.<process>.part beside it.
-// Throws std::system_error where the file cannot be written.
+// process that dies meanwhile leaves the old file, and perhaps a `path`.<process>.<number>.part
+// beside it, which nothing ever reads. Throws std::system_error where the file cannot be written.
 CTX_API void write_snapshot(const Snapshot& snapshot, const std::string& path);
 
 // Reads what write_snapshot or Python's torch.save wrote; tensors are on the CPU. Throws
-// std::system_error where the file cannot be read, and ValueError for a damaged or foreign one.
+// std::system_error where the file cannot be read, and ValueError for a foreign or damaged one:
+// every checksum of the archive is looked at.
 CTX_API Snapshot read_snapshot(const std::string& path);
 
 }  // namespace ctx

@@ -1,0 +1,101 @@
+"""What arguments must be, in the one grammar of messages: *where: what must be, got what*.
+
+The engine checks what the numbers mean. This is about what has no meaning there at all: something
+that is not a number, not a tensor, not a device. Each function returns the value in the form in
+which the engine takes it.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["device", "dtype", "flag", "integer", "number", "path", "tensors"]
+
+INT64 = range(-(2**63), 2**63)
+
+
+def integer(value: Any, name: str, where: str) -> int:
+    """An int, or what stands for one (a NumPy integer); a bool does not.
+
+    Raises:
+        TypeError, ValueError: it is none, or does not fit into 64 bits.
+    """
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        whole = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{where}: {name} must be an int, got {value!r}") from None
+    if whole not in INT64:
+        raise ValueError(f"{where}: {name} must fit into 64 bits, got {whole}")
+    return whole
+
+
+def number(value: Any, name: str, where: str) -> float:
+    """A float, or what stands for one.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{where}: {name} must be a number, got {value!r}") from None
+
+
+def flag(value: Any, name: str, where: str) -> bool:
+    """True or False, and nothing else."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be a bool, got {value!r}")
+    return value
+
+
+def dtype(value: Any, where: str, name: str = "dtype") -> torch.dtype:
+    """One of torch's dtypes."""
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{where}: {name} must be a torch.dtype, got {value!r}")
+    return value
+
+
+def device(value: Any, where: str, name: str = "device") -> torch.device:
+    """A device that this torch can put tensors on.
+
+    Raises:
+        TypeError, ValueError: it is none, or there is no such device here.
+    """
+    if isinstance(value, bool) or not isinstance(value, (torch.device, str, int)):
+        raise TypeError(f"{where}: {name} must be a torch.device or its name, got {value!r}")
+    try:
+        found = torch.device(value)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{where}: {name} must be one that torch has here, got {value!r} ({said})"
+        ) from None
+    return found
+
+
+def path(value: Any, where: str) -> bytes:
+    """A file's name as the system takes it."""
+    try:
+        return os.fsencode(value)
+    except TypeError:
+        raise TypeError(
+            f"{where}: path must be a str, bytes or os.PathLike, got {type(value).__name__}"
+        ) from None
+
+
+def tensors(where: str, optional: tuple[str, ...] = (), **values: Any) -> None:
+    """Raises unless each is a tensor, or None where it is optional."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and not (value is None and name in optional):
+            kind = "a tensor or None" if name in optional else "a tensor"
+            raise TypeError(f"{where}: {name} must be {kind}, got {type(value).__name__}")

@@ -1,0 +1,117 @@
+// compressive_attention: the numbers of streaming, and gradients against differences.
+#include <c10/core/GradMode.h>
+
+#include "check.h"
+#include "ctx/attention.h"
+#include "streams.h"
+
+namespace {
+
+using at::Tensor;
+using ctx::KVMemory;
+using ctx::MemoryOptions;
+using ctx::test::options;
+using ctx::test::step;
+using ctx::test::Tokens;
+
+std::vector<Tensor> tensors(const KVMemory& memory) {
+  return {memory.tensors().begin(), memory.tensors().end()};
+}
+
+// What the memory attends to, as a pure function of the tokens.
+Tensor attend(const KVMemory& memory, const Tokens& x) {
+  const MemoryOptions& o = memory.options();
+  return ctx::compressive_attention(
+      x.q, x.k, x.v, tensors(memory), o.compressor, o.compressed_bias, o.attention);
+}
+
+MemoryOptions wide(const char* compressor) {
+  MemoryOptions made = options(compressor, at::kDouble);
+  for (Tensor& parameter : made.compressor.parameters) {
+    parameter = parameter.to(at::kDouble) + 0.1 * ctx::test::numbers(parameter.sizes(), 9);
+  }
+  made.compressed_bias = ctx::test::numbers({ctx::test::kHeads}, 8);
+  return made;
+}
+
+void test_like_streaming() {
+  for (const char* compressor : {"mean", "max", "conv", "gated"}) {
+    KVMemory memory(wide(compressor));
+    for (int64_t first = 0; first < 60; first += 20) {
+      const Tokens x(first, 20, at::kDouble);
+      const KVMemory before = memory.clone();
+      const Tensor out = attend(memory, x);
+      EXPECT(ctx::test::same(memory, before));
+      EXPECT(at::allclose(out, step(memory, x), 1e-12, 1e-12));
+    }
+  }
+}
+
+// d loss / d x along a direction, by the graph and by a difference.
+void test_gradients() {
+  for (const char* compressor : {"mean", "conv", "gated"}) {
+    MemoryOptions made = wide(compressor);
+    KVMemory memory(made);
+    step(memory, Tokens(0, 21, at::kDouble));
+    const Tokens x(21, 25, at::kDouble);
+    std::vector<Tensor> leaves = {x.q, x.k, x.v, *made.compressed_bias};
+    const auto& parameters = made.compressor.parameters;
+    leaves.insert(leaves.end(), parameters.begin(), parameters.end());
+    const auto loss = [&](const std::vector<Tensor>& at) {
+      ctx::Compressor used{made.compressor.name, {at.begin() + 4, at.end()}};
+      const Tensor out = ctx::compressive_attention(
+          at[0], at[1], at[2], tensors(memory), used, at[3], made.attention);
+      return (out * ctx::test::numbers(out.sizes(), 7)).sum();
+    };
+    for (size_t i = 0; i < leaves.size(); ++i) {
+      std::vector<Tensor> used;
+      for (const Tensor& leaf : leaves) used.push_back(leaf.clone());
+      used[i].requires_grad_();
+      loss(used).backward();
+      const Tensor way = ctx::test::numbers(leaves[i].sizes(), 6);
+      const double slope = (used[i].grad() * way).sum().item<double>();
+      constexpr double small = 1e-5;
+      const c10::AutoGradMode no_grad(false);
+      std::vector<Tensor> up = used, down = used;
+      up[i] = leaves[i] + small * way;
+      down[i] = leaves[i] - small * way;
+      const double difference = (loss(up) - loss(down)).item<double>() / (2 * small);
+      EXPECT(slope != 0.0 && std::abs(slope - difference) < 1e-6 * std::max(1.0, std::abs(slope)));
+    }
+  }
+}
+
+void test_constant_slots() {
+  MemoryOptions made = wide("conv");
+  for (Tensor& parameter : made.compressor.parameters) parameter.requires_grad_();
+  const Tokens x(0, 40, at::kDouble);
+  x.k.requires_grad_();
+  const Tensor out = ctx::compressive_attention(
+      x.q, x.k, x.v, {}, made.compressor, made.compressed_bias, made.attention, true);
+  out.sum().backward();
+  EXPECT(x.k.grad().defined() && !made.compressor.parameters[0].grad().defined());
+}
+
+void test_bad_input() {
+  const MemoryOptions made = wide("conv");
+  const Tokens x(0, 5, at::kDouble);
+  const auto call = [&](const Tensor& q, const Tensor& k, const Tensor& v) {
+    return ctx::compressive_attention(q, k, v, {}, made.compressor, std::nullopt, made.attention);
+  };
+  EXPECT_THROWS(
+      c10::ValueError, "ctx.compressive_attention: q must be [B, H, T, D]", call(x.q[0], x.k, x.v));
+  EXPECT_THROWS(c10::ValueError, "ctx.due_groups: v must", call(x.q, x.k, x.v.narrow(2, 0, 4)));
+  EXPECT_THROWS(c10::TypeError, "ctx.due_groups: v must", call(x.q, x.k, x.v.to(at::kFloat)));
+  EXPECT_THROWS(
+      c10::ValueError, "ctx.attend_sequence: q must", call(x.q.narrow(2, 0, 3), x.k, x.v));
+}
+
+}  // namespace
+
+int main() {
+  test_like_streaming();
+  test_gradients();
+  test_constant_slots();
+  test_bad_input();
+  return ctx::test::status();
+}
