@@ -352,6 +352,6 @@ def test_rewind_takes_integers_only(tokens):
     for call in (memory.rewind, lambda n: ctx.rows.rewind(memory.tensors, n)):
         with pytest.raises(TypeError, match="tokens must be an int"):
             call(tokens)
-        with pytest.raises(ValueError, match="tokens must be at most"):
+        with pytest.raises(ValueError, match="tokens must fit into 64 bits"):
             call(2**70)
     assert memory.seen.tolist() == [9, 9, 9]
