@@ -67,7 +67,8 @@ class TestAutocast:
             attn.compressor.key_weight.add_(0.1 * torch.randn_like(attn.compressor.key_weight))
 
         def run():
-            slots = attn.compressor(*torch.ops.ctx.due_groups(k, v, None, None, [], *settings))
+            keys, values, _ = torch.ops.ctx.due_groups(k, v, None, None, [], *settings)
+            slots = attn.compressor(keys, values)
             bias = attn.compressed_bias
             return torch.ops.ctx.attend_sequence(
                 q, k, v, None, None, [], *slots, bias, *settings, 0.3

@@ -27,7 +27,7 @@ def memory(dtype):
 
 def compressor(dtype, grad=False):
     module = ctx.compression.Conv(HKV, C, D, DV, dtype=dtype)
-    return [operand.detach().requires_grad_(grad) for operand in module.operands()], "conv"
+    return [operand.detach().requires_grad_(grad) for operand in module.operands()], "conv", []
 
 
 def pairs(dtype, grad=False):
@@ -86,7 +86,7 @@ def rotary(dtype, grad):
 
 def compress(dtype, grad):
     keys, values = (drawn(B, HKV, 3, C, width, dtype=dtype, grad=grad) for width in (D, DV))
-    return keys, values, *compressor(dtype, grad)
+    return keys, values, *compressor(dtype, grad)[:2]
 
 
 def attend(dtype, grad):
@@ -107,7 +107,7 @@ def due_groups(dtype, grad):
 
 def attend_sequence(dtype, grad):
     q, k, v = pairs(dtype, grad)
-    keys, values = torch.ops.ctx.due_groups(
+    keys, values, _ = torch.ops.ctx.due_groups(
         k, v, None, ROWS["documents"][1], memory(dtype), *SETTINGS
     )
     slots = keys.mean(3).detach(), values.mean(3).detach()

@@ -1,4 +1,5 @@
 // The Python module ctx._C: names and defaults, nothing else.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -29,6 +30,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
                                            int64_t value_dim,
                                            const std::string& compressor,
                                            const std::vector<at::Tensor>& parameters,
+                                           ctx::Compressor::Function function,
                                            const std::string& distance,
                                            int64_t rotary_dim,
                                            double rotary_base,
@@ -44,7 +46,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
   options.kv_heads = kv_heads;
   options.head_dim = head_dim;
   options.value_dim = value_dim;
-  options.compressor = {compressor, parameters};
+  options.compressor = {compressor, parameters, std::move(function)};
   options.compressed_bias = compressed_bias;
   options.headroom = headroom;
   options.dtype = dtype;
@@ -134,6 +136,7 @@ PYBIND11_MODULE(_C, m) {
            "value_dim"_a,
            "compressor"_a,
            "parameters"_a,
+           "function"_a,
            "distance"_a,
            "rotary_dim"_a,
            "rotary_base"_a,

@@ -29,18 +29,19 @@ at::Tensor compressive_attention(const at::Tensor& q,
                                  const std::optional<at::Tensor>& lengths,
                                  const std::optional<at::Tensor>& reset_at) {
   using at::Tensor;
-  static const auto due_groups = c10::Dispatcher::singleton()
-                                     .findSchemaOrThrow("ctx::due_groups", "")
-                                     .typed<std::tuple<Tensor, Tensor>(const Tensor&,
-                                                                       const Tensor&,
-                                                                       const std::optional<Tensor>&,
-                                                                       const std::optional<Tensor>&,
-                                                                       at::TensorList,
-                                                                       at::IntArrayRef,
-                                                                       c10::string_view,
-                                                                       int64_t,
-                                                                       double,
-                                                                       bool)>();
+  static const auto due_groups =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("ctx::due_groups", "")
+          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
+                                                    const Tensor&,
+                                                    const std::optional<Tensor>&,
+                                                    const std::optional<Tensor>&,
+                                                    at::TensorList,
+                                                    at::IntArrayRef,
+                                                    c10::string_view,
+                                                    int64_t,
+                                                    double,
+                                                    bool)>();
   static const auto attend_sequence = c10::Dispatcher::singleton()
                                           .findSchemaOrThrow("ctx::attend_sequence", "")
                                           .typed<Tensor(const Tensor&,
@@ -65,16 +66,16 @@ at::Tensor compressive_attention(const at::Tensor& q,
   const std::array<int64_t, 5> schedule = {s.window, s.compressed, s.ratio, s.segment, s.sinks};
   const double scale =
       options.scale == 0.0 ? 1.0 / std::sqrt(static_cast<double>(q.size(3))) : options.scale;
-  const auto [keys, values] = due_groups.call(k,
-                                              v,
-                                              lengths,
-                                              reset_at,
-                                              memory,
-                                              schedule,
-                                              options.distance,
-                                              options.rotary_dim,
-                                              options.rotary_base,
-                                              options.rotary_interleaved);
+  const auto [keys, values, block] = due_groups.call(k,
+                                                     v,
+                                                     lengths,
+                                                     reset_at,
+                                                     memory,
+                                                     schedule,
+                                                     options.distance,
+                                                     options.rotary_dim,
+                                                     options.rotary_base,
+                                                     options.rotary_interleaved);
   auto [slot_keys, slot_values] = compress(keys, values, compressor);
   if (constant_slots) slot_keys = slot_keys.detach(), slot_values = slot_values.detach();
   const std::optional<Tensor> given = bias && bias->defined() ? bias : std::nullopt;

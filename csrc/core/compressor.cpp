@@ -31,23 +31,31 @@ Compressor Compressor::make(const std::string& name,
   };
   switch (ops::parse_compressor(name, where)) {
     case CompressorKind::kConv:
-      return {name, {mean_weight(head_dim), mean_weight(value_dim)}};
+      return {name, {mean_weight(head_dim), mean_weight(value_dim)}, nullptr};
     case CompressorKind::kGated:
       return {name,
               {at::zeros({kv_heads, head_dim}, options),
                at::zeros({kv_heads, ratio}, options),
                at::zeros({kv_heads, head_dim}, options),
-               at::zeros({kv_heads, ratio}, options)}};
+               at::zeros({kv_heads, ratio}, options)},
+              nullptr};
+    case CompressorKind::kGiven:
     case CompressorKind::kMean:
     case CompressorKind::kMax:
       break;
   }
-  return {name, {}};
+  return {name, {}, nullptr};
 }
 
 std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
                                             const at::Tensor& values,
                                             const Compressor& compressor) {
+  if (compressor.name == "custom") {
+    CTX_CHECK_VALUE(compressor.function != nullptr,
+                    "ctx.compress",
+                    "function must be set for the compressor \"custom\", got none");
+    return compressor.function(keys, values);
+  }
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("ctx::compress", "")

@@ -105,6 +105,41 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
 KVMemory::KVMemory(MemoryOptions options, std::array<Tensor, 8> tensors)
     : options_(std::move(options)), tensors_(std::move(tensors)) {}
 
+// What the memory's own function makes of the groups that a call makes due; none for a compressor
+// of the engine, which needs none of this.
+std::vector<Tensor> KVMemory::custom_slots(const Tensor& k,
+                                           const Tensor& v,
+                                           const OptionalTensor& lengths,
+                                           const OptionalTensor& reset_at) const {
+  if (options_.compressor.name != "custom") return {};
+  static const auto due_groups =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("ctx::due_groups", "")
+          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
+                                                    const Tensor&,
+                                                    const OptionalTensor&,
+                                                    const OptionalTensor&,
+                                                    at::TensorList,
+                                                    at::IntArrayRef,
+                                                    c10::string_view,
+                                                    int64_t,
+                                                    double,
+                                                    bool)>();
+  const AttentionOptions& a = options_.attention;
+  const auto [keys, values, block] = due_groups.call(k,
+                                                     v,
+                                                     lengths,
+                                                     reset_at,
+                                                     tensors_,
+                                                     numbers(a.schedule),
+                                                     a.distance,
+                                                     a.rotary_dim,
+                                                     a.rotary_base,
+                                                     a.rotary_interleaved);
+  auto [slot_keys, slot_values] = compress(keys, values, options_.compressor);
+  return {slot_keys, slot_values, block};
+}
+
 Tensor KVMemory::step(const Tensor& q,
                       const Tensor& k,
                       const Tensor& v,
@@ -130,6 +165,7 @@ Tensor KVMemory::step(const Tensor& q,
                                            const Tensor&,
                                            at::TensorList,
                                            c10::string_view,
+                                           at::TensorList,
                                            const OptionalTensor&,
                                            at::IntArrayRef,
                                            c10::string_view,
@@ -139,6 +175,7 @@ Tensor KVMemory::step(const Tensor& q,
                                            double)>();
   at::NoGradGuard no_grad;
   const AttentionOptions& a = options_.attention;
+  const std::vector<Tensor> slots = custom_slots(k, v, lengths, reset_at);
   const auto& s = tensors_;
   return op.call(q,
                  k,
@@ -155,6 +192,7 @@ Tensor KVMemory::step(const Tensor& q,
                  s[7],
                  options_.compressor.parameters,
                  options_.compressor.name,
+                 slots,
                  options_.compressed_bias,
                  numbers(a.schedule),
                  a.distance,
@@ -185,6 +223,7 @@ void KVMemory::append(const Tensor& k,
                                          const Tensor&,
                                          at::TensorList,
                                          c10::string_view,
+                                         at::TensorList,
                                          at::IntArrayRef,
                                          c10::string_view,
                                          int64_t,
@@ -192,6 +231,7 @@ void KVMemory::append(const Tensor& k,
                                          bool)>();
   at::NoGradGuard no_grad;
   const AttentionOptions& a = options_.attention;
+  const std::vector<Tensor> slots = custom_slots(k, v, lengths, reset_at);
   const auto& s = tensors_;
   op.call(k,
           v,
@@ -207,6 +247,7 @@ void KVMemory::append(const Tensor& k,
           s[7],
           options_.compressor.parameters,
           options_.compressor.name,
+          slots,
           numbers(a.schedule),
           a.distance,
           a.rotary_dim,

@@ -158,7 +158,8 @@ void KVMemory::rewind(const Tensor& tokens) {
                     ", got ",
                     count);
   }
-  const Tensor here = tokens.to(options_.device);
+  // A copy: they may be the memory's own counters.
+  const Tensor here = tokens.to(options_.device, at::kLong, /*non_blocking=*/false, /*copy=*/true);
   tensors_[ops::kSeen].sub_(here);
   tensors_[ops::kRewindable].sub_(here);
 }

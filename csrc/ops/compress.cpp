@@ -83,6 +83,9 @@ std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
     }
     case CompressorKind::kGated:
       return {gate(keys, keys, p[0], p[1]), gate(keys, values, p[2], p[3])};
+    case CompressorKind::kGiven:
+      CTX_CHECK_VALUE(
+          false, "ctx.compress", "compressor must be one of the engine's, got \"custom\"");
     case CompressorKind::kMean:
       break;
   }

@@ -72,7 +72,8 @@ struct AppendArgs {
   Strided values;  // of the whole call
 };
 
-enum class CompressorKind : uint8_t { kMean, kMax, kConv, kGated };
+// kGiven: slots that the caller made, for compressors that are not written here.
+enum class CompressorKind : uint8_t { kMean, kMax, kConv, kGated, kGiven };
 
 struct CompressArgs {
   MemoryView memory;
@@ -80,8 +81,14 @@ struct CompressArgs {
   CompressorKind kind = CompressorKind::kMean;
   bool wide_parameters =
       false;  // parameters are stored in the arithmetic's type, not in the memory's
-  const void* parameters[4] = {
-      nullptr};  // as compressor.h orders them, null where absent; contiguous
+  // As compressor.h orders them, null where absent; contiguous.
+  const void* parameters[4] = {nullptr};
+  // kGiven: slots [B, Hkv, G, width] in the arithmetic's type, un-rotated, and the block
+  // (group_block) that the first of them begins in, [B].
+  int64_t slots = 0;  // G
+  Strided slot_keys;
+  Strided slot_values;
+  const int64_t* slot_block = nullptr;
 };
 
 struct AttendArgs {
@@ -123,6 +130,16 @@ struct Kernels {
   // stream) are zero.
   void (*attend)(const AttendArgs&) = nullptr;
 };
+
+// A call's places are cut into blocks of `ratio`, from the place of its first token on: the block
+// in which a group begins, if the group's stream starts at place `start` (negative: before the
+// call). No two whole groups begin in the same block, and the next group of a stream begins in the
+// next one.
+CTX_HOST_DEVICE inline int64_t group_block(const Schedule& schedule, int64_t start, int64_t group) {
+  const int64_t first = start + schedule.sinks;
+  const int64_t below = first % schedule.ratio < 0;  // division rounds to zero, a block's is down
+  return first / schedule.ratio - below + group;
+}
 
 // Groups that row b of a block makes due, first inclusive, last exclusive; those that a later one
 // would overwrite are left out, so that no two writers meet.

@@ -67,7 +67,10 @@ class Rows {
         tokens_(tokens),
         origin_(memory.state[kSeen]),
         spare_(memory.state[kRewindable]) {
-    if (lengths) lengths_ = lengths->contiguous();
+    if (lengths) {
+      const bool own = lengths->is_alias_of(origin_) || lengths->is_alias_of(spare_);
+      lengths_ = own ? lengths->clone() : lengths->contiguous();
+    }
     if (!reset_at) return;
     reset_at_ = lengths ? reset_at->logical_and(
                               at::arange(tokens, lengths_.options()).lt(lengths_.unsqueeze(1)))
@@ -141,6 +144,8 @@ class Writer {
          const Tensor& v,
          at::TensorList parameters,
          c10::string_view compressor,
+         at::TensorList slots,
+         bool resets,
          const char* where)
       : memory_(memory), k_(rows(k)), v_(rows(v)) {
     const MemoryView& view = memory.view;
@@ -153,6 +158,8 @@ class Writer {
                      view.value_dim,
                      k.device(),
                      where);
+    if (compress_.kind == CompressorKind::kGiven || !slots.empty())
+      take_slots(slots, resets, where);
     append_.memory = compress_.memory = view;
     append_.keys = strided(k_);
     append_.values = strided(v_);
@@ -176,7 +183,54 @@ class Writer {
   }
 
  private:
+  // Slots of a compressor that is not written here: keys, values, and the block of the first.
+  void take_slots(at::TensorList slots, bool resets, const char* where) {
+    CTX_CHECK_VALUE(slots.size() == 3 && compress_.kind == CompressorKind::kGiven,
+                    where,
+                    "slots must be keys, values and block for the compressor \"custom\", and none "
+                    "for any other, got ",
+                    slots.size());
+    const MemoryView& view = memory_.view;
+    const Schedule& schedule = view.clock.schedule;
+    const int64_t tokens = k_.size(2);
+    // Where rows begin anew, a call that began without a memory lays out fewer.
+    const bool by_block = resets && tokens > 0;
+    const int64_t fewest =
+        (by_block ? slot_count(schedule, tokens, 0) : slot_count(schedule, tokens)).expect_int();
+    const int64_t most =
+        by_block ? slot_count(schedule, tokens, schedule.max_window()).expect_int() : fewest;
+    const int64_t given = slots[0].dim() == 4 ? slots[0].size(2) : -1;
+    const int64_t count = given == fewest ? fewest : most;
+    const auto check = [&](const Tensor& x, const char* name, std::vector<int64_t> sizes) {
+      CTX_CHECK_VALUE(x.sizes() == at::IntArrayRef(sizes) && x.device() == k_.device(),
+                      where,
+                      name,
+                      " must be ",
+                      at::IntArrayRef(sizes),
+                      " on ",
+                      k_.device(),
+                      ", got ",
+                      x.sizes(),
+                      " on ",
+                      x.device());
+    };
+    check(slots[0], "slot keys", {view.batch, view.kv_heads, count, view.head_dim});
+    check(slots[1], "slot values", {view.batch, view.kv_heads, count, view.value_dim});
+    check(slots[2], "slot block", {view.batch});
+    CTX_CHECK_TYPE(slots[2].scalar_type() == at::kLong,
+                   where,
+                   "slot block must be int64, got ",
+                   slots[2].scalar_type());
+    const auto type = arithmetic_type(memory_.state[kWindowKeys].scalar_type());
+    slots_ = {rows(slots[0].to(type)), rows(slots[1].to(type)), slots[2].contiguous()};
+    compress_.slots = count;
+    compress_.slot_keys = strided(slots_[0]);
+    compress_.slot_values = strided(slots_[1]);
+    compress_.slot_block = slots_[2].const_data_ptr<int64_t>();
+  }
+
   const Memory& memory_;
+  std::vector<Tensor> slots_;
   Tensor k_;
   Tensor v_;
   std::vector<Tensor> parameters_;
@@ -243,6 +297,7 @@ Tensor step(const Tensor& q,
             CTX_STATE_PARAMETERS,
             at::TensorList parameters,
             c10::string_view compressor,
+            at::TensorList slots,
             const OptionalTensor& bias,
             CTX_SETTINGS_PARAMETERS,
             double scale) {
@@ -252,7 +307,7 @@ Tensor step(const Tensor& q,
   check_queries(memory.state, q, k.size(2), bias, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
-  Writer writer(memory, k, v, parameters, compressor, where);
+  Writer writer(memory, k, v, parameters, compressor, slots, reset_at.has_value(), where);
   Reader reader(memory, q, bias, scale);
   Rows calls(memory, k.size(2), lengths, reset_at);
   calls.for_each_block([&](const Block& block) {
@@ -270,13 +325,14 @@ void append(const Tensor& k,
             CTX_STATE_PARAMETERS,
             at::TensorList parameters,
             c10::string_view compressor,
+            at::TensorList slots,
             CTX_SETTINGS_PARAMETERS) {
   constexpr const char* where = "ctx.append_";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
   check_pairs(memory.state, k, v, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
-  Writer writer(memory, k, v, parameters, compressor, where);
+  Writer writer(memory, k, v, parameters, compressor, slots, reset_at.has_value(), where);
   Rows calls(memory, k.size(2), lengths, reset_at);
   calls.for_each_block([&](const Block& block) { writer.write(block); });
   calls.finish();
@@ -327,6 +383,7 @@ Tensor step_meta(const Tensor& q,
                  CTX_UNUSED_STATE,
                  at::TensorList /*parameters*/,
                  c10::string_view /*compressor*/,
+                 at::TensorList /*slots*/,
                  const OptionalTensor& /*bias*/,
                  CTX_UNUSED_SETTINGS,
                  double /*scale*/) {
@@ -340,6 +397,7 @@ void append_meta(const Tensor& /*k*/,
                  CTX_UNUSED_STATE,
                  at::TensorList /*parameters*/,
                  c10::string_view /*compressor*/,
+                 at::TensorList /*slots*/,
                  CTX_UNUSED_SETTINGS) {}
 
 Tensor attend_memory_meta(const Tensor& q,
@@ -361,11 +419,11 @@ Tensor attend_memory_meta(const Tensor& q,
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def("step_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
-        "Tensor[] parameters, str compressor, Tensor? bias, " CTX_SETTINGS_SCHEMA
+        "Tensor[] parameters, str compressor, Tensor[] slots, Tensor? bias, " CTX_SETTINGS_SCHEMA
         ", float scale) -> Tensor",
         {at::Tag::pt2_compliant_tag});
   m.def("append_(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
-        "Tensor[] parameters, str compressor, " CTX_SETTINGS_SCHEMA ") -> ()",
+        "Tensor[] parameters, str compressor, Tensor[] slots, " CTX_SETTINGS_SCHEMA ") -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "attend_memory(Tensor q, Tensor window_keys, Tensor window_values, Tensor compressed_keys, "

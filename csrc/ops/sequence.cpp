@@ -48,8 +48,6 @@ Tensor count_from(const Tensor& first, const SymInt& n) {
   return first.unsqueeze(-1) + at::arange(at::Scalar(n), first.options());
 }
 
-SymInt divide_up(const SymInt& x, int64_t by) { return (x + (by - 1)) / by; }
-
 // The new tokens of a call and what a memory holds of the rows' past.
 class Sequence {
  public:
@@ -114,8 +112,8 @@ class Sequence {
   bool fresh() const { return memory_.empty(); }
 
   // Un-rotated pairs of the groups that may fall due, [B, Hkv, G, c, width], in the arithmetic's
-  // type.
-  std::tuple<Tensor, Tensor> due_groups() const {
+  // type, and the block that the first of them begins in (group_block), [B].
+  std::tuple<Tensor, Tensor, Tensor> due_groups() const {
     const auto type = arithmetic_type(k_.scalar_type());
     Tensor keys = k_.to(type);
     Tensor values = v_.to(type);
@@ -131,7 +129,7 @@ class Sequence {
       return take_rows(x, index).reshape_symint(
           {x.sym_size(0), x.sym_size(1), new_groups(), law().ratio, x.sym_size(3)});
     };
-    return {group(keys), group(values)};
+    return {group(keys), group(values), first_block()};
   }
 
   // The spans that the new tokens attend to, given the slots made of due_groups().
@@ -158,7 +156,9 @@ class Sequence {
     s.window_values = at::cat({read_ring(memory_[kWindowValues], past, held), v_}, 2);
     if (law().compressed == 0) return s;
     const Tensor slots = count_from(begun_ - slots_behind(), slots_behind());
-    const Tensor made = slots.ge(0);
+    // A slot that the next token no longer sees may hold what was taken back since, even a NaN.
+    const Tensor oldest = groups_of(law(), seen_).sub(law().compressed).clamp_min(0);
+    const Tensor made = slots.ge(oldest.unsqueeze(1));
     s.compressed_keys =
         at::cat({read_ring(memory_[kCompressedKeys], slots, made), s.compressed_keys}, 2);
     s.compressed_values =
@@ -191,9 +191,7 @@ class Sequence {
 
   // The most groups that this call can make due.
   SymInt new_groups() const {
-    if (law().compressed == 0) return 0;
-    if (!resets_) return law().max_new_groups(tokens_);
-    return divide_up(tokens_, law().ratio) + divide_up(behind(), law().ratio).expect_int() + 1;
+    return resets_ ? slot_count(law(), tokens_, behind()) : slot_count(law(), tokens_);
   }
 
   Groups groups() const {
@@ -205,11 +203,9 @@ class Sequence {
               number,
               begun_.unsqueeze(1).expand_symint(position_.sym_sizes())};
     }
-    // A group is c places in a row, whichever stream it is of. Cut the places into blocks of c,
-    // counted from the block in which the first group of the carried stream begins: no two whole
-    // groups begin in the same block, and the next group of a stream begins in the next one.
-    const Tensor block = begun_.mul(c).add(a).sub(seen_).div(c, "floor");  // [B]
-    const Tensor places = count_from(block.mul(c), new_groups() * c);      // [B, G c]
+    // A group is c places in a row, whichever stream it is of: its slot lies where its block is.
+    const Tensor block = first_block();
+    const Tensor places = count_from(block.mul(c), new_groups() * c);  // [B, G c]
     const Tensor padded = at::constant_pad_nd(start_, {0, c}, std::numeric_limits<int64_t>::max());
     const auto start_at = [&](const Tensor& place) {  // past the call's end: no stream's
       const Tensor index = place.clamp_min(0).clamp_max(at::Scalar(tokens_ + (c - 1)));
@@ -226,6 +222,11 @@ class Sequence {
     const Tensor number = (place - start_at(place) - a).div(c, "floor").clamp_min(0);
     const Tensor first = block.unsqueeze(1) - (start_ + a).div(c, "floor");
     return {place, number, first};
+  }
+
+  // The block (group_block) that the first group of the carried stream begins in, [B].
+  Tensor first_block() const {
+    return begun_.mul(law().ratio).add(law().sinks).sub(seen_).div(law().ratio, "floor");
   }
 
   void add_sinks(Spans& s, const Tensor& keys) const {
@@ -273,16 +274,16 @@ class Sequence {
   Tensor position_;  // [B, T]: the token's number in its stream
 };
 
-std::tuple<Tensor, Tensor> due_groups(const Tensor& k,
-                                      const Tensor& v,
-                                      const OptionalTensor& lengths,
-                                      const OptionalTensor& reset_at,
-                                      at::TensorList memory,
-                                      at::IntArrayRef schedule,
-                                      c10::string_view distance,
-                                      int64_t rotary_dim,
-                                      double rotary_base,
-                                      bool rotary_interleaved) {
+std::tuple<Tensor, Tensor, Tensor> due_groups(const Tensor& k,
+                                              const Tensor& v,
+                                              const OptionalTensor& lengths,
+                                              const OptionalTensor& reset_at,
+                                              at::TensorList memory,
+                                              at::IntArrayRef schedule,
+                                              c10::string_view distance,
+                                              int64_t rotary_dim,
+                                              double rotary_base,
+                                              bool rotary_interleaved) {
   const auto precision = own_precision();
   return Sequence(k,
                   v,
@@ -353,7 +354,7 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
       "due_groups(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[] memory, int[] "
       "schedule, str distance, int rotary_dim, float rotary_base, bool rotary_interleaved) -> "
-      "(Tensor keys, Tensor values)",
+      "(Tensor keys, Tensor values, Tensor block)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "attend_sequence(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[] "

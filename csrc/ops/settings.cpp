@@ -85,9 +85,10 @@ CompressorKind parse_compressor(std::string_view name, const char* where) {
   if (name == "max") return CompressorKind::kMax;
   if (name == "conv") return CompressorKind::kConv;
   if (name == "gated") return CompressorKind::kGated;
+  if (name == "custom") return CompressorKind::kGiven;
   CTX_CHECK_VALUE(false,
                   where,
-                  "compressor must be \"mean\", \"max\", \"conv\" or \"gated\", got \"",
+                  "compressor must be \"mean\", \"max\", \"conv\", \"gated\" or \"custom\", got \"",
                   name,
                   "\"");
 }
@@ -108,6 +109,7 @@ void check_parameters(CompressorKind kind,
   switch (kind) {
     case CompressorKind::kMean:
     case CompressorKind::kMax:
+    case CompressorKind::kGiven:
       CTX_CHECK_VALUE(count == 0, where, "compressor must have no parameters, got ", count);
       return;
     case CompressorKind::kConv:
@@ -131,6 +133,16 @@ void check_parameters(CompressorKind kind,
       check(3, "value_position", {kv_heads, ratio});
       return;
   }
+}
+
+c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens) {
+  return schedule.compressed == 0 ? c10::SymInt(0) : schedule.max_new_groups(tokens);
+}
+
+c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens, int64_t behind) {
+  if (schedule.compressed == 0) return 0;
+  const int64_t c = schedule.ratio;
+  return (tokens + (c - 1)) / c + ((behind + c - 1) / c + 1);
 }
 
 at::Tensor groups_of(const Schedule& s, const at::Tensor& t) {

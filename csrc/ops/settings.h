@@ -47,6 +47,11 @@ void check_parameters(CompressorKind kind,
                       at::Device device,
                       const char* where);
 
+// Slots that a call of so many tokens lays out: one for each group that can fall due or, where rows
+// begin anew inside the call, for each block (group_block) from the token `behind` the call on.
+c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens);
+c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens, int64_t behind);
+
 // n(t) and w(t) of semantics.md for a tensor of positions.
 at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);
 at::Tensor edge_of(const Schedule& schedule, const at::Tensor& groups);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctx.compression import make_compressor
+from ctx.compression import as_compressor, make_compressor
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.schedule import Schedule
@@ -40,7 +40,8 @@ class CompressiveAttention(nn.Module):
         ratio: tokens per slot.
         segment: eviction happens only at positions that are multiples of it; default ``ratio``.
         sinks: first tokens of a stream that are kept exactly for ever.
-        compression: ``"mean"``, ``"max"``, ``"conv"`` or ``"gated"``.
+        compression: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
+            ``"conv"``, ``"gated"``), or a module that maps groups to slots as those do.
         position: ``"rotary"`` or None.
         distance: ``"slot"`` or ``"token"``.
         compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
@@ -69,7 +70,7 @@ class CompressiveAttention(nn.Module):
         ratio: int,
         segment: int | None = None,
         sinks: int = 0,
-        compression: str = "conv",
+        compression: str | nn.Module = "conv",
         position: str | None = "rotary",
         distance: str = "slot",
         compressed_bias: str = "learned",
@@ -139,7 +140,13 @@ class CompressiveAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
-        self.compressor = make_compressor(compression, kv_heads, ratio, head_dim, **made)
+        if isinstance(compression, str):
+            compression = make_compressor(compression, kv_heads, ratio, head_dim, **made)
+        if not isinstance(compression, nn.Module):
+            raise TypeError(
+                f"{_WHERE}: compression must be a name or a module, got {compression!r}"
+            )
+        self.compressor = as_compressor(compression, kv_heads, ratio, head_dim, head_dim)
         start = torch.empty(num_heads, **made)
         if compressed_bias == "learned":
             self.compressed_bias: Tensor | None = nn.Parameter(start)
@@ -269,7 +276,7 @@ class CompressiveAttention(nn.Module):
         check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where)
         if memory is None:
             return
-        self._state.check(memory, x.shape[0], x.device, where, "x")
+        self.check_memory(memory, x.shape[0], x.device, where, "x")
         if not torch.is_grad_enabled() and x.requires_grad:
             # Reentrant checkpointing does this, and would stream into the memory twice.
             raise ValueError(
@@ -277,8 +284,14 @@ class CompressiveAttention(nn.Module):
                 "into, got one that does: detach it, or checkpoint with use_reentrant=False"
             )
 
+    def check_memory(
+        self, memory: Memory, rows: int, device: torch.device, where: str, of: str
+    ) -> None:
+        """Raises unless `memory` is one of this layer, with the rows and device of input `of`."""
+        self._state.check(memory, rows, device, where, of)
+
     def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
     def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
         rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
@@ -296,7 +309,13 @@ class CompressiveAttention(nn.Module):
         if memory is None:
             memory = self._state.zeros(q.shape[0], k.dtype, k.device)
         state = [memory[name] for name in STATE]
-        compressor = (self.compressor.operands(), self.compressor.name)
+        made: list[Tensor] = []
+        if not self.compressor.native:
+            keys, values, block = torch.ops.ctx.due_groups(
+                k, v, lengths, reset_at, state, *self._settings()
+            )
+            made = [*self.compressor.slots(keys, values), block]
+        compressor = (self.compressor.operands(), self.compressor.engine_name, made)
         settings = (self.compressed_bias, *self._settings(), self.head_dim**-0.5)
         out: Tensor = torch.ops.ctx.step_(
             q, k, v, lengths, reset_at, *state, *compressor, *settings
@@ -314,9 +333,11 @@ class CompressiveAttention(nn.Module):
     ) -> tuple[Tensor, Memory]:
         state = [] if memory is None else [memory[name] for name in STATE]
         settings, rows = self._settings(), (lengths, reset_at)
-        slots = self.compressor(*torch.ops.ctx.due_groups(k, v, *rows, state, *settings))
+        keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
+        slots = self.compressor.slots(keys, values)
+        constants = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
-            slots = tuple(slot.detach() for slot in slots)
+            slots = (constants[0], constants[1])
         out: Tensor = torch.ops.ctx.attend_sequence(
             q, k, v, *rows, state, *slots, self.compressed_bias, *settings, self.head_dim**-0.5
         )
@@ -328,7 +349,8 @@ class CompressiveAttention(nn.Module):
             state = [memory[name] for name in STATE]
             compressor = (
                 [operand.detach() for operand in self.compressor.operands()],
-                self.compressor.name,
+                self.compressor.engine_name,
+                [] if self.compressor.native else [*constants, block],
             )
             torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *state, *compressor, *settings)
         return out, memory

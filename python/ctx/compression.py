@@ -7,16 +7,29 @@ every kv head compresses its own (un-rotated) keys and values.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["COMPRESSORS", "Compressor", "Conv", "Gated", "Max", "Mean", "make_compressor"]
+__all__ = [
+    "COMPRESSORS",
+    "Compressor",
+    "Conv",
+    "Custom",
+    "Gated",
+    "Max",
+    "Mean",
+    "make_compressor",
+    "register",
+]
 
 
 class Compressor(nn.Module):
     """Maps groups of pairs to slots; the base of all compressors.
+
+    A subclass of your own defines ``name`` and :meth:`forward`, and works in training and in
+    streams like the built-in ones; :func:`register` makes it available by its name.
 
     Args:
         kv_heads: key/value heads Hkv, >= 1.
@@ -29,6 +42,8 @@ class Compressor(nn.Module):
     """
 
     name: ClassVar[str]
+    #: Whether the engine computes it by name; otherwise `forward` is called, once for each call.
+    native: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -61,7 +76,7 @@ class Compressor(nn.Module):
         self.reset_parameters()
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameters in the order in which operators take them."""
+        """Shapes of the parameters that this class makes, in the engine's order."""
         return {}
 
     def reset_parameters(self) -> None:
@@ -70,11 +85,16 @@ class Compressor(nn.Module):
             nn.init.zeros_(parameter)
 
     def operands(self) -> list[Tensor]:
-        """The parameters as operators take them."""
-        return [getattr(self, name) for name in self.parameter_shapes()]
+        """The parameters as the engine takes them; none for a compressor that it does not know."""
+        return [getattr(self, name) for name in self.parameter_shapes()] if self.native else []
+
+    @property
+    def engine_name(self) -> str:
+        """What the engine calls it."""
+        return self.name if self.native else "custom"
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Compresses groups.
+        """Compresses groups. The same tokens must give the same slot, whatever stands beside them.
 
         Args:
             keys: un-rotated keys [B, Hkv, G, c, D], floating point.
@@ -86,29 +106,92 @@ class Compressor(nn.Module):
         Raises:
             ValueError: shapes do not belong together.
         """
-        slots: tuple[Tensor, Tensor] = torch.ops.ctx.compress(
-            keys, values, self.operands(), self.name
-        )
-        return slots
+        raise NotImplementedError(f"{type(self).__name__} must define forward(keys, values)")
+
+    def slots(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` makes of groups, in their dtype, with its shapes checked.
+
+        Raises:
+            ValueError, TypeError: forward did not return two tensors of the documented shapes.
+        """
+        kept = next((p.dtype for p in self.parameters() if p.is_floating_point()), keys.dtype)
+        made: Any = self(keys.to(kept), values.to(kept))
+        where = f"ctx.compression.{type(self).__name__}"
+        if not (isinstance(made, (tuple, list)) and len(made) == 2):
+            raise TypeError(f"{where}: forward must return (key slots, value slots), got {made!r}")
+        for name, slot, groups in zip(("key", "value"), made, (keys, values), strict=True):
+            shape = (*groups.shape[:3], groups.shape[4])
+            if slot.shape != shape:
+                raise ValueError(f"{where}: {name} slots must be {shape}, got {tuple(slot.shape)}")
+        key_slots: Tensor = made[0].to(keys.dtype)
+        value_slots: Tensor = made[1].to(values.dtype)
+        return key_slots, value_slots
 
     def extra_repr(self) -> str:
         sizes = ("kv_heads", "ratio", "head_dim", "value_dim")
         return ", ".join(f"{name}={getattr(self, name)}" for name in sizes)
 
 
-class Mean(Compressor):
+class Native(Compressor):
+    """A compressor that the engine computes: one operator for training, one kernel for streams."""
+
+    native = True
+
+    def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Compresses groups; see :meth:`Compressor.forward`."""
+        slots: tuple[Tensor, Tensor] = torch.ops.ctx.compress(
+            keys, values, self.operands(), self.name
+        )
+        return slots
+
+    def slots(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`: the operator checks."""
+        made: tuple[Tensor, Tensor] = self(keys, values)
+        return made
+
+
+class Custom(Compressor):
+    """Any module that maps (keys, values) of groups to (key slots, value slots)."""
+
+    name = "custom"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        kv_heads: int,
+        ratio: int,
+        head_dim: int,
+        value_dim: int | None = None,
+    ) -> None:
+        super().__init__(kv_heads, ratio, head_dim, value_dim)
+        self.module = module
+
+    def reset_parameters(self) -> None:
+        """Every submodule that knows how to begin does so."""
+        for module in self.modules():
+            begin = getattr(module, "reset_parameters", None)
+            if module is not self and callable(begin):
+                begin()
+
+    def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The module's slots."""
+        slots: tuple[Tensor, Tensor] = self.module(keys, values)
+        return slots
+
+
+class Mean(Native):
     """The mean of a group."""
 
     name = "mean"
 
 
-class Max(Compressor):
+class Max(Native):
     """The maximum of a group, channel by channel."""
 
     name = "max"
 
 
-class Conv(Compressor):
+class Conv(Native):
     """A strided convolution over tokens, kernel = stride = c: slot = sum_i x_i W_i (+ b).
 
     Parameters: ``key_weight`` [Hkv, c, D, D] and ``value_weight`` [Hkv, c, Dv, Dv], which start as
@@ -145,11 +228,11 @@ class Conv(Compressor):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         with torch.no_grad():
-            for weight in (self.key_weight, self.value_weight):
-                weight.diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
+            for name in ("key_weight", "value_weight"):
+                self.get_parameter(name).diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
 
 
-class Gated(Compressor):
+class Gated(Native):
     """Softmax-weighted pooling: slot = sum_i softmax_i(key_i . u + p_i) x_i, one gate for keys and
     one for values.
 
@@ -170,6 +253,32 @@ class Gated(Compressor):
 
 
 COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Mean, Max, Conv, Gated)}
+
+
+def register(kind: type[Compressor]) -> type[Compressor]:
+    """Makes a subclass of :class:`Compressor` available by its name; a class decorator.
+
+    Its constructor must take what :class:`Compressor`'s takes.
+
+    Raises:
+        TypeError: ``kind`` is not such a class.
+        ValueError: the name is taken.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Compressor)):
+        raise TypeError(f"ctx.compression.register: kind must be a Compressor class, got {kind!r}")
+    if COMPRESSORS.get(kind.name, kind) is not kind or kind.name == "custom":
+        raise ValueError(f"ctx.compression.register: name must be a new one, got {kind.name!r}")
+    COMPRESSORS[kind.name] = kind
+    return kind
+
+
+def as_compressor(
+    module: nn.Module, kv_heads: int, ratio: int, head_dim: int, value_dim: int
+) -> Compressor:
+    """A compressor as it is, any other module wrapped."""
+    if isinstance(module, Compressor):
+        return module
+    return Custom(module, kv_heads, ratio, head_dim, value_dim)
 
 
 def make_compressor(

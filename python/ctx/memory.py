@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctx import _C
-from ctx.compression import Compressor, make_compressor
-from ctx.rows import Rows, as_rows
+from ctx.compression import as_compressor, make_compressor
+from ctx.rows import Rows, as_counts, as_rows
 from ctx.schedule import Schedule
 from ctx.state import STATE
 
@@ -71,8 +71,10 @@ class KVMemory:
         kv_heads: key/value heads Hkv.
         head_dim: key width D.
         value_dim: value width Dv; default ``head_dim``.
-        compressor: ``"mean"``, ``"max"``, ``"conv"``, ``"gated"`` or a module of
-            :mod:`ctx.compression`, whose parameters are used as they are at the time of each call.
+        compressor: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
+            ``"conv"``, ``"gated"``), a module of :mod:`ctx.compression`, or any module that maps
+            groups to slots as one of those does. Parameters are used as they are at the time of
+            each call.
         position: ``"rotary"`` or None.
         rotary_base: base of the angles.
         rotary_dim: first channels of each key that are rotated, even; default all.
@@ -99,7 +101,7 @@ class KVMemory:
         head_dim: int,
         value_dim: int | None = None,
         *,
-        compressor: str | Compressor = "mean",
+        compressor: str | nn.Module = "mean",
         position: str | None = "rotary",
         rotary_base: float = 10000.0,
         rotary_dim: int | None = None,
@@ -133,11 +135,11 @@ class KVMemory:
                 device=device,
                 dtype=torch.float32,
             )
-        if not isinstance(compressor, Compressor):
+        if not isinstance(compressor, nn.Module):
             raise TypeError(
-                "ctx.KVMemory: compressor must be a name or a module of ctx.compression, "
-                f"got {compressor!r}"
+                f"ctx.KVMemory: compressor must be a name or a module, got {compressor!r}"
             )
+        compressor = as_compressor(compressor, kv_heads, schedule.ratio, head_dim, value_dim)
         bias = bias_values(compressed_bias, schedule.ratio)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.schedule = schedule
@@ -163,8 +165,9 @@ class KVMemory:
             kv_heads,
             head_dim,
             value_dim,
-            compressor.name,
+            compressor.engine_name,
             [operand.detach() for operand in operands],
+            None if compressor.native else compressor.slots,
             distance,
             rotary_width(position, rotary_dim, head_dim, "ctx.KVMemory"),
             rotary_base,
@@ -249,9 +252,7 @@ class KVMemory:
         Raises:
             ValueError, TypeError: more than can be taken back; nothing has been changed then.
         """
-        if not isinstance(tokens, Tensor):
-            tokens = torch.full_like(self.seen, tokens)
-        self._native.rewind(tokens)
+        self._native.rewind(as_counts(tokens, self.seen, "ctx.KVMemory.rewind"))
 
     def select(self, rows: Rows) -> KVMemory:
         """A new memory of these rows, in this order; repeats allowed (beam search).
@@ -373,9 +374,8 @@ class KVMemory:
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVMemory:
-        other = self.clone()
-        other.compressor = copy.deepcopy(self.compressor, memo)
-        other._read_compressor()
+        other = object.__new__(KVMemory)
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return other
 
     def __getstate__(self) -> dict[str, Any]:

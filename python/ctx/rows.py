@@ -28,7 +28,23 @@ def as_rows(rows: Rows) -> Tensor:
         return rows
     if isinstance(rows, Sequence) and len(rows) == 0:
         return torch.zeros(0, dtype=torch.int64)
-    return torch.as_tensor([rows] if isinstance(rows, int) else rows)
+    try:
+        return torch.as_tensor([rows] if isinstance(rows, int) else rows)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"ctx: rows must be an index, several, or a bool tensor, got {rows!r}"
+        ) from None
+
+
+def as_counts(tokens: int | Tensor, seen: Tensor, where: str) -> Tensor:
+    """Tokens of each row as a tensor; a copy, since it may be a memory's own counter."""
+    if isinstance(tokens, Tensor):
+        return tokens.clone()
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise TypeError(f"{where}: tokens must be an integer or an int64 tensor, got {tokens!r}")
+    if abs(tokens) >= 2**63:
+        raise ValueError(f"{where}: tokens must be at most what can be taken back, got {tokens}")
+    return torch.full_like(seen, tokens)
 
 
 def reset(memory: Nested, rows: Rows | None = None) -> None:
@@ -64,7 +80,7 @@ def rewind(memory: Nested, tokens: int | Tensor) -> None:
     counts = []
     for layer in layers:
         seen = layer["seen"]
-        count = tokens if isinstance(tokens, Tensor) else torch.full_like(seen, tokens)
+        count = as_counts(tokens, seen, where)
         if count.dtype != torch.int64:
             raise TypeError(f"{where}: tokens must be int64, got {count.dtype}")
         if count.shape != seen.shape:
@@ -93,17 +109,19 @@ def select(memory: Nested, rows: Rows) -> Nested:
         rows: an index, several, or a bool tensor [B].
 
     Raises:
-        IndexError, TypeError, ValueError: ``rows`` does not fit.
+        IndexError, TypeError, ValueError: ``rows`` does not fit, or is none.
     """
     where = "ctx.rows.select"
     for layer in _layers(memory, where):
-        _index(layer, rows, where)
+        if len(_index(layer, rows, where)) == 0:
+            raise ValueError(f"{where}: rows must be at least one, got none")
 
     def chosen(layer: Memory) -> Memory:
         index = _index(layer, rows, where)
         return {name: tensor.index_select(0, index) for name, tensor in layer.items()}
 
-    return _map(chosen, memory)
+    selected: Nested = _map(chosen, memory)
+    return selected
 
 
 def merge(memories: Sequence[Nested]) -> Nested:
@@ -131,13 +149,15 @@ def merge(memories: Sequence[Nested]) -> Nested:
                     raise ValueError(f"{where}: {name} must be {mine} as the first's, got {others}")
         merged.append({name: torch.cat([layer[name] for layer in layers]) for name in layers[0]})
     rest = iter(merged)
-    return _map(lambda layer: next(rest), memories[0])
+    whole: Nested = _map(lambda layer: next(rest), memories[0])
+    return whole
 
 
 def clone(memory: Nested) -> Nested:
     """A new memory that holds the same: where two continuations of a stream part."""
     _layers(memory, "ctx.rows.clone")
-    return _map(lambda layer: {name: tensor.clone() for name, tensor in layer.items()}, memory)
+    twin: Nested = _map(lambda layer: {name: x.clone() for name, x in layer.items()}, memory)
+    return twin
 
 
 def _map(function: Any, memory: Any) -> Any:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemor
 ModelMemory = list[dict[str, Tensor]]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "compression": tuple(COMPRESSORS),
     "position": ("rotary", None),
     "distance": ("slot", "token"),
     "compressed_bias": ("none", "log_ratio", "learned"),
@@ -100,7 +99,7 @@ class CompressiveTransformerConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{where}: {name} must be a number, got {value!r}")
-        for name, choices in _CHOICES.items():
+        for name, choices in {"compression": tuple(COMPRESSORS), **_CHOICES}.items():
             if getattr(self, name) not in choices:
                 names = ", ".join(map(repr, choices))
                 got = getattr(self, name)
@@ -246,8 +245,8 @@ class CompressiveTransformer(nn.Module):
         """Normal weights; branches that write to the residual stream start smaller (GPT-2)."""
         std = 0.02
         branch = std / math.sqrt(2 * self.config.num_layers)
-        for block in self.blocks:
-            block.attention.reset_parameters()
+        for layer in self.layers:
+            layer.reset_parameters()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(
@@ -260,13 +259,18 @@ class CompressiveTransformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=std)
 
     @property
+    def layers(self) -> list[CompressiveAttention]:
+        """The attention of every block, first block first."""
+        return [cast(_Block, block).attention for block in self.blocks]
+
+    @property
     def schedule(self) -> Schedule:
         """The law that every layer follows."""
         return self.config.schedule()
 
     def init_memory(self, batch_size: int) -> ModelMemory:
         """An empty memory for `batch_size` streams: one dict of tensors per layer."""
-        return [block.attention.init_memory(batch_size) for block in self.blocks]
+        return [layer.init_memory(batch_size) for layer in self.layers]
 
     def forward(
         self,
@@ -329,10 +333,10 @@ class CompressiveTransformer(nn.Module):
             "sinks": sinks,
         }
         changed: dict[str, Any] = {name: n for name, n in sizes.items() if n is not None}
-        twin = _share(self)
+        twin: CompressiveTransformer = _share(self)
         twin.config = dataclasses.replace(self.config, **changed)
-        for block in twin.blocks:
-            block.attention.schedule = twin.schedule
+        for layer in twin.layers:
+            layer.schedule = twin.schedule
         return twin
 
     def generate(
@@ -498,15 +502,15 @@ class CompressiveTransformer(nn.Module):
         if memory is None:
             return
         if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):
-            got = len(memory) if isinstance(memory, (list, tuple)) else type(memory).__name__
+            known = isinstance(memory, (list, tuple))
+            found = str(len(memory)) if known else type(memory).__name__
             raise ValueError(
                 f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
-                f"got {got}"
+                f"got {found}"
             )
-        for i, (block, layer) in enumerate(zip(self.blocks, memory, strict=True)):
-            shape = block.attention._state
+        for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             name = f"{where}: memory[{i}]"
-            shape.check(layer, tokens.shape[0], tokens.device, name, "tokens")
+            layer.check_memory(state, tokens.shape[0], tokens.device, name, "tokens")
 
 
 def _share(module: Any) -> Any:

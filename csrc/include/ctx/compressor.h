@@ -5,6 +5,7 @@
 //   "max"    maximum over the c tokens, channel by channel
 //   "conv"   sum_i x_i W_i (+ b): kernel = stride = c
 //   "gated"  sum_i softmax_i(key_i . gate + position_i) x_i
+//   "custom" whatever its function makes of them
 //
 //   name     parameters, in this order
 //   "conv"   key_weight [Hkv, c, D, D], value_weight [Hkv, c, Dv, Dv], and perhaps
@@ -18,6 +19,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -27,8 +29,15 @@
 namespace ctx {
 
 struct Compressor {
+  // Slots of groups: keys [B, Hkv, G, c, D], values [B, Hkv, G, c, Dv], un-rotated, float32
+  // (float64 for float64) -> ([B, Hkv, G, D], [B, Hkv, G, Dv]). Groups that are not due yet are
+  // among them.
+  using Function =
+      std::function<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&)>;
+
   std::string name = "mean";
   std::vector<at::Tensor> parameters;
+  Function function = nullptr;  // of the compressor "custom", which is yours; called once for each call
 
   // A compressor that starts as mean pooling (max: as itself). Throws ValueError for an unknown
   // name or a size below 1.

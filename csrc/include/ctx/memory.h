@@ -136,6 +136,10 @@ class CTX_API KVMemory {
 
  private:
   KVMemory(MemoryOptions options, std::array<at::Tensor, 8> tensors);
+  std::vector<at::Tensor> custom_slots(const at::Tensor& k,
+                                       const at::Tensor& v,
+                                       const std::optional<at::Tensor>& lengths,
+                                       const std::optional<at::Tensor>& reset_at) const;
   at::Tensor checked_rows(const at::Tensor& rows, const char* where) const;
 
   MemoryOptions options_;

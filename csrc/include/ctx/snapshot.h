@@ -24,7 +24,8 @@
 
 namespace ctx {
 
-using Snapshot = std::map<std::string, std::variant<int64_t, double, std::string, at::Tensor>>;
+// A tensor is tried first: to Python's bindings one of a single integer could be a number as well.
+using Snapshot = std::map<std::string, std::variant<at::Tensor, int64_t, double, std::string>>;
 
 // Writes a snapshot whole or not at all: to a file beside `path`, which then takes its place. A
 // process that dies meanwhile leaves the old file, and perhaps a `path`.<process>.part beside it.

@@ -95,8 +95,13 @@ class GroupCompressor {
     for (int64_t i = 0; i < c_; ++i) table(i, static_cast<double>(first + i));
     table(c_, m_.clock.group_key(g));
     const int64_t target = g % m_.compressed_capacity;
+    const bool given = args_.kind == CompressorKind::kGiven;
+    if (given) {
+      const int64_t start = -args_.block.origin[b];
+      given_ = group_block(m_.clock.schedule, start, g) - args_.slot_block[b];
+    }
     for (int64_t h = 0; h < m_.kv_heads; ++h) {
-      for (int64_t i = 0; i < c_; ++i) {
+      for (int64_t i = 0; i < c_ && !given; ++i) {
         const int64_t index = (first + i) % m_.window_capacity;
         A* key = keys_ + i * m_.head_dim;
         load_row(
@@ -109,14 +114,14 @@ class GroupCompressor {
                  values_ + i * m_.value_dim,
                  m_.value_dim);
       }
-      make(h, keys_, m_.head_dim, 0);
+      make(b, h, keys_, m_.head_dim, 0);
       rotate_row(m_.rotary, cosine(c_), sine(c_), A(1), slot_);
       store_row(
           slot_,
           ring_row<T>(
               m_.compressed_keys, m_.kv_heads, m_.compressed_capacity, m_.head_dim, b, h, target),
           m_.head_dim);
-      make(h, values_, m_.value_dim, 1);
+      make(b, h, values_, m_.value_dim, 1);
       store_row(slot_,
                 ring_row<T>(m_.compressed_values,
                             m_.kv_heads,
@@ -141,7 +146,7 @@ class GroupCompressor {
   }
 
   // side: 0 for keys, 1 for values.
-  void make(int64_t h, const A* x, int64_t width, int side) {
+  void make(int64_t b, int64_t h, const A* x, int64_t width, int side) {
     switch (args_.kind) {
       case CompressorKind::kMean:
         return pool_mean(x, c_, width, slot_);
@@ -166,6 +171,14 @@ class GroupCompressor {
                     slot_,
                     row_,
                     weights_);
+      case CompressorKind::kGiven:
+        if (given_ < 0 || given_ >= args_.slots) {  // a block that is not the call's
+          std::fill_n(slot_, width, A(0));
+          return;
+        }
+        std::copy_n(
+            row<A>(side == 0 ? args_.slot_keys : args_.slot_values, b, h, given_), width, slot_);
+        return;
     }
   }
 
@@ -173,6 +186,7 @@ class GroupCompressor {
   const MemoryView& m_;
   int64_t c_;
   int64_t half_;
+  int64_t given_ = 0;  // which of the given slots
   std::vector<A> tables_;
   std::vector<A> buffer_;
   A* keys_;

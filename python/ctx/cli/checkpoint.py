@@ -18,7 +18,7 @@ FILE_NAME = "checkpoint.pt"
 FORMAT = "ctx-checkpoint"
 VERSION = 1
 
-_PARTS = {
+_PARTS: dict[str, Any] = {
     "config": dict,  # CompressiveTransformerConfig.to_dict()
     "settings": dict,  # TrainSettings
     "files": list,  # absolute paths of the texts; empty: the standard library

@@ -1,0 +1,357 @@
+"""Rows of a memory: ragged calls, resets inside a call, going back, and ctx.rows on any nesting."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ctx
+from ctx.padding import from_right_padded, to_right_padded
+from ctx.state import STATE
+from ragged import (
+    GARBAGE,
+    assert_same_row,
+    cuttings,
+    feed,
+    marks,
+    sizes,
+    streams_of,
+)
+from strategies import CLOSER, DTYPES, assert_close, assert_same_bits, cases, memories
+
+F64 = torch.float64
+
+
+@st.composite
+def ragged(draw, most=40):
+    """A setting of up to three rows, and how long each row's stream is."""
+    setting = dataclasses.replace(draw(memories()), batch=draw(st.integers(1, 3)))
+    return setting, [draw(st.integers(0, most)) for _ in range(setting.batch)]
+
+
+@st.composite
+def beginnings(draw, totals):
+    """Tokens of each row that begin a new stream: few, the first, neighbours."""
+    places = [st.sets(st.integers(0, max(0, n - 1)), max_size=4) for n in totals]
+    return [draw(place) for place in places]
+
+
+def alone(setting, dtype):
+    return dataclasses.replace(setting, batch=1).memory(ctx, dtype)
+
+
+def documents(total, starts):
+    """(first token, one past the last, begins anew) of each stream of a row, but empty ones."""
+    edges = sorted({0, total, *(i for i in starts if i < total)})
+    return [(a, b, a in starts) for a, b in itertools.pairwise(edges)]
+
+
+def snapshot(memory):
+    return {name: tensor.clone() for name, tensor in memory.items()}
+
+
+def assert_same_memory(got, want):
+    for name in STATE:
+        assert_same_bits(got[name], want[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@cases(60)
+@given(data=st.data())
+def test_row_of_a_ragged_batch_equals_row_alone(dtype, data):
+    """Bookkeeping and exact tokens bit for bit, the rest to rounding; padding is garbage."""
+    setting, totals = data.draw(ragged())
+    streams = streams_of(setting, totals, dtype)
+    memory = setting.memory(ctx, dtype)
+    outs = feed(
+        memory,
+        streams,
+        data.draw(cuttings(totals)),
+        garbage=data.draw(st.sampled_from(GARBAGE)),
+        extra=data.draw(st.integers(0, 3)),
+        kind=data.draw(st.integers(0, 3)),
+    )
+    for b, total in enumerate(totals):
+        single = alone(setting, dtype)
+        want = single.step(*(x[None] for x in streams[b]))
+        assert_close(outs[b], want[0], CLOSER[dtype])
+        assert_same_row(setting.law(), memory.tensors, b, single.tensors, 0, CLOSER[dtype])
+        assert single.seen.item() == total
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@cases(100)
+@given(data=st.data())
+def test_ragged_split_invariance(dtype, data):
+    """The same streams, new ones beginning anywhere in them, cut in two different ragged ways."""
+    setting, totals = data.draw(ragged())
+    streams, starts = streams_of(setting, totals, dtype), data.draw(beginnings(totals))
+    one, two = setting.memory(ctx, dtype), setting.memory(ctx, dtype)
+    want = feed(one, streams, data.draw(cuttings(totals)), starts=starts)
+    got = feed(two, streams, data.draw(cuttings(totals)), starts=starts, garbage=float("inf"))
+    for b in range(setting.batch):
+        assert_close(got[b], want[b], CLOSER[dtype])
+        assert_same_row(setting.law(), two.tensors, b, one.tensors, b, CLOSER[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@cases(60)
+@given(data=st.data())
+def test_stream_that_begins_inside_a_call_is_a_fresh_stream(dtype, data):
+    """Every document gives what it gives alone; nothing of earlier ones is left, not even a NaN."""
+    setting, totals = data.draw(ragged())
+    streams, starts = streams_of(setting, totals, dtype), data.draw(beginnings(totals))
+    carried = data.draw(st.integers(0, 20))
+    past = streams_of(dataclasses.replace(setting, seed=setting.seed + 1), [carried], dtype)[0]
+    memory, before = setting.memory(ctx, dtype), alone(setting, dtype)
+    for one in (memory, before):
+        one.step(*(x.expand(int(one.seen.numel()), -1, -1, -1) for x in past))
+    poisoned = data.draw(st.booleans())
+    for row, (total, anew) in enumerate(zip(totals, starts, strict=True)):
+        first, *rest = documents(total, anew) or [(0, 0, False)]
+        if poisoned and rest:
+            for x in streams[row]:
+                x[:, first[0] : first[1]] = float("nan")
+    outs = feed(memory, streams, data.draw(cuttings(totals)), starts=starts)
+    for b, total in enumerate(totals):
+        single = before.clone()
+        for first, last, anew in documents(total, starts[b]):
+            single = alone(setting, dtype) if anew else single
+            want = single.step(*(x[None, :, first:last] for x in streams[b]))
+            if not want.isnan().any():
+                assert_close(outs[b][:, first:last], want[0], CLOSER[dtype])
+        if not any(x.isnan().any() for x in single.tensors.values()):
+            assert_same_row(setting.law(), memory.tensors, b, single.tensors, 0, CLOSER[dtype])
+
+
+@cases(60)
+@given(st.data())
+def test_left_padded_batch_equals_its_rows_alone(data):
+    """ctx.padding brings any mask to the engine, and its outputs back."""
+    setting, totals = data.draw(ragged(most=15))
+    tokens = max(totals) + data.draw(st.integers(0, 3))
+    kind = data.draw(st.sampled_from(["left", "right", "anywhere"]))
+    mask = data.draw(masks(totals, tokens, kind))
+    streams = streams_of(setting, totals, F64)
+    batch = []
+    for i in range(3):
+        heads, _, width = streams[0][i].shape
+        x = torch.full((setting.batch, tokens, heads, width), float("nan"), dtype=F64)
+        for b in range(setting.batch):
+            x[b, mask[b]] = streams[b][i].transpose(0, 1)
+        batch.append(x)
+    moved = [to_right_padded(x, mask) for x in batch]
+    assert all(lengths.tolist() == totals for _, lengths in moved)
+    memory = setting.memory(ctx, F64)
+    out = memory.step(*(x.transpose(1, 2) for x, _ in moved), lengths=moved[0][1])
+    back = from_right_padded(out.transpose(1, 2), mask)
+    assert_same_bits(back[~mask], torch.zeros_like(back[~mask]))
+    for b in range(setting.batch):
+        single = alone(setting, F64)
+        want = single.step(*(x[None] for x in streams[b]))
+        assert_close(back[b, mask[b]], want[0].transpose(0, 1), 1e-12)
+        assert_same_row(setting.law(), memory.tensors, b, single.tensors, 0, 1e-12)
+
+
+@st.composite
+def masks(draw, totals, tokens, kind):
+    """bool [B, T] with so many tokens in each row."""
+    rows = []
+    for total in totals:
+        places = {"left": range(tokens - total, tokens), "right": range(total)}.get(kind)
+        if places is None:
+            places = draw(st.permutations(range(tokens)))[:total]
+        rows.append(marks(1, tokens, [(0, i) for i in places]))
+    return torch.cat(rows)
+
+
+@cases(80)
+@given(st.data())
+def test_rewindable_is_what_came_since(data):
+    """min(headroom, tokens since the stream began), less what was taken back; never negative."""
+    setting, _ = data.draw(ragged())
+    memory = setting.memory(ctx, F64)
+    seen, back = [0] * setting.batch, [0] * setting.batch
+    for call in range(data.draw(st.integers(1, 8))):
+        if data.draw(st.booleans()):
+            counts = [data.draw(st.integers(0, most)) for most in back]
+            memory.rewind(torch.tensor(counts))
+            seen = [n - k for n, k in zip(seen, counts, strict=True)]
+            back = [n - k for n, k in zip(back, counts, strict=True)]
+        else:
+            totals = [data.draw(sizes(12)) for _ in seen]
+            anew = data.draw(beginnings(totals))
+            streams = streams_of(dataclasses.replace(setting, seed=call), totals, F64)
+            feed(memory, streams, data.draw(cuttings(totals)), starts=anew)
+            for b, (total, starts) in enumerate(zip(totals, anew, strict=True)):
+                begun = [i for i in starts if i < total]
+                seen[b] = total - max(begun) if begun else seen[b] + total
+                back[b] = min(seen[b] if begun else back[b] + total, setting.headroom)
+        assert memory.seen.tolist() == seen
+        assert memory.rewindable.tolist() == back
+        assert all(0 <= k <= min(n, setting.headroom) for k, n in zip(back, seen, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@cases(80)
+@given(data=st.data())
+def test_rewind_is_exact(dtype, data):
+    """Tokens that were taken back never came: once, twice in a row, after the rings wrapped, with
+    NaN for tokens, and at another distance in every row."""
+    setting, totals = data.draw(ragged(most=60))
+    streams = streams_of(setting, totals, dtype)
+    memory, never = setting.memory(ctx, dtype), setting.memory(ctx, dtype)
+    for one in (memory, never):
+        feed(one, streams, [totals])
+    other = dataclasses.replace(setting, seed=setting.seed + 1)
+    for _ in range(data.draw(st.integers(1, 3))):
+        junk = [data.draw(st.integers(0, setting.headroom % 20)) for _ in totals]
+        wrong = streams_of(other, junk, dtype)
+        if data.draw(st.booleans()):
+            wrong = [[torch.full_like(x, float("nan")) for x in row] for row in wrong]
+        feed(memory, wrong, data.draw(cuttings(junk)))
+        first = [data.draw(st.integers(0, n)) for n in junk]
+        memory.rewind(torch.tensor(first))
+        memory.rewind(torch.tensor(junk) - torch.tensor(first))
+        assert_same_bits(memory.seen, never.seen)
+        for b in range(setting.batch):
+            rows = memory.tensors, b, never.tensors, b
+            assert_same_row(setting.law(), *rows, CLOSER[dtype], rewindable=False)
+    more = [data.draw(sizes(20)) for _ in totals]
+    following = streams_of(dataclasses.replace(setting, seed=setting.seed + 2), more, dtype)
+    got = feed(memory, following, data.draw(cuttings(more)))
+    want = feed(never, following, data.draw(cuttings(more)))
+    assert_same_bits(memory.seen, never.seen)
+    for b in range(setting.batch):
+        assert_close(got[b], want[b], CLOSER[dtype])
+        rows = memory.tensors, b, never.tensors, b
+        assert_same_row(setting.law(), *rows, CLOSER[dtype], rewindable=False)
+
+
+@cases(60)
+@given(st.data())
+def test_functions_on_dicts_equal_the_methods(data):
+    """ctx.rows on the tensors of a memory does what ctx.KVMemory does, bit for bit."""
+    setting, totals = data.draw(ragged())
+    memory = setting.memory(ctx, F64)
+    feed(memory, streams_of(setting, totals, F64), data.draw(cuttings(totals)))
+    held = memory.tensors
+    rows = data.draw(st.lists(st.integers(0, setting.batch - 1), min_size=1, max_size=4))
+    assert_same_memory(ctx.rows.select(held, rows), memory.select(rows).tensors)
+    mask = marks(1, setting.batch, [(0, row) for row in rows])[0]
+    assert_same_memory(ctx.rows.select(held, mask), memory.select(mask).tensors)
+    assert_same_memory(ctx.rows.clone(held), held)
+    merged = ctx.KVMemory.merge([memory, memory.select(rows)])
+    assert_same_memory(ctx.rows.merge([held, ctx.rows.select(held, rows)]), merged.tensors)
+    counts = torch.tensor([data.draw(sizes(most)) for most in memory.rewindable.tolist()])
+    mine, copied = memory.clone(), ctx.rows.clone(held)
+    mine.rewind(counts), ctx.rows.rewind(copied, counts)
+    assert_same_memory(copied, mine.tensors)
+    chosen = data.draw(st.sampled_from([None, rows, rows[0], mask, torch.tensor(rows)]))
+    mine.reset(chosen), ctx.rows.reset(copied, chosen)
+    assert_same_memory(copied, mine.tensors)
+
+
+def kv_memory(headroom=4, dtype=torch.float32):
+    """Three rows of nine tokens."""
+    law = ctx.Schedule(4, 3, 2, 4, 1)
+    memory = ctx.KVMemory(law, 3, 1, 4, headroom=headroom, dtype=dtype)
+    memory.step(*[torch.randn(3, 1, 9, 4, dtype=dtype)] * 3)
+    return memory
+
+
+def filled(**options):
+    return kv_memory(**options).tensors
+
+
+def test_nested_memories():
+    """Any nesting of lists and tuples, layers of different geometry; the nesting is kept."""
+    memory = [filled(), (filled(dtype=F64), [filled(headroom=2)])]
+    taken = ctx.rows.select(memory, [2, 0, 2])
+    assert type(taken) is list and type(taken[1]) is tuple and type(taken[1][1]) is list
+    for got, layer in zip(layers(taken), layers(memory), strict=True):
+        for name in STATE:
+            assert_same_bits(got[name], layer[name][[2, 0, 2]])
+    both = ctx.rows.merge([memory, taken])
+    assert [layer["seen"].tolist() for layer in layers(both)] == [[9] * 6] * 3
+    copied = ctx.rows.clone(memory)
+    ctx.rows.rewind(copied, torch.tensor([0, 1, 2]))
+    ctx.rows.reset(copied, 0)
+    for layer in layers(copied):
+        assert layer["seen"].tolist() == [0, 8, 7]
+    assert [x["rewindable"].tolist() for x in layers(copied)] == [[0, 3, 2], [0, 3, 2], [0, 1, 0]]
+    assert all(layer["seen"].tolist() == [9, 9, 9] for layer in layers(memory))
+    ctx.rows.reset(copied)
+    assert all(layer["seen"].tolist() == [0, 0, 0] for layer in layers(copied))
+
+
+def layers(memory):
+    return (
+        [memory] if isinstance(memory, dict) else [one for part in memory for one in layers(part)]
+    )
+
+
+ERRORS = {
+    "row below": (lambda m: ctx.rows.reset(m, -1), IndexError, "rows must be between"),
+    "row above": (lambda m: ctx.rows.select(m, [0, 3]), IndexError, "rows must be between"),
+    "mask": (lambda m: ctx.rows.reset(m, torch.ones(2, dtype=torch.bool)), ValueError, "bool"),
+    "float": (lambda m: ctx.rows.reset(m, torch.zeros(1)), TypeError, "rows must be int64"),
+    "shape": (lambda m: ctx.rows.select(m, torch.zeros(1, 1, dtype=torch.int64)), ValueError, "N"),
+    "none selected": (lambda m: ctx.rows.select(m, []), ValueError, "rows must be at least one"),
+    "too far": (lambda m: ctx.rows.rewind(m, 3), ValueError, "take back = 2, got 3"),
+    "one row too far": (
+        lambda m: ctx.rows.rewind(m, torch.tensor([1, 4, 1])),
+        ValueError,
+        "row 1 can take back",
+    ),
+    "forward": (lambda m: ctx.rows.rewind(m, -1), ValueError, "got -1"),
+    "counts": (lambda m: ctx.rows.rewind(m, torch.tensor([1, 1])), ValueError, "tokens must be"),
+    "count type": (lambda m: ctx.rows.rewind(m, torch.ones(3)), TypeError, "int64"),
+    "no memory": (lambda m: ctx.rows.merge([]), ValueError, "at least one"),
+    "layers": (lambda m: ctx.rows.merge([m, m[:1]]), ValueError, "as many layers"),
+    "geometry": (lambda m: ctx.rows.merge([m, [m[1], m[0]]]), ValueError, "window_keys must be"),
+    "not a memory": (lambda m: ctx.rows.reset([m[0], {"seen": 1}]), ValueError, "dict of"),
+    "word": (lambda m: ctx.rows.select(m, "0"), TypeError, "rows must be an index"),
+    "nothing": (lambda m: ctx.rows.reset([*m, None]), TypeError, "NoneType"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_touch_nothing(name):
+    """The second layer can take back less than the first: neither is changed."""
+    memory = [filled(headroom=4), filled(headroom=2)]
+    before = [snapshot(layer) for layer in memory]
+    call, kind, words = ERRORS[name]
+    with pytest.raises(kind, match=words):
+        call(memory)
+    for layer, old in zip(memory, before, strict=True):
+        assert_same_memory(layer, old)
+
+
+def test_a_memory_s_own_counters_as_arguments():
+    """`seen` and `rewindable` alias the memory, and may be handed to it."""
+    memory, lengths = kv_memory(headroom=20), torch.tensor([9, 4, 0])
+    memory.rewind(9 - lengths)
+    tensors = [torch.randn(3, 1, 9, 4)] * 3
+    for name in ("seen", "rewindable"):
+        used, held = memory.clone(), [memory.clone().tensors, memory.clone().tensors]
+        used.step(*tensors, lengths=used.tensors[name])
+        assert used.seen.tolist() == used.rewindable.tolist() == [18, 8, 0]
+        used.rewind(used.tensors[name])
+        ctx.rows.rewind(held, held[0][name])
+        for counters in (used.tensors, *held):
+            assert counters["seen"].tolist() == counters["rewindable"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("tokens", [1.5, True, None, "1", [1, 1, 1]])
+def test_rewind_takes_integers_only(tokens):
+    memory = kv_memory()
+    for call in (memory.rewind, lambda n: ctx.rows.rewind(memory.tensors, n)):
+        with pytest.raises(TypeError, match="tokens must be an integer"):
+            call(tokens)
+        with pytest.raises(ValueError, match="tokens must be at most"):
+            call(2**70)
+    assert memory.seen.tolist() == [9, 9, 9]
