@@ -104,3 +104,22 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     with pytest.raises(CliError, match="not finite at step 1: lower --lr"):
         trainer.train_step()
     assert trainer.step == 0
+
+
+@pytest.mark.parametrize("aux", ["reconstruction", "autoencoding"])
+def test_the_papers_way_trains_the_compressor_by_the_auxiliary_loss(aux):
+    """Task and auxiliary loss in one step; the compressor moves, though the task does not reach it."""
+    files = [Path(sysconfig.get_path("stdlib"), "argparse.py")]
+    config = model_config({**SMALL, "compressor_grad": "aux", "aux_loss": aux})
+    trainer = Trainer(config, TrainSettings(batch=4, length=64), load_corpus(files, 1000))
+    compressor = trainer.model.blocks[0].attention.compressor
+    before = [parameter.clone() for parameter in compressor.parameters()]
+    history = [trainer.train_step() for _ in range(8)]
+    assert all(line["aux_loss"] > 0 for line in history)
+    for parameter, old in zip(compressor.parameters(), before, strict=True):
+        assert not torch.equal(parameter, old)
+
+
+def test_aux_mode_has_a_loss_by_default():
+    assert model_config({"compressor_grad": "aux"}).aux_loss == "reconstruction"
+    assert model_config({}).aux_loss is None

@@ -41,6 +41,8 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--compression", "compression", str, "mean, max, conv or gated"),
     ("--distance", "distance", str, "slot or token"),
     ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
+    ("--compressor-grad", "compressor_grad", str, "what trains the compressor: task or aux"),
+    ("--aux-loss", "aux_loss", str, "reconstruction (for --compressor-grad aux) or autoencoding"),
     ("--mlp", "mlp", str, "swiglu or gelu"),
     ("--norm", "norm", str, "rms or layer"),
     ("--dropout", "dropout", float, "share of activations dropped in training"),
@@ -55,6 +57,7 @@ RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--warmup", "warmup", int, "steps of linear warm-up"),
     ("--weight-decay", "weight_decay", float, "of AdamW, on matrices"),
     ("--clip", "clip", float, "largest norm of the gradient; 0: no limit"),
+    ("--aux-weight", "aux_weight", float, "of the auxiliary loss, where there is one"),
     ("--seed", "seed", int, "of the initial weights and of dropout"),
     ("--threads", "threads", int, "0: torch's choice"),
     ("--held-out", "held_out", int, "bytes at the end of the text kept for the evaluation"),
@@ -64,6 +67,8 @@ RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
 
 def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
     """The default model with some settings changed."""
+    if changed.get("compressor_grad") == "aux":  # something must train it
+        changed = {"aux_loss": "reconstruction", **changed}
     try:
         return CompressiveTransformerConfig(**{**MODEL, **changed})
     except (TypeError, ValueError) as error:
@@ -91,6 +96,7 @@ class TrainSettings:
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
+    aux_weight: float = 1.0
     seed: int = 0
     threads: int = 0
     held_out: int = 256 * 1024

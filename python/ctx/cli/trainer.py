@@ -50,13 +50,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         memory = None if self.streams.starts(self.step) else self.memory
-        logits, memory = self.model(tokens, memory)
+        with_aux = self.model.config.aux_loss is not None
+        logits, memory, *aux = self.model(tokens, memory, return_aux=with_aux)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        total = loss + self.settings.aux_weight * aux[0] if aux else loss
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         clip = self.settings.clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        if not (math.isfinite(total.item()) and math.isfinite(norm.item())):
             raise CliError(f"the loss is not finite at step {self.step + 1}: lower --lr")
         self.optimizer.step()
         self.memory = memory
@@ -68,6 +70,7 @@ class Trainer:
             "bits_per_byte": loss.item() / math.log(2),
             "lr": lr,
             "grad_norm": norm.item(),
+            **({"aux_loss": aux[0].item()} if aux else {}),
             "tokens_per_second": tokens.numel() / took,
             "seconds": self.seconds,
         }
