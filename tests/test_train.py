@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 @pytest.mark.parametrize("aux", ["reconstruction", "autoencoding"])
 def test_the_papers_way_trains_the_compressor_by_the_auxiliary_loss(aux):
-    """Task and auxiliary loss in one step; the compressor moves, though the task does not reach it."""
+    """Task and auxiliary loss in one step; the compressor moves, though no task reaches it."""
     files = [Path(sysconfig.get_path("stdlib"), "argparse.py")]
     config = model_config({**SMALL, "compressor_grad": "aux", "aux_loss": aux})
     trainer = Trainer(config, TrainSettings(batch=4, length=64), load_corpus(files, 1000))
