@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import ctx
+import test_errors_modules
+import test_errors_rows
+import test_errors_state
 from strategies import assert_same_bits
 
 B, HKV, H, D, DV, T = 2, 2, 4, 6, 4, 3
@@ -262,3 +265,24 @@ class TestAttention:
         attn = ctx.CompressiveAttention(8, 2, **SIZES)
         with pytest.raises(ValueError, match=r"batch_size"):
             attn.init_memory(0)
+
+
+def test_how_many_ways():
+    """At least 200 different ways of bad input, counted without those tried twice."""
+    tables = [
+        CALLS,
+        OPTIONS,
+        test_errors_rows.KV_TABLE,
+        test_errors_rows.ROWS_TABLE,
+        test_errors_state.STATE_TABLE,
+        test_errors_state.FILE_TABLE,
+        test_errors_state.PATH_TABLE,
+        test_errors_state.PLACES,
+        test_errors_modules.SETTINGS_TABLE,
+        test_errors_modules.MODULE_TABLE,
+        test_errors_modules.MODEL_TABLE,
+        test_errors_modules.FUNCTION_TABLE,
+    ]
+    ways = sum(len(table) for table in tables)
+    print(f"{ways} ways of bad input")
+    assert ways >= 200

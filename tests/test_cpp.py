@@ -1,0 +1,110 @@
+"""The C++ tests: built by CMake without Python, run, and snapshots exchanged in both directions.
+
+CTX_SANITIZE=address,undefined builds them with these sanitizers.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import ctx
+from strategies import assert_same_bits
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+B, H, HKV, D, DV = 2, 4, 2, 6, 4  # tests/cpp/streams.h
+
+
+def run(*command, **options):
+    """Runs a program; what it said is in the failure."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    assert done.returncode == 0, f"{command}:\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """The folder of the built C++ tests."""
+    if not (ROOT / "CMakeLists.txt").is_file() or shutil.which("cmake") is None:
+        pytest.skip("needs the sources and CMake")
+    folder = tmp_path_factory.mktemp("cpp")
+    run(
+        "cmake",
+        *("-S", ROOT, "-B", folder),
+        *(["-G", "Ninja"] if shutil.which("ninja") else []),
+        "-DCTX_BUILD_TESTS=ON",
+        "-DCTX_BUILD_PYTHON=OFF",
+        f"-DCTX_TORCH_ROOT={Path(torch.__file__).parent}",
+        f"-DCTX_SANITIZE={os.environ.get('CTX_SANITIZE', '')}",
+    )
+    run("cmake", "--build", folder, "--parallel", os.cpu_count() or 1)
+    return folder
+
+
+def test_ctest(build):
+    said = run("ctest", "--test-dir", build, "--output-on-failure")
+    names = sorted(path.stem for path in (ROOT / "tests" / "cpp").glob("test_*.cpp"))
+    assert names
+    for name in names:
+        assert f"{name} ..." in said and "100% tests passed" in said, said
+
+
+def memory():
+    """ctx::test::options() of tests/cpp/streams.h."""
+    options = {"compressor": "conv", "rotary_dim": 4, "headroom": 7}
+    return ctx.KVMemory(ctx.Schedule(5, 3, 2, 4, 1), B, HKV, D, DV, **options)
+
+
+def tokens(first, count):
+    """ctx::test::Tokens."""
+
+    def cut(heads, width, salt):
+        place = torch.arange(B * heads * 100 * width)
+        numbers = ((place * 7919 + salt * 104729) % 2003).double().div(1001.5).sub(1)
+        return numbers.view(B, heads, 100, width).float()[:, :, first : first + count]
+
+    return cut(H, D, 1), cut(HKV, D, 2), cut(HKV, DV, 3)
+
+
+def assert_same_memory(got, want):
+    for name, tensor in want.tensors.items():
+        assert_same_bits(got.tensors[name], tensor)
+
+
+def test_python_reads_what_cpp_wrote(build, tmp_path):
+    """And the outputs, and what comes after, are the same bit for bit."""
+    snapshot, outputs = tmp_path / "cpp.ctx", tmp_path / "outputs.pt"
+    run(build / "test_snapshot", "write", snapshot, outputs)
+    here, there = memory(), memory()
+    first = here.step(*tokens(0, 37))
+    there.load(snapshot)
+    assert_same_memory(there, here)
+    assert_same_bits(torch.load(outputs, weights_only=True), first)
+    assert torch.load(snapshot, weights_only=True).keys() == here.state_dict().keys()
+    assert_same_bits(there.step(*tokens(37, 23)), here.step(*tokens(37, 23)))
+
+
+@pytest.mark.parametrize("writer", ["save", "torch.save"])
+def test_cpp_goes_on_from_what_python_wrote(build, tmp_path, writer):
+    snapshot, outputs = tmp_path / "python.ctx", tmp_path / "outputs.pt"
+    here, back = memory(), memory()
+    here.step(*tokens(0, 37))
+    if writer == "save":
+        here.save(snapshot)
+    else:
+        torch.save(here.state_dict(), snapshot)
+    run(build / "test_snapshot", "continue", snapshot, tmp_path / "cpp.ctx", outputs)
+    assert_same_bits(torch.load(outputs, weights_only=True), here.step(*tokens(37, 23)))
+    back.load(tmp_path / "cpp.ctx")
+    assert_same_memory(back, here)
