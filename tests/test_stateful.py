@@ -309,11 +309,22 @@ def test_equals_reference(compressor):
     )
 
 
+@pytest.mark.slow
+def test_twenty_thousand_steps():
+    """Every compressor in every dtype, about as often as any other; -s prints the counts."""
+    applied.clear()
+    apply(20_000)
+    assert sum(applied.values()) >= 20_000
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Apply at least so many rules, and count them.")
     parser.add_argument("--steps", type=int, default=20000)
-    asked = parser.parse_args().steps
     torch.set_num_threads(1)
+    apply(parser.parse_args().steps)
+
+
+def apply(asked: int) -> None:
     kinds = list(itertools.product(COMPRESSORS, DTYPES))
     started = time.perf_counter()
     for done, (compressor, dtype) in enumerate(kinds, start=1):
