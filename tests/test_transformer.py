@@ -107,6 +107,15 @@ def test_gradients_reach_every_parameter():
         assert parameter.grad.abs().sum() > 0, name
 
 
+def test_lengths_may_be_a_counter_of_the_memory():
+    built, text = model(), tokens(2, 9)
+    with torch.no_grad():
+        memory = built.init_memory(2)
+        built(text[:, :4], memory)
+        built(text, memory, lengths=memory[0]["seen"])
+    assert [layer["seen"].tolist() for layer in memory] == [[8, 8], [8, 8]]
+
+
 def test_memory_is_plain_tensors(tmp_path):
     built, text = model(), tokens(2, 33)
     with torch.no_grad():

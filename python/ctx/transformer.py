@@ -313,6 +313,8 @@ class CompressiveTransformer(nn.Module):
             tokens, lengths = to_right_padded(tokens, mask)
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
+        if lengths is not None:
+            lengths = lengths.clone()  # a layer's own counter would change before the next layer
         hidden, memory, aux = self._hidden(tokens, memory, lengths, reset_at, return_aux)
         logits = self._logits(hidden)
         if mask is not None:
