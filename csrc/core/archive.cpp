@@ -133,7 +133,8 @@ bool is_whole_archive(const std::vector<char>& given) {
     if (next > end) return false;
     const auto record = read_sizes(bytes, entry, extra, after);
     const bool as_it_is = bytes.read<uint16_t>(entry + 10) == 0;
-    if (!record || !as_it_is || record->size != record->stored) return false;
+    const bool folder = bytes.read<uint32_t>(entry + 38) & 0x10;  // a reader would fill in nothing
+    if (!record || !as_it_is || folder || record->size != record->stored) return false;
     if (!bytes.marked(record->begin, local_head, 0x04034b50)) return false;
     const uint64_t name = bytes.read<uint16_t>(record->begin + 26);
     const uint64_t data =
