@@ -1,0 +1,78 @@
+"""One model of `ctx recall`: trained in parallel calls, measured as a stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ctx.cli.errors import CliError
+from ctx.cli.recall_task import RecallTask, Tally
+from ctx.transformer import CompressiveTransformer, ModelMemory
+
+__all__ = ["measure", "train"]
+
+_GOOD = 0.99  # accuracy at which training has nothing left to show
+_RECENT = 10  # steps that it is taken over
+_WARMUP = 50  # steps
+_CHUNK = 7  # tokens per call when measured: no multiple of usual segments, on purpose
+
+
+def train(
+    model: CompressiveTransformer,
+    task: RecallTask,
+    far: tuple[int, int],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    generator: torch.Generator,
+    advance: Callable[[int, str], None],
+) -> int:
+    """Trains for `steps`, or until the accuracy at distances `far` (first, last) is above 99 %.
+
+    Every batch is drawn anew, so its accuracy before the step is one on data never seen. Returns
+    the steps done; `advance` is told of each.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    recent: list[float] = []
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / _WARMUP)
+        drawn = task.draw(batch, generator)
+        logits, _ = model(drawn.tokens)
+        logits = logits[:, -task.length :]
+        loss = F.cross_entropy(logits.flatten(0, 1), drawn.answers.flatten())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not math.isfinite(loss.item()):
+            raise CliError(f"the loss is not finite at step {step}: lower --lr")
+        optimizer.step()
+        tally = Tally(task.farthest)
+        tally.add(logits.argmax(-1) == drawn.answers, drawn.distances)
+        recent = [*recent, tally.accuracy(*far)][-_RECENT:]
+        mean = sum(recent) / len(recent)
+        advance(step, f"loss {loss.item():.3f}, {mean:.1%} right beyond the window")
+        if len(recent) == _RECENT and mean > _GOOD:
+            return step
+    return steps
+
+
+def measure(
+    model: CompressiveTransformer, task: RecallTask, rows: int, generator: torch.Generator
+) -> Tally:
+    """Streams fresh sequences through the model's memory, a few tokens per call."""
+    tally = Tally(task.farthest)
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, rows, 128):
+            drawn = task.draw(min(128, rows - start), generator)
+            memory: ModelMemory = model.init_memory(len(drawn.tokens))
+            guesses = []
+            for tokens in drawn.tokens.split(_CHUNK, 1):
+                logits, memory = model(tokens, memory)
+                guesses.append(logits.argmax(-1))
+            tally.add(torch.cat(guesses, 1)[:, -task.length :] == drawn.answers, drawn.distances)
+    return tally
