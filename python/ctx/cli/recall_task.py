@@ -30,9 +30,14 @@ class RecallTask:
     length: int
 
     @property
+    def tokens(self) -> int:
+        """Length of a sequence."""
+        return 2 * self.pairs + self.length
+
+    @property
     def farthest(self) -> int:
         """The largest distance: from the first pair to the last query."""
-        return 2 * self.pairs + self.length - 2
+        return self.tokens - 2
 
     def draw(self, rows: int, generator: torch.Generator) -> Batch:
         """`rows` sequences that depend on the generator only."""
@@ -47,6 +52,18 @@ class RecallTask:
             distances=positions - (2 * asked + 1),
         )
 
+    def weights(self, reach: int) -> Tensor:
+        """float32 [farthest + 1]: what a query at each distance weighs in training.
+
+        Every distance up to `reach` weighs the same in all, though near ones are rare: a sequence
+        has only a few queries right behind its pairs. Beyond `reach` nobody can know: zero.
+        """
+        first = 2 * self.pairs - (2 * torch.arange(self.pairs) + 1)
+        every = first[:, None] + torch.arange(self.length)  # [pairs, length]
+        weights = 1 / torch.bincount(every.flatten(), minlength=self.farthest + 1).clamp_min(1)
+        weights[reach + 1 :] = 0
+        return weights
+
 
 class Tally:
     """Right answers and questions at every distance up to `farthest`."""
@@ -60,6 +77,11 @@ class Tally:
         size = len(self.asked)
         self.right += torch.bincount(distances[right], minlength=size)
         self.asked += torch.bincount(distances.flatten(), minlength=size)
+
+    def __add__(self, other: Tally) -> Tally:
+        both = Tally(len(self.asked) - 1)
+        both.right, both.asked = self.right + other.right, self.asked + other.asked
+        return both
 
     def accuracy(self, first: int, last: int) -> float:
         """Share of right answers at distances `first` ... `last`; NaN where nothing was asked."""

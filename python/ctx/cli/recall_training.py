@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ _CHUNK = 7  # tokens per call when measured: no multiple of usual segments, on p
 def train(
     model: CompressiveTransformer,
     task: RecallTask,
-    far: tuple[int, int],
+    spans: Sequence[tuple[int, int]],
     *,
     steps: int,
     batch: int,
@@ -31,19 +31,23 @@ def train(
     generator: torch.Generator,
     advance: Callable[[int, str], None],
 ) -> int:
-    """Trains for `steps`, or until the accuracy at distances `far` (first, last) is above 99 %.
+    """Trains for `steps`, or until the accuracy in every span of distances is above 99 %.
 
+    The spans (first, last) end where the model's reach does; queries beyond are not trained on.
     Every batch is drawn anew, so its accuracy before the step is one on data never seen. Returns
     the steps done; `advance` is told of each.
     """
+    weights = task.weights(spans[-1][1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    recent: list[float] = []
+    recent: list[Tally] = []
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, step / _WARMUP)
         drawn = task.draw(batch, generator)
         logits, _ = model(drawn.tokens)
         logits = logits[:, -task.length :]
-        loss = F.cross_entropy(logits.flatten(0, 1), drawn.answers.flatten())
+        weight = weights[drawn.distances]
+        losses = F.cross_entropy(logits.transpose(1, 2), drawn.answers, reduction="none")
+        loss = (losses * weight).sum() / weight.sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -52,10 +56,12 @@ def train(
         optimizer.step()
         tally = Tally(task.farthest)
         tally.add(logits.argmax(-1) == drawn.answers, drawn.distances)
-        recent = [*recent, tally.accuracy(*far)][-_RECENT:]
-        mean = sum(recent) / len(recent)
-        advance(step, f"loss {loss.item():.3f}, {mean:.1%} right beyond the window")
-        if len(recent) == _RECENT and mean > _GOOD:
+        recent = [*recent, tally][-_RECENT:]
+        total = sum(recent, Tally(task.farthest))
+        shares = [total.accuracy(*span) for span in spans]
+        shown = ", ".join(f"{share:.0%}" for share in shares)
+        advance(step, f"loss {loss.item():.3f}, right {shown}")
+        if len(recent) == _RECENT and min(shares) > _GOOD:
             return step
     return steps
 
