@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def compete(contestant: Contestant, settings: RecallSettings) -> RecallResult:
     ends = sorted({min(mark, task.farthest) for mark in settings.marks})
     if contestant.config.compressed == 0:
         ends = ends[:1]
-    spans = [(a + 1, b) for a, b in zip([0, *ends], ends, strict=False)]
+    spans = [(a + 1, b) for a, b in pairwise([0, *ends])]
     torch.manual_seed(settings.seed)
     model = CompressiveTransformer(contestant.config)
     with Progress(contestant.name, settings.steps) as progress:

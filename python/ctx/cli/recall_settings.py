@@ -96,7 +96,7 @@ class RecallSettings:
             "length",
             self.task.farthest > beyond,
             f"at least {self.length + beyond + 1 - self.task.farthest}, so that queries lie more "
-            f"than {beyond} tokens behind a pair, where a window of {self.window + self.slots} ends",
+            f"than {beyond} tokens behind a pair: a window of {self.window + self.slots} ends",
         )
 
     def _check(self, name: str, good: bool, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -100,6 +101,6 @@ def bins(marks: tuple[int, ...], farthest: int, width: int) -> list[list[tuple[i
             continue
         count = max(1, round((mark - begin) / max(1, width)))
         edges = [begin + (mark - begin) * i // count for i in range(count + 1)]
-        pieces.append([(a + 1, b) for a, b in zip(edges, edges[1:], strict=False) if b > a])
+        pieces.append([(a + 1, b) for a, b in pairwise(edges) if b > a])
         begin = mark
     return pieces
