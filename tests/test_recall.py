@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from test_cli import run
 
 from ctx.cli.errors import CliError
 from ctx.cli.recall import compete
@@ -14,6 +13,7 @@ from ctx.cli.recall_settings import RecallSettings
 from ctx.cli.recall_task import CHANCE, KEYS, VALUES, RecallTask, Tally, bins
 from ctx.cli.recall_training import measure
 from ctx.transformer import CompressiveTransformer
+from test_cli import run
 
 TINY = [
     *["--pairs", "4", "--length", "24", "--window", "4", "--slots", "4", "--ratio", "2"],
