@@ -56,14 +56,10 @@ class TestData:
         seen = draw(pairs=3, length=5, rows=500).distances.unique().tolist()
         assert seen == list(range(1, RecallTask(3, 5).farthest + 1))
 
-    def test_weights_make_every_distance_within_reach_count_the_same(self):
-        task = RecallTask(3, 5)
-        drawn = task.draw(20_000, torch.Generator().manual_seed(0))
-        weights = task.weights(6)
-        total = torch.bincount(drawn.distances.flatten(), weights[drawn.distances].flatten())
-        assert (total[7:] == 0).all()
-        torch.testing.assert_close(total[1:7] / total[1:7].mean(), torch.ones(6).double(),
-                                   rtol=0.05, atol=0)  # fmt: skip
+    def test_lessons_end_with_the_task_and_are_shorter_before(self):
+        task = RecallTask(16, 128)
+        assert task.lessons() == [(RecallTask(4, 16), 4), (RecallTask(8, 32), 2), (task, 1)]
+        assert all(lesson.pairs and lesson.length for lesson, _ in RecallTask(1, 1).lessons())
 
 
 class TestTally:

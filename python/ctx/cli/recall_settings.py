@@ -23,6 +23,7 @@ _MODEL: dict[str, Any] = {
     "embed_dim": 64,
     "num_layers": 2,
     "num_heads": 4,
+    "rotary_base": 100.0,  # for hundreds of tokens, not thousands
     "tied": False,  # keys are asked and values answered: two alphabets, and they learn faster apart
 }
 

@@ -53,17 +53,16 @@ class RecallTask:
             distances=positions - (2 * asked + 1),
         )
 
-    def weights(self, reach: int) -> Tensor:
-        """float32 [farthest + 1]: what a query at each distance weighs in training.
+    def lessons(self) -> list[tuple[RecallTask, int]]:
+        """Easier tasks first, this one last, each with how many times the sequences of a step.
 
-        Every distance up to `reach` weighs the same in all, though near ones are rare: a sequence
-        has only a few queries right behind its pairs. Beyond `reach` nobody can know: zero.
+        Fewer pairs, asked for soon: what takes thousands of steps to learn at once, to bind a value
+        to its key, takes hundreds then.
         """
-        first = 2 * self.pairs - (2 * torch.arange(self.pairs) + 1)
-        every = first[:, None] + torch.arange(self.length)  # [pairs, length]
-        weights = 1 / torch.bincount(every.flatten(), minlength=self.farthest + 1).clamp_min(1)
-        weights[reach + 1 :] = 0
-        return weights
+        return [(self._part(4), 4), (self._part(2), 2), (self, 1)]
+
+    def _part(self, share: int) -> RecallTask:
+        return RecallTask(-(-self.pairs // share), -(-self.length // (2 * share)))
 
 
 class Tally:

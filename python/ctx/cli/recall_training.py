@@ -14,8 +14,9 @@ from ctx.transformer import CompressiveTransformer, ModelMemory
 
 __all__ = ["measure", "train"]
 
-_GOOD = 0.99  # accuracy at which training has nothing left to show
+_GOOD = 0.99  # accuracy at which a lesson has nothing left to teach
 _RECENT = 10  # steps that it is taken over
+_SHARES = (0.4, 0.6, 1.0)  # of all steps, by which the lessons end at the latest
 _WARMUP = 50  # steps
 _CHUNK = 7  # tokens per call when measured: no multiple of usual segments, on purpose
 
@@ -33,37 +34,42 @@ def train(
 ) -> int:
     """Trains for `steps`, or until the accuracy in every span of distances is above 99 %.
 
-    The spans (first, last) end where the model's reach does; queries beyond are not trained on.
-    Every batch is drawn anew, so its accuracy before the step is one on data never seen. Returns
-    the steps done; `advance` is told of each.
+    The spans (first, last) end where the model's reach does; queries beyond are not trained on:
+    nobody can answer them. Every batch is drawn anew, so its accuracy before the step is one on
+    data never seen. Returns the steps done; `advance` is told of each.
+
+    Raises:
+        CliError: the loss is not finite.
     """
-    weights = task.weights(spans[-1][1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    recent: list[Tally] = []
-    for step in range(1, steps + 1):
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / _WARMUP)
-        drawn = task.draw(batch, generator)
-        logits, _ = model(drawn.tokens)
-        logits = logits[:, -task.length :]
-        weight = weights[drawn.distances]
-        losses = F.cross_entropy(logits.transpose(1, 2), drawn.answers, reduction="none")
-        loss = (losses * weight).sum() / weight.sum()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(loss.item()):
-            raise CliError(f"the loss is not finite at step {step}: lower --lr")
-        optimizer.step()
-        tally = Tally(task.farthest)
-        tally.add(logits.argmax(-1) == drawn.answers, drawn.distances)
-        recent = [*recent, tally][-_RECENT:]
-        total = sum(recent, Tally(task.farthest))
-        shares = [total.accuracy(*span) for span in spans]
-        shown = ", ".join(f"{share:.0%}" for share in shares)
-        advance(step, f"loss {loss.item():.3f}, right {shown}")
-        if len(recent) == _RECENT and min(shares) > _GOOD:
-            return step
-    return steps
+    step, reach = 0, spans[-1][1]
+    for number, (lesson, times) in enumerate(task.lessons()):
+        recent: list[Tally] = []
+        while step < max(number + 1, round(_SHARES[number] * steps)) and step < steps:
+            step += 1
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, step / _WARMUP)
+            drawn = lesson.draw(times * batch, generator)
+            logits, _ = model(drawn.tokens)
+            logits = logits[:, -lesson.length :]
+            known = drawn.distances <= reach
+            loss = F.cross_entropy(logits[known], drawn.answers[known])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if not math.isfinite(loss.item()):
+                raise CliError(f"the loss is not finite at step {step}: lower --lr")
+            optimizer.step()
+            tally = Tally(task.farthest)
+            tally.add(logits.argmax(-1) == drawn.answers, drawn.distances)
+            recent = [*recent, tally][-_RECENT:]
+            total = sum(recent, Tally(task.farthest))
+            shares = [total.accuracy(*span) for span in spans]
+            shares = [share for share in shares if not math.isnan(share)]
+            shown = ", ".join(f"{share:.0%}" for share in shares)
+            advance(step, f"lesson {number + 1}, loss {loss.item():.3f}, right {shown}")
+            if len(recent) == _RECENT and min(shares) > _GOOD:
+                break
+    return step
 
 
 def measure(
@@ -77,7 +83,7 @@ def measure(
             drawn = task.draw(min(128, rows - start), generator)
             memory: ModelMemory = model.init_memory(len(drawn.tokens))
             guesses = []
-            for tokens in drawn.tokens.split(_CHUNK, 1):
+            for tokens in torch.split(drawn.tokens, _CHUNK, 1):
                 logits, memory = model(tokens, memory)
                 guesses.append(logits.argmax(-1))
             tally.add(torch.cat(guesses, 1)[:, -task.length :] == drawn.answers, drawn.distances)
