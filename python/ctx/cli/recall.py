@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     threads = set_threads(settings.threads)
     folder: Path = args.folder or next_run("recall-")
     _make(folder)
-    window, reach = settings.marks
-    print(f"{folder}: {threads} threads; window to {window}, reach {reach} tokens", flush=True)
+    window, _, reach = settings.marks
+    print(f"{folder}: {threads} threads; window {window}, reach {reach} tokens", flush=True)
     began = time.perf_counter()
     results = [compete(contestant, settings) for contestant in settings.contestants()]
     took = time.perf_counter() - began
@@ -73,9 +73,8 @@ def compete(contestant: Contestant, settings: RecallSettings) -> RecallResult:
     """One model from its first weights to its row of the table; all see the same sequences."""
     began = time.perf_counter()
     task = settings.task
-    ends = sorted({min(mark, task.farthest) for mark in settings.marks})
-    if contestant.config.compressed == 0:
-        ends = ends[:1]
+    window, _, reach = settings.marks
+    ends = [window] if contestant.config.compressed == 0 else sorted({window, reach})
     spans = [(a + 1, b) for a, b in pairwise([0, *ends])]
     torch.manual_seed(settings.seed)
     model = CompressiveTransformer(contestant.config)

@@ -18,7 +18,7 @@ def draw(path: Path, results: Sequence[RecallResult], settings: RecallSettings) 
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    window, reach = settings.marks
+    window, _, reach = settings.marks
     farthest = settings.task.farthest
     spans = [span for piece in bins(settings.marks, farthest, farthest // 40) for span in piece]
     middles = [(first + last) / 2 for first, last in spans]

@@ -25,7 +25,7 @@ class RecallResult:
 
 def table(results: Sequence[RecallResult], settings: RecallSettings) -> str:
     """Accuracy in percent by distance; bars stand where the window and the memory end."""
-    window, reach = settings.marks
+    _, _, reach = settings.marks
     pieces = bins(settings.marks, settings.task.farthest, max(1, reach // 8))
     rows = [["right answers, %, at distance", *(["" for _ in piece] for piece in pieces), "steps"]]
     rows[0][1:-1] = [[f"{first}-{last}" for first, last in piece] for piece in pieces]
@@ -42,18 +42,13 @@ def table(results: Sequence[RecallResult], settings: RecallSettings) -> str:
         middle = " |".join("".join(f" {text:>{widths[0]}}" for text in cell) for cell in cells)
         lines.append(f"{name:<{widths[1]}} |{middle} | {steps:>{widths[2]}}")
     lines.insert(1, "-" * len(lines[0]))
-    held = settings.window + settings.slots
-    lines.append(f"first bar: a window of {held} tokens ends, at most {window} behind a query")
-    lines.append(
-        f"second bar: the reach of {settings.window} tokens and {settings.slots} slots of "
-        f"{settings.ratio} ends, {reach}; chance: {CHANCE:.1%}"
-    )
+    lines.append(_legend(settings))
     return "\n".join(lines)
 
 
 def as_json(results: Sequence[RecallResult], settings: RecallSettings) -> dict[str, Any]:
     """Everything, for programs; accuracies by distance, from 1 on, null where nothing was asked."""
-    window, reach = settings.marks
+    window, exact, reach = settings.marks
     models = []
     for result in results:
         shares = [result.tally.accuracy(d, d) for d in range(1, settings.task.farthest + 1)]
@@ -68,10 +63,20 @@ def as_json(results: Sequence[RecallResult], settings: RecallSettings) -> dict[s
     return {
         "settings": dataclasses.asdict(settings),
         "window": window,
+        "window_at_most": exact,
         "reach": reach,
         "chance": CHANCE,
         "models": models,
     }
+
+
+def _legend(settings: RecallSettings) -> str:
+    window, exact, reach = settings.marks
+    return (
+        f"bars: a window of {window} tokens ends (between evictions: {exact}); the reach of "
+        f"{settings.window} tokens and {settings.slots} slots of {settings.ratio} ends, {reach}; "
+        f"chance {100 * CHANCE:.1f}"
+    )
 
 
 def _percent(share: float) -> str:

@@ -50,12 +50,6 @@ class Contestant:
     name: str
     config: CompressiveTransformerConfig
 
-    def farthest(self, tokens: int) -> int:
-        """How far back in a sequence of `tokens` any query sees exactly; more than the window
-        between evictions."""
-        schedule = self.config.schedule()
-        return max(t - schedule.edge(t) for t in range(tokens))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecallSettings:
@@ -92,7 +86,7 @@ class RecallSettings:
                 )
         for contestant in self.contestants():
             check_fits(contestant.config, self.batch, self.task.tokens, training=True)
-        beyond, _ = self.marks
+        _, beyond, _ = self.marks
         self._check(
             "length",
             self.task.farthest > beyond,
@@ -115,10 +109,13 @@ class RecallSettings:
         return RecallTask(self.pairs, self.length)
 
     @property
-    def marks(self) -> tuple[int, int]:
-        """Distances at which the model without CMem and the memory with it end."""
-        without, *others = self.contestants()
-        return without.farthest(self.task.tokens), others[0].config.schedule().reach
+    def marks(self) -> tuple[int, int, int]:
+        """Distances at which the model without CMem ceases to see every pair exactly, at which it
+        sees none, since tokens wait for their group to fill, and at which the reach of CMem ends.
+        """
+        held = self.window + self.slots
+        waiting = -held % self.ratio + self.ratio - 1
+        return held, held + waiting, self.window + self.ratio * self.slots
 
     def contestants(self) -> list[Contestant]:
         """The model without CMem first, then one per compressor; all may hold as many slots."""
