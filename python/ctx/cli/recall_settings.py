@@ -55,10 +55,10 @@ class Contestant:
 class RecallSettings:
     """Sizes of the task, of the memory and of the training; checked when made."""
 
-    steps: int = 700
+    steps: int = 600
     seed: int = 0
     threads: int = 0
-    compression: str = "mean,conv"
+    compression: str = "mean,max,gated,conv"
     pairs: int = 16
     length: int = 128
     window: int = 16

@@ -47,7 +47,8 @@ def train(
         recent: list[Tally] = []
         while step < max(number + 1, round(_SHARES[number] * steps)) and step < steps:
             step += 1
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, step / _WARMUP)
+            left = (steps - step + 1) / ((1 - _SHARES[1]) * steps)  # falls in the last lesson
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, step / _WARMUP, left)
             drawn = lesson.draw(times * batch, generator)
             logits, _ = model(drawn.tokens)
             logits = logits[:, -lesson.length :]
