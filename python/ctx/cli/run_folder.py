@@ -16,12 +16,12 @@ from ctx.cli.evaluation import Result
 __all__ = ["RunFolder", "next_run"]
 
 
-def next_run() -> Path:
-    """runs/1, runs/2, ...: the first that is not there."""
+def next_run(prefix: str = "") -> Path:
+    """runs/1, runs/2, ...: the first that is not there; the numbers behind `prefix`."""
     number = 1
-    while Path("runs", str(number)).exists():
+    while Path("runs", f"{prefix}{number}").exists():
         number += 1
-    return Path("runs", str(number))
+    return Path("runs", f"{prefix}{number}")
 
 
 class RunFolder:
