@@ -14,7 +14,26 @@ from typing import Any
 from ctx.cli.errors import CliError
 from ctx.transformer import CompressiveTransformerConfig
 
-__all__ = ["MODEL", "MODEL_OPTIONS", "RUN_OPTIONS", "TrainSettings", "in_options", "model_config"]
+__all__ = [
+    "MODEL",
+    "MODEL_OPTIONS",
+    "RUN_OPTIONS",
+    "TrainSettings",
+    "in_options",
+    "model_config",
+    "sizes",
+]
+
+
+def sizes(text: str) -> int | tuple[int, ...]:
+    """A size of the memory as it is written on the command line: `64`, or `64,64,0` layer by layer.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numbers = tuple(int(part) for part in text.split(","))
+    return numbers if "," in text else numbers[0]
+
 
 MODEL: dict[str, Any] = {
     "vocab_size": 256,
@@ -33,11 +52,11 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--layers", "num_layers", int, "blocks"),
     ("--heads", "num_heads", int, "query heads; must divide the width"),
     ("--kv-heads", "num_kv_heads", int, "key/value heads"),
-    ("--window", "window", int, "exact tokens behind every query"),
-    ("--compressed", "compressed", int, "slots of the compressive memory; 0: none"),
-    ("--ratio", "ratio", int, "tokens per slot"),
-    ("--segment", "segment", int, "tokens between evictions"),
-    ("--sinks", "sinks", int, "first tokens that are kept for ever"),
+    ("--window", "window", sizes, "exact tokens behind every query; one number, or one per layer"),
+    ("--compressed", "compressed", sizes, "slots of the compressive memory; 0: none; or per layer"),
+    ("--ratio", "ratio", sizes, "tokens per slot; or per layer"),
+    ("--segment", "segment", sizes, "tokens between evictions; or per layer"),
+    ("--sinks", "sinks", sizes, "first tokens that are kept for ever; or per layer"),
     ("--compression", "compression", str, "mean, max, conv or gated"),
     ("--distance", "distance", str, "slot or token"),
     ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
