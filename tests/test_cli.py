@@ -33,6 +33,7 @@ MODEL = [
 TINY = [
     *MODEL,
     *["--batch", "4", "--length", "16", "--warmup", "2", "--threads", "1", "--held-out", "2000"],
+    *["--update-every", "3", "--update-every-after", "20"],
 ]
 SOURCE = Path(sysconfig.get_path("stdlib"), "argparse.py").read_bytes()
 
