@@ -187,9 +187,9 @@ def test_operators_alone(compression):
     compressor = (module.compressor.operands(), module.compressor.name)
 
     def step(q, k, v, *state):
-        return torch.ops.ctx.step_(
-            q, k, v, None, None, *state, *compressor, [], *module._scores()
-        )[0]
+        return torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, [], *module._scores())[
+            0
+        ]
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     ours, theirs = (list(module.init_memory(2).values()) for _ in range(2))

@@ -402,9 +402,7 @@ class CompressiveAttention(nn.Module):
         constants = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
-        out, _ = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, None, *self._scores()
-        )
+        out, _ = torch.ops.ctx.attend_sequence(q, k, v, *rows, state, *slots, None, *self._scores())
         with torch.no_grad():
             if memory is None:
                 memory = self._state.zeros(q.shape[0], k.dtype, k.device)
