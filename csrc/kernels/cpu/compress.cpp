@@ -79,9 +79,10 @@ class GroupCompressor {
   using A = Acc<T>;
 
   explicit GroupCompressor(const CompressArgs& args)
-      : args_(args), m_(args.memory), c_(m_.clock.schedule.ratio), half_(m_.rotary.dim / 2) {
+      : args_(args), m_(args.memory), c_(m_.clock.schedule.ratio) {
     const int64_t wide = std::max(m_.head_dim, m_.value_dim);
-    tables_.resize((c_ + 1) * m_.rotary.dim);
+    tables_.resize(c_ + 1);
+    angles_.resize((c_ + 1) * m_.rotary.dim);
     buffer_.resize(c_ * (m_.head_dim + m_.value_dim) + 2 * wide + c_);
     keys_ = buffer_.data();
     values_ = keys_ + c_ * m_.head_dim;
@@ -108,14 +109,14 @@ class GroupCompressor {
             ring_row<T>(m_.window_keys, m_.kv_heads, m_.window_capacity, m_.head_dim, b, h, index),
             key,
             m_.head_dim);
-        rotate_row(m_.rotary, cosine(i), sine(i), A(-1), key);
+        rotate_row(m_.rotary, tables_[i], A(-1), key);
         load_row(ring_row<T>(
                      m_.window_values, m_.kv_heads, m_.window_capacity, m_.value_dim, b, h, index),
                  values_ + i * m_.value_dim,
                  m_.value_dim);
       }
       make(b, h, keys_, m_.head_dim, 0);
-      rotate_row(m_.rotary, cosine(c_), sine(c_), A(1), slot_);
+      rotate_row(m_.rotary, tables_[c_], A(1), slot_);
       store_row(
           slot_,
           ring_row<T>(
@@ -135,9 +136,10 @@ class GroupCompressor {
   }
 
  private:
-  A* cosine(int64_t i) { return tables_.data() + i * m_.rotary.dim; }
-  A* sine(int64_t i) { return cosine(i) + half_; }
-  void table(int64_t i, double position) { rotary_table(m_.rotary, position, cosine(i), sine(i)); }
+  void table(int64_t i, double position) {
+    A* angles = angles_.data() + i * m_.rotary.dim;
+    tables_[i] = make_rotary_table(m_.rotary, position, angles);
+  }
 
   // Parameters of head h; `size` elements per head.
   const P* parameter(int index, int64_t h, int64_t size) const {
@@ -185,9 +187,9 @@ class GroupCompressor {
   const CompressArgs& args_;
   const MemoryView& m_;
   int64_t c_;
-  int64_t half_;
-  int64_t given_ = 0;  // which of the given slots
-  std::vector<A> tables_;
+  int64_t given_ = 0;                   // which of the given slots
+  std::vector<RotaryTable<A>> tables_;  // of the tokens, then of the slot
+  std::vector<A> angles_;
   std::vector<A> buffer_;
   A* keys_;
   A* values_;
