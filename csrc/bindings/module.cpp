@@ -39,6 +39,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
                                            double scale,
                                            int64_t headroom,
                                            at::ScalarType dtype,
+                                           const std::optional<at::ScalarType>& compressed_dtype,
                                            const at::Device& device) {
   ctx::MemoryOptions options;
   options.attention = {schedule, distance, rotary_dim, rotary_base, rotary_interleaved, scale};
@@ -50,6 +51,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
   options.compressed_bias = compressed_bias;
   options.headroom = headroom;
   options.dtype = dtype;
+  options.compressed_dtype = compressed_dtype;
   options.device = device;
   return std::make_shared<ctx::KVMemory>(std::move(options));
 }
@@ -145,6 +147,7 @@ PYBIND11_MODULE(_C, m) {
            "scale"_a,
            "headroom"_a,
            "dtype"_a,
+           "compressed_dtype"_a,
            "device"_a)
       .def("step",
            wrap_pybind_function_no_gil(&KVMemory::step),

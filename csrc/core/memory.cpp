@@ -53,6 +53,7 @@ void MemoryOptions::validate() const {
   positive("headroom", headroom);
   attention.validate(head_dim);
   ops::storage_of(dtype, where, "dtype");
+  ops::slot_storage_of(slot_dtype(), dtype, where, "compressed_dtype");
   ops::kernels_for(device.type());
   ops::check_parameters(ops::parse_compressor(compressor.name, where),
                         compressor.parameters,
@@ -91,11 +92,13 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
                                       options_.head_dim,
                                       options_.value_dim,
                                       options_.headroom,
+                                      options_.slot_dtype(),
                                       /*used=*/false);
   const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
   const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int i = 0; i < ops::kStateTensors; ++i) {
-    tensors_[i] = at::zeros_symint(sizes[i], pairs.dtype(ops::state_type(i, options_.dtype)));
+    tensors_[i] = at::zeros_symint(
+        sizes[i], pairs.dtype(ops::state_type(i, options_.dtype, options_.slot_dtype())));
   }
 }
 

@@ -11,7 +11,10 @@
 
 namespace ctx {
 
-enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// kInt8: of compressed slots only. A row is `width` multiples of its scale, which follows them as a
+// float32.
+enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
+constexpr int64_t kScaleBytes = 4;
 
 // A [B, heads, T, width] tensor whose last dimension is contiguous; strides count elements.
 struct Strided {
@@ -34,7 +37,8 @@ struct MemoryView {
   Clock clock;
   Rotary rotary;
   Storage storage = Storage::kFloat32;
-  int device = 0;  // index among devices of its kind
+  Storage compressed_storage = Storage::kFloat32;  // arithmetic is that of `storage`
+  int device = 0;                                  // index among devices of its kind
   int64_t batch = 0;
   int64_t kv_heads = 0;
   int64_t head_dim = 0;

@@ -42,6 +42,8 @@ struct Memory {
     const Tensor& keys = state[kWindowKeys];
     view.rotary = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, keys.size(3), where);
     view.storage = storage_of(keys.scalar_type(), where, "window_keys");
+    view.compressed_storage = slot_storage_of(
+        state[kCompressedKeys].scalar_type(), keys.scalar_type(), where, "compressed_keys");
     view.device = device_index(keys);
     view.batch = keys.size(0);
     view.kv_heads = keys.size(1);
@@ -317,10 +319,11 @@ class Reader {
     spans.window_keys = read_ring(state[kWindowKeys], tokens, written);
     spans.window_values = read_ring(state[kWindowValues], tokens, written);
     const bool slots = s.compressed > 0;
-    spans.compressed_keys =
-        slots ? read_ring(state[kCompressedKeys], groups, made) : state[kCompressedKeys];
-    spans.compressed_values =
-        slots ? read_ring(state[kCompressedValues], groups, made) : state[kCompressedValues];
+    const auto read_slots = [&](const Tensor& ring) {
+      return slots_as(slots ? read_ring(ring, groups, made) : ring, q_.scalar_type());
+    };
+    spans.compressed_keys = read_slots(state[kCompressedKeys]);
+    spans.compressed_values = read_slots(state[kCompressedValues]);
     if (memory_.view.slot_positions != nullptr && clock.token_distance) {
       const Tensor ring = state[kSlotPositions].unsqueeze(-1);
       spans.slot_positions =

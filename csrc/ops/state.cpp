@@ -44,7 +44,19 @@ void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, co
 
 const char* state_name(int index) { return kNames[index]; }
 
-at::ScalarType state_type(int index, at::ScalarType pairs) {
+SymInt stored_width(const SymInt& width, at::ScalarType slots) {
+  return slots == at::kChar ? width + kScaleBytes : width;
+}
+
+Tensor slots_as(const Tensor& rows, at::ScalarType type) {
+  if (rows.scalar_type() != at::kChar) return rows.to(type);
+  const SymInt width = rows.sym_size(-1) - kScaleBytes;
+  const Tensor scale = rows.narrow_symint(-1, width, kScaleBytes).contiguous().view(at::kFloat);
+  return rows.narrow_symint(-1, 0, width).to(at::kFloat).mul(scale).to(type);
+}
+
+at::ScalarType state_type(int index, at::ScalarType pairs, at::ScalarType slots) {
+  if (is_slots(index)) return slots;
   if (index < kSeen) return pairs;
   return index == kUsage ? arithmetic_type(pairs) : at::kLong;
 }
@@ -57,14 +69,15 @@ std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& sched
                                                            const SymInt& head_dim,
                                                            const SymInt& value_dim,
                                                            const SymInt& headroom,
+                                                           at::ScalarType slots,
                                                            bool used) {
   const SymInt window = schedule.window_capacity(headroom);
   const SymInt compressed = schedule.compressed_capacity(headroom);
   return {{
       {batch, kv_heads, window, head_dim},
       {batch, kv_heads, window, value_dim},
-      {batch, kv_heads, compressed, head_dim},
-      {batch, kv_heads, compressed, value_dim},
+      {batch, kv_heads, compressed, stored_width(head_dim, slots)},
+      {batch, kv_heads, compressed, stored_width(value_dim, slots)},
       {batch, kv_heads, schedule.sinks, head_dim},
       {batch, kv_heads, schedule.sinks, value_dim},
       {batch},
@@ -97,6 +110,8 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                   least,
                   " tokens for this schedule, got ",
                   keys.sym_size(2));
+  const auto slots = state[kCompressedKeys].scalar_type();
+  slot_storage_of(slots, keys.scalar_type(), where, "compressed_keys");
   CTX_CHECK_VALUE(state[kUsage].dim() == 3,
                   where,
                   "usage must be [B, Hkv, capacity], got ",
@@ -107,9 +122,10 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                                  keys.sym_size(3),
                                  values.sym_size(3),
                                  headroom,
+                                 slots,
                                  counts_usage(state));
   for (int i = 0; i < kStateTensors; ++i) {
-    const auto type = state_type(i, keys.scalar_type());
+    const auto type = state_type(i, keys.scalar_type(), slots);
     CTX_CHECK_VALUE(state[i].sym_sizes() == c10::SymIntArrayRef(sizes[i]),
                     where,
                     kNames[i],

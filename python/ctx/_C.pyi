@@ -42,6 +42,7 @@ class KVMemory:
         scale: float,
         headroom: int,
         dtype: torch.dtype,
+        compressed_dtype: torch.dtype | None,
         device: torch.device,
     ) -> None: ...
     def step(

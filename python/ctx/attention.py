@@ -14,7 +14,7 @@ from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding,
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.schedule import Schedule
-from ctx.state import STATE, Memory, StateShape
+from ctx.state import STATE, Memory, StateShape, slot_dtypes
 
 __all__ = ["CompressiveAttention", "Memory"]
 
@@ -210,6 +210,7 @@ class CompressiveAttention(nn.Module):
         batch_size: int,
         *,
         dtype: torch.dtype | None = None,
+        compressed_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
         """An empty memory for ``batch_size`` streams.
@@ -220,8 +221,14 @@ class CompressiveAttention(nn.Module):
             ``sink_values``, of the parameters' dtype and device unless given, and ``seen`` int64
             [B]. It can be saved, copied and flattened like any dict of tensors.
 
+        Args:
+            batch_size: rows B.
+            dtype: of pairs; default that of the parameters.
+            compressed_dtype: of compressed slots, as in :class:`ctx.KVMemory`; default ``dtype``.
+            device: default that of the parameters.
+
         Raises:
-            ValueError: ``batch_size`` is below 1.
+            ValueError, TypeError: ``batch_size`` is below 1, or a dtype is none that can be.
         """
         where = f"{_WHERE}.init_memory"
         if _check.integer(batch_size, "batch_size", where) < 1:
@@ -231,7 +238,15 @@ class CompressiveAttention(nn.Module):
         if device is not None:
             device = _check.device(device, where)
         weight = self.k_proj.weight
-        return self._state.zeros(batch_size, dtype or weight.dtype, device or weight.device)
+        dtype, device = dtype or weight.dtype, device or weight.device
+        if compressed_dtype is not None:
+            allowed = slot_dtypes(dtype)
+            if _check.dtype(compressed_dtype, where, "compressed_dtype") not in allowed:
+                names = ", ".join(map(str, allowed))
+                raise TypeError(
+                    f"{where}: compressed_dtype must be one of {names}, got {compressed_dtype}"
+                )
+        return self._state.zeros(batch_size, dtype, device, compressed_dtype)
 
     def forward(
         self,

@@ -90,6 +90,9 @@ class KVMemory:
         headroom: tokens that can be written before the first of them attends (longer calls are
             walked in blocks), and that :meth:`rewind` can take back.
         dtype: float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
+        compressed_dtype: what compressed slots are stored as: float32, bfloat16, float16, or int8
+            (each slot's key and value as multiples of a 127th of its largest number, with that
+            scale, float32, behind it); default ``dtype``, and nothing else with float64.
         device: where the memory lives.
 
     Raises:
@@ -114,6 +117,7 @@ class KVMemory:
         scale: float | None = None,
         headroom: int = 64,
         dtype: torch.dtype = torch.float32,
+        compressed_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(schedule, Schedule):
@@ -141,6 +145,8 @@ class KVMemory:
             raise ValueError(f"{where}: scale must be finite and not zero, got {scale}")
         headroom = _check.integer(headroom, "headroom", where)
         dtype, device = _check.dtype(dtype, where), _check.device(device, where)
+        if compressed_dtype is not None:
+            compressed_dtype = _check.dtype(compressed_dtype, where, "compressed_dtype")
         if isinstance(compressor, str):
             compressor = make_compressor(
                 compressor,
@@ -172,6 +178,7 @@ class KVMemory:
             "compressed_bias": "none" if bias is None else bias,
             "scale": scale,
             "headroom": headroom,
+            "compressed_dtype": compressed_dtype,
         }
         operands = compressor.operands()
         self._places = [operand.data_ptr() for operand in operands]
@@ -192,6 +199,7 @@ class KVMemory:
             0.0 if scale is None else scale,
             headroom,
             dtype,
+            compressed_dtype,
             device,
         )
 
@@ -333,7 +341,8 @@ class KVMemory:
     ) -> KVMemory:
         """A new memory that holds the same, in another dtype or on another device.
 
-        The compressor is shared; where it has parameters on another device, move it first.
+        Slots whose ``compressed_dtype`` was given keep it, but in a float64 memory. The compressor is
+        shared; where it has parameters on another device, move it first.
         """
         keys = self._native.tensors[0]
         dtype = keys.dtype if dtype is None else _check.dtype(dtype, "ctx.KVMemory.to")
@@ -434,12 +443,12 @@ class KVMemory:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        keys = self.tensors["window_keys"]
+        pairs, slots = (self.tensors[f"{part}_keys"].dtype for part in ("window", "compressed"))
         return {
             "schedule": self.schedule,
             "compressor": self.compressor,
-            "settings": self._settings,
-            "dtype": keys.dtype,
+            "settings": {**self._settings, "compressed_dtype": None if slots == pairs else slots},
+            "dtype": pairs,
             "state": self.state_dict(),
         }
 

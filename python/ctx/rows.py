@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ctx import _check
-from ctx.state import COUNTS, STATE, Memory
+from ctx.state import COUNTS, SLOTS, STATE, Memory
 
 __all__ = ["clone", "merge", "reset", "rewind", "select"]
 
@@ -212,7 +212,8 @@ def _layers(memory: Any, where: str) -> list[Memory]:
             if tensor.dim() != rank or tensor.shape[:1] != rows:
                 got = f"{list(tensor.shape)} beside seen {list(memory['seen'].shape)}"
                 raise ValueError(f"{where}: {name} must be {sizes}, got {got}")
-            if (tensor.dtype == torch.int64) != (name in COUNTS):
+            packed = name in SLOTS and tensor.dtype == torch.int8
+            if (tensor.dtype == torch.int64) != (name in COUNTS) and not packed:
                 kind = "int64" if name in COUNTS else "floating point"
                 raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
         return [memory]

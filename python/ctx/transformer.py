@@ -303,9 +303,15 @@ class CompressiveTransformer(nn.Module):
         """The law that every layer follows, where it is one; see `config.schedule`."""
         return self.config.schedule()
 
-    def init_memory(self, batch_size: int) -> ModelMemory:
-        """An empty memory for `batch_size` streams: one dict of tensors per layer."""
-        return [layer.init_memory(batch_size) for layer in self.layers]
+    def init_memory(
+        self, batch_size: int, *, compressed_dtype: torch.dtype | None = None
+    ) -> ModelMemory:
+        """An empty memory for `batch_size` streams: one dict of tensors per layer.
+
+        `compressed_dtype`, e.g. `torch.int8`, is what compressed slots are stored as.
+        """
+        settings = {"compressed_dtype": compressed_dtype}
+        return [layer.init_memory(batch_size, **settings) for layer in self.layers]
 
     def forward(
         self,

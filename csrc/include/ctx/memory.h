@@ -37,6 +37,12 @@ struct MemoryOptions {
   at::ScalarType dtype = at::kFloat;  // float32, float64, bfloat16 or float16; arithmetic is
                                       // float32 (float64 for float64)
   at::Device device = at::kCPU;
+  // What compressed slots are stored as; absent: dtype. float32, bfloat16, float16, or int8: a row
+  // is multiples of a 127th of its largest number, with that scale (float32, 4 bytes) behind it. A
+  // float64 memory has float64 slots.
+  std::optional<at::ScalarType> compressed_dtype = std::nullopt;
+
+  at::ScalarType slot_dtype() const { return compressed_dtype.value_or(dtype); }
 
   // Throws ValueError or TypeError naming the first setting that is out of range.
   CTX_API void validate() const;
@@ -107,7 +113,7 @@ class CTX_API KVMemory {
   static KVMemory merge(const std::vector<const KVMemory*>& memories);
 
   // A new memory that holds the same, in the same or another dtype and on the same or another
-  // device. The compressor's parameters are shared as long as they need not move.
+  // device; slots whose dtype was chosen keep it, but in a float64 memory. The compressor's parameters are shared as long as they need not move.
   KVMemory clone() const;
   KVMemory to(at::ScalarType dtype, at::Device device) const;
 
@@ -127,8 +133,8 @@ class CTX_API KVMemory {
   // How many of them can be taken back, int64 [B]. Aliases the memory's own tensor.
   const at::Tensor& rewindable() const { return tensors_[7]; }
 
-  // window keys [B, Hkv, Wcap, D] and values [.., Dv], compressed keys [B, Hkv, Ccap, D] and
-  // values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]; and, empty unless the
+  // window keys [B, Hkv, Wcap, D] and values [.., Dv], compressed keys [B, Hkv, Ccap, D] (int8: D
+  // + 4) and values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]; and, empty unless the
   // compressor chooses by usage, usage [B, Hkv, Wcap] and slot positions [B, Hkv, Ccap]. They alias
   // the memory: operators of `torch.ops.ctx` work on them directly.
   const Tensors& tensors() const { return tensors_; }

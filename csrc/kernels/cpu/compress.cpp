@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/rotary.h"
+#include "kernels/cpu/slots.h"
 #include "kernels/cpu/table.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
@@ -117,25 +118,23 @@ class GroupCompressor {
       }
       make(b, h, keys_, m_.head_dim, 0);
       rotate_row(m_.rotary, tables_[c_], A(1), slot_);
-      store_row(
-          slot_,
-          ring_row<T>(
-              m_.compressed_keys, m_.kv_heads, m_.compressed_capacity, m_.head_dim, b, h, target),
-          m_.head_dim);
+      store(m_.compressed_keys, m_.head_dim, b, h, target);
       make(b, h, values_, m_.value_dim, 1);
-      store_row(slot_,
-                ring_row<T>(m_.compressed_values,
-                            m_.kv_heads,
-                            m_.compressed_capacity,
-                            m_.value_dim,
-                            b,
-                            h,
-                            target),
-                m_.value_dim);
+      store(m_.compressed_values, m_.value_dim, b, h, target);
     }
   }
 
  private:
+  void store(void* ring, int64_t width, int64_t b, int64_t h, int64_t index) {
+    dispatch_slots<T>(m_.compressed_storage, [&](auto type) {
+      using S = decltype(type);
+      const int64_t stored = stored_width<S>(width);
+      store_slot(slot_,
+                 ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, b, h, index),
+                 width);
+    });
+  }
+
   void table(int64_t i, double position) {
     A* angles = angles_.data() + i * m_.rotary.dim;
     tables_[i] = make_rotary_table(m_.rotary, position, angles);

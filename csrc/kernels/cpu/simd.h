@@ -71,6 +71,20 @@ inline Vec<float> load(const c10::BFloat16* source) {
   return widen_bfloat16(bits);
 }
 
+inline Vec<float> load(const int8_t* source) {
+  typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  Bytes bytes;
+  std::memcpy(&bytes, source, sizeof(bytes));
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(std::bit_cast<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
+#else
+  return __builtin_convertvector(bytes, Vec<float>);
+#endif
+}
+
 inline Vec<float> load(const c10::Half* source) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));

@@ -70,6 +70,7 @@ class KVMemory:
         scale: float | None = None,
         headroom: int = 64,
         dtype: torch.dtype = torch.float32,
+        compressed_dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         if distance not in ("slot", "token"):
@@ -86,6 +87,7 @@ class KVMemory:
         self.scale = head_dim**-0.5 if scale is None else scale
         self.headroom = headroom
         self.dtype = dtype
+        self.compressed_dtype = dtype if compressed_dtype is None else compressed_dtype
         self.device = torch.device(device)
         self.work = working_dtype(dtype)
         self.turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
@@ -194,7 +196,15 @@ class KVMemory:
             keys.append(self.turn(token.key.to(self.work), -j)[None])
             values.append(token.value.to(self.work)[None])
         key, value = compress_group(self.compress, keys, values)
-        return self._store(key[0], value[0], position=self._slot_clock(g))
+        turned = self.turn(key[0], self._slot_clock(g))
+        return Pair(self._round_slot(turned), self._round_slot(value[0]))
+
+    def _round_slot(self, x: Tensor) -> Tensor:
+        """A slot [Hkv, width] as it is stored; int8 stores multiples of a 127th of its largest."""
+        if self.compressed_dtype != torch.int8:
+            return x.to(self.compressed_dtype, copy=True)
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return torch.where(scale > 0, (x / scale).round(), 0.0).clamp(-127, 127) * scale
 
     def _store(self, key: Tensor, value: Tensor, position: float) -> Pair:
         turned = self.turn(key, position)
@@ -243,7 +253,7 @@ class KVMemory:
     def tensors(self) -> dict[str, Tensor]:
         """The lists laid out as the real memory lays them out: token t >= A of the window and
         group g of the compressed memory stand at their number modulo the capacity of the ring, and
-        a place never written is zero.
+        a place never written is zero. int8 slots are shown as the numbers that they stand for.
         """
         s = self.schedule
         segment = s.segment or s.ratio
@@ -255,7 +265,9 @@ class KVMemory:
         for region, capacity in places.items():
             for part, width in (("keys", self.head_dim), ("values", self.value_dim)):
                 shape = self.batch_size, self.kv_heads, capacity, width
-                rings[f"{region}_{part}"] = torch.zeros(shape, dtype=self.dtype)
+                slots = region == "compressed" and self.compressed_dtype != torch.int8
+                dtype = self.compressed_dtype if slots else self.dtype
+                rings[f"{region}_{part}"] = torch.zeros(shape, dtype=dtype)
         for b, row in enumerate(self.rows):
             for t, pair in enumerate(row.tokens):
                 region, place = ("sink", t) if t < s.sinks else ("window", t % window)
