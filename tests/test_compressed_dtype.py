@@ -1,4 +1,4 @@
-"""Compressed slots in a storage of their own: another floating dtype, or int8 with a scale per slot."""
+"""Compressed slots in a storage of their own: another floating dtype, or int8 with a scale each."""
 
 import copy
 import pickle
@@ -135,7 +135,7 @@ class TestErrors:
             memory(slots, dtype=torch.float64)
 
     def test_no_dtype(self):
-        with pytest.raises(TypeError, match="compressed_dtype must be a torch.dtype, got 'int8'"):
+        with pytest.raises(TypeError, match=r"compressed_dtype must be a torch\.dtype, got 'int8'"):
             memory("int8")
 
     def test_snapshots_of_another_storage(self):
@@ -150,7 +150,7 @@ class TestErrors:
 
     def test_modules(self):
         attn = ctx.CompressiveAttention(32, 4, window=4, compressed=4, ratio=2)
-        with pytest.raises(TypeError, match="compressed_dtype must be one of torch.float32"):
+        with pytest.raises(TypeError, match=r"compressed_dtype must be one of torch\.float32"):
             attn.init_memory(1, compressed_dtype=torch.int32)
         held = attn.init_memory(1)
         held["compressed_keys"] = held["compressed_keys"].to(torch.int32)

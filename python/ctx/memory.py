@@ -341,8 +341,8 @@ class KVMemory:
     ) -> KVMemory:
         """A new memory that holds the same, in another dtype or on another device.
 
-        Slots whose ``compressed_dtype`` was given keep it, but in a float64 memory. The compressor is
-        shared; where it has parameters on another device, move it first.
+        Slots whose ``compressed_dtype`` was given keep it, but in a float64 memory. The compressor
+        is shared; where it has parameters on another device, move it first.
         """
         keys = self._native.tensors[0]
         dtype = keys.dtype if dtype is None else _check.dtype(dtype, "ctx.KVMemory.to")

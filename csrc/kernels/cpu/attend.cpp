@@ -85,15 +85,25 @@ class Attention {
   // All rows attend to ranges that all of them see.
   void walk(Softmax<A> state, const Rows& rows, const Ranges& ranges) const {
     for (int64_t index = 0; index < kRegions; ++index) {
-      Range left = ranges[index];
+      const Range left = ranges[index];
       if (left.size() <= 0) continue;
       const auto region = static_cast<Region>(index);
-      const Ring<T> ring(m_, region, rows.b, rows.kv);
-      while (left.size() > 0) {
-        const Piece<T> piece = ring.piece(left);
-        attend_piece(state, region, rows, piece);
-        left.begin += piece.count;
+      if (region != kCompressed) {
+        walk_ring<T>(state, region, rows, left);
+      } else {
+        dispatch_slots<T>(m_.compressed_storage,
+                          [&](auto type) { walk_ring<decltype(type)>(state, region, rows, left); });
       }
+    }
+  }
+
+  template <typename S>
+  void walk_ring(Softmax<A>& state, Region region, const Rows& rows, Range left) const {
+    const Ring<S> ring(m_, region, rows.b, rows.kv);
+    while (left.size() > 0) {
+      const Piece<S> piece = ring.piece(left);
+      attend_piece(state, region, rows, piece);
+      left.begin += piece.count;
     }
   }
 
@@ -115,20 +125,23 @@ class Attention {
     }
   }
 
+  template <typename S>
   void attend_piece(Softmax<A>& state,
                     Region region,
                     const Rows& rows,
-                    const Piece<T>& piece) const {
+                    const Piece<S>& piece) const {
     A* scores = scores_of(rows);
     score_piece(args_, queries_, region, rows, piece, scores);
     for (int64_t r = 0; r < rows.count(); ++r)
       state.weigh(r, region, scores + r * kBlock, piece.count);
+    apply_scales(piece.values, piece.value_stride, m_.value_dim, piece.count, rows.count(), scores);
     by_rows(rows.count(), [&](auto number, int64_t r) {
       constexpr int R = decltype(number)::value;
       add_rows<R>(scores + r * kBlock,
                   piece.values,
                   piece.count,
                   m_.value_dim,
+                  piece.value_stride,
                   state.sums + r * state.width);
     });
   }

@@ -14,14 +14,15 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 inline constexpr int64_t kBlock = 64;  // slots whose scores are held at once
 static_assert(kBlock % kAccumulators == 0);
 
-// Scores of R rows with `count` keys, scores[r * kBlock + j] = queries[r] . keys[j]; rows are
-// `padded` apart and end in zeros. Places up to the next multiple of kAccumulators are written,
+// Scores of R rows with `count` keys, scores[r * kBlock + j] = queries[r] . keys[j]; keys lie
+// `key_stride` elements apart, rows are `padded` apart and end in zeros. Places up to the next multiple of kAccumulators are written,
 // too.
 template <int R, typename T>
 inline void score_rows(const Acc<T>* __restrict queries,
                        const T* __restrict keys,
                        int64_t count,
                        int64_t width,
+                       int64_t key_stride,
                        Acc<T>* __restrict scores) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A>;
@@ -30,7 +31,7 @@ inline void score_rows(const Acc<T>* __restrict queries,
   const int64_t whole = width / kLane * kLane;
   for (int64_t j = 0; j < count; j += K) {
     const T* key[K];  // past the end: the last one again
-    CTX_UNROLL for (int k = 0; k < K; ++k) key[k] = keys + std::min(j + k, count - 1) * width;
+    CTX_UNROLL for (int k = 0; k < K; ++k) key[k] = keys + std::min(j + k, count - 1) * key_stride;
     Vec<A> sums[kAccumulators] = {};
     const auto multiply = [&](int64_t d, auto load_key) {
       Vec<A> q[R];
@@ -55,6 +56,7 @@ inline void add_columns(const Acc<T>* __restrict weights,
                         const T* __restrict values,
                         int64_t count,
                         int64_t width,
+                        int64_t value_stride,
                         int64_t d,
                         Acc<T>* __restrict sums) {
   using A = Acc<T>;
@@ -67,7 +69,7 @@ inline void add_columns(const Acc<T>* __restrict weights,
     for (int64_t j = 0; j < count; ++j) {
       Vec<A> value[V];
       CTX_UNROLL for (int i = 0; i < V; ++i) value[i] =
-          load_value(values + j * width + d + i * kLanes<A>);
+          load_value(values + j * value_stride + d + i * kLanes<A>);
       CTX_UNROLL for (int r = 0; r < R; ++r) {
         const Vec<A> weight = broadcast(weights[r * kBlock + j]);
         CTX_UNROLL for (int i = 0; i < V; ++i) sum[r][i] += weight * value[i];
@@ -84,8 +86,12 @@ inline void add_columns(const Acc<T>* __restrict weights,
 }
 
 template <int R, typename T>
-inline void add_rows(
-    const Acc<T>* weights, const T* values, int64_t count, int64_t width, Acc<T>* sums) {
+inline void add_rows(const Acc<T>* weights,
+                     const T* values,
+                     int64_t count,
+                     int64_t width,
+                     int64_t value_stride,
+                     Acc<T>* sums) {
   using A = Acc<T>;
   constexpr int kMost = R == 1 ? 8 : kAccumulators / R;
   int64_t d = 0;
@@ -93,14 +99,14 @@ inline void add_rows(
     constexpr int V = decltype(vectors)::value;
     if constexpr (V <= kMost) {
       for (; d + V * kLanes<A> <= width; d += V * kLanes<A>)
-        add_columns<R, V>(weights, values, count, width, d, sums);
+        add_columns<R, V>(weights, values, count, width, value_stride, d, sums);
     }
   };
   columns(std::integral_constant<int, 8>{});
   columns(std::integral_constant<int, 4>{});
   columns(std::integral_constant<int, 2>{});
   columns(std::integral_constant<int, 1>{});
-  if (d < width) add_columns<R, 1>(weights, values, count, width, d, sums);
+  if (d < width) add_columns<R, 1>(weights, values, count, width, value_stride, d, sums);
 }
 
 // Runs over rows by fours, and the rest: run(integral_constant<int, R>, first row).

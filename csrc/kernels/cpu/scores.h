@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/blocks.h"
 #include "kernels/cpu/queries.h"
+#include "kernels/cpu/slots.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
@@ -14,6 +15,8 @@ struct Piece {
   int64_t index = 0;  // of the first one in its ring
   const T* keys = nullptr;
   const T* values = nullptr;
+  int64_t key_stride = 0;
+  int64_t value_stride = 0;
 };
 
 // The ring of one region and kv head.
@@ -21,15 +24,16 @@ template <typename T>
 class Ring {
  public:
   Ring(const MemoryView& m, Region region, int64_t b, int64_t kv)
-      : m_(m),
+      : key_stride_(stored_width<T>(m.head_dim)),
+        value_stride_(stored_width<T>(m.value_dim)),
         capacity_(region == kSinks        ? m.clock.schedule.sinks
                   : region == kCompressed ? m.compressed_capacity
                                           : m.window_capacity) {
-    const auto head = [&](void* const(&rings)[kRegions], int64_t width) {
-      return ring_row<const T>(rings[region], m.kv_heads, capacity_, width, b, kv, 0);
+    const auto head = [&](void* const(&rings)[kRegions], int64_t stride) {
+      return ring_row<const T>(rings[region], m.kv_heads, capacity_, stride, b, kv, 0);
     };
-    keys_ = head({m.sink_keys, m.compressed_keys, m.window_keys}, m.head_dim);
-    values_ = head({m.sink_values, m.compressed_values, m.window_values}, m.value_dim);
+    keys_ = head({m.sink_keys, m.compressed_keys, m.window_keys}, key_stride_);
+    values_ = head({m.sink_values, m.compressed_values, m.window_values}, value_stride_);
   }
 
   // The first slots of a range, at most kBlock and not beyond the ring's end.
@@ -37,11 +41,18 @@ class Ring {
     if (range.size() <= 0) return {};
     const int64_t index = range.begin % capacity_;
     const int64_t count = std::min({range.size(), capacity_ - index, kBlock});
-    return {range.begin, count, index, keys_ + index * m_.head_dim, values_ + index * m_.value_dim};
+    return {range.begin,
+            count,
+            index,
+            keys_ + index * key_stride_,
+            values_ + index * value_stride_,
+            key_stride_,
+            value_stride_};
   }
 
  private:
-  const MemoryView& m_;
+  int64_t key_stride_;
+  int64_t value_stride_;
   int64_t capacity_;
   const T* keys_;
   const T* values_;
@@ -100,6 +111,23 @@ inline void add_biases(const AttendArgs& args,
   }
 }
 
+// Multiplies what belongs to each row of int8 by its scale: numbers[r * kBlock + j] for row j.
+template <typename T>
+inline void apply_scales([[maybe_unused]] const T* stored,
+                         [[maybe_unused]] int64_t stride,
+                         [[maybe_unused]] int64_t width,
+                         [[maybe_unused]] int64_t count,
+                         [[maybe_unused]] int64_t rows,
+                         [[maybe_unused]] Acc<T>* numbers) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    float scales[kBlock];
+    for (int64_t j = 0; j < count; ++j) scales[j] = scale_of(stored + j * stride, width);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < count; ++j) numbers[r * kBlock + j] *= scales[j];
+    }
+  }
+}
+
 // scores[r * kBlock + j] of every row with slot j of a piece.
 template <typename T>
 inline void score_piece(const AttendArgs& args,
@@ -112,9 +140,14 @@ inline void score_piece(const AttendArgs& args,
   const auto* query = queries.rows(region, rows.b, rows.kv, rows.tokens.begin);
   by_rows(rows.count(), [&](auto number, int64_t r) {
     constexpr int R = decltype(number)::value;
-    score_rows<R>(
-        query + r * padded<Acc<T>>(width), piece.keys, piece.count, width, scores + r * kBlock);
+    score_rows<R>(query + r * padded<Acc<T>>(width),
+                  piece.keys,
+                  piece.count,
+                  width,
+                  piece.key_stride,
+                  scores + r * kBlock);
   });
+  apply_scales(piece.keys, piece.key_stride, width, piece.count, rows.count(), scores);
   add_biases(args, region, rows, piece.first, piece.count, scores);
 }
 
