@@ -123,14 +123,20 @@ class Attention {
     score_piece(args_, queries_, region, rows, piece, scores);
     for (int64_t r = 0; r < rows.count(); ++r)
       state.weigh(r, region, scores + r * kBlock, piece.count);
-    by_rows(rows.count(), [&](auto number, int64_t r) {
-      constexpr int R = decltype(number)::value;
-      add_rows<R>(scores + r * kBlock,
-                  piece.values,
-                  piece.count,
-                  m_.value_dim,
-                  state.sums + r * state.width);
-    });
+    // Some values at a time, and as many keys of what most likely comes next are asked for.
+    constexpr int64_t kGroup = 16;
+    const T* next = piece.keys + piece.count * m_.head_dim;
+    for (int64_t j = 0; j < piece.count; j += kGroup) {
+      const int64_t count = std::min(kGroup, piece.count - j);
+      prefetch(next + j * m_.head_dim, count * m_.head_dim * static_cast<int64_t>(sizeof(T)));
+      by_rows(rows.count(), [&](auto number, int64_t r) {
+        add_rows<decltype(number)::value>(scores + r * kBlock + j,
+                                          piece.values + j * m_.value_dim,
+                                          count,
+                                          m_.value_dim,
+                                          state.sums + r * state.width);
+      });
+    }
   }
 
   void store(Softmax<A>& state, const Rows& rows) const {
@@ -190,7 +196,7 @@ void attend_block(const AttendArgs& args) {
       attention.attend(plan.tile(task / parts), task % parts);
   });
   if (parts > 1) {
-    at::parallel_for(0, plan.tiles(), grain(parts * size), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, plan.tiles(), grain(parts * size / 8), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) attention.merge(plan.tile(task));
     });
   }

@@ -100,7 +100,7 @@ inline void add_biases(const AttendArgs& args,
   }
 }
 
-// scores[r * kBlock + j] of every row with slot j of a piece.
+// scores[r * kBlock + j] of every row with slot j of a piece, whose values are asked for meanwhile.
 template <typename T>
 inline void score_piece(const AttendArgs& args,
                         const RotatedQueries<Acc<T>>& queries,
@@ -112,8 +112,13 @@ inline void score_piece(const AttendArgs& args,
   const auto* query = queries.rows(region, rows.b, rows.kv, rows.tokens.begin);
   by_rows(rows.count(), [&](auto number, int64_t r) {
     constexpr int R = decltype(number)::value;
-    score_rows<R>(
-        query + r * padded<Acc<T>>(width), piece.keys, piece.count, width, scores + r * kBlock);
+    score_rows<R>(query + r * padded<Acc<T>>(width),
+                  piece.keys,
+                  piece.count,
+                  width,
+                  r == 0 ? reinterpret_cast<const char*>(piece.values) : nullptr,
+                  args.memory.value_dim * static_cast<int64_t>(sizeof(T)),
+                  scores + r * kBlock);
   });
   add_biases(args, region, rows, piece.first, piece.count, scores);
 }
