@@ -14,15 +14,25 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 inline constexpr int64_t kBlock = 64;  // slots whose scores are held at once
 static_assert(kBlock % kAccumulators == 0);
 
-// Scores of R rows with `count` keys, scores[r * kBlock + j] = queries[r] . keys[j]; keys lie
-// `key_stride` elements apart, rows are `padded` apart and end in zeros. Places up to the next multiple of kAccumulators are written,
-// too.
+// Asks for bytes that are needed soon. The processor's own prefetcher stops at the end of a page and
+// does not know that values follow keys; without this, arithmetic and memory take turns.
+inline void prefetch(const void* begin, int64_t bytes) {
+  constexpr int64_t kCacheLine = 64;
+  const char* line = static_cast<const char*>(begin);
+  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(line + i, 0, 2);
+}
+
+// Scores of R rows with `count` keys, scores[r * kBlock + j] = queries[r] . keys[j]; keys are
+// `key_stride` elements apart, rows `padded`, and rows end in zeros. Places up to the next multiple
+// of kAccumulators are written, too. Meanwhile as many rows of `ahead` are asked for, if it is not null.
 template <int R, typename T>
 inline void score_rows(const Acc<T>* __restrict queries,
                        const T* __restrict keys,
                        int64_t count,
                        int64_t width,
                        int64_t key_stride,
+                       const char* ahead,
+                       int64_t ahead_bytes,  // of a row
                        Acc<T>* __restrict scores) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A>;
@@ -30,6 +40,7 @@ inline void score_rows(const Acc<T>* __restrict queries,
   const int64_t stride = padded<A>(width);
   const int64_t whole = width / kLane * kLane;
   for (int64_t j = 0; j < count; j += K) {
+    if (ahead != nullptr) prefetch(ahead + j * ahead_bytes, K * ahead_bytes);
     const T* key[K];  // past the end: the last one again
     CTX_UNROLL for (int k = 0; k < K; ++k) key[k] = keys + std::min(j + k, count - 1) * key_stride;
     Vec<A> sums[kAccumulators] = {};
@@ -85,6 +96,7 @@ inline void add_columns(const Acc<T>* __restrict weights,
       store(sums + r * stride + d + i * kLanes<A>, sum[r][i]);
 }
 
+// The same for all columns.
 template <int R, typename T>
 inline void add_rows(const Acc<T>* weights,
                      const T* values,
@@ -92,13 +104,12 @@ inline void add_rows(const Acc<T>* weights,
                      int64_t width,
                      int64_t value_stride,
                      Acc<T>* sums) {
-  using A = Acc<T>;
   constexpr int kMost = R == 1 ? 8 : kAccumulators / R;
   int64_t d = 0;
   const auto columns = [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
     if constexpr (V <= kMost) {
-      for (; d + V * kLanes<A> <= width; d += V * kLanes<A>)
+      for (; d + V * kLanes<Acc<T>> <= width; d += V * kLanes<Acc<T>>)
         add_columns<R, V>(weights, values, count, width, value_stride, d, sums);
     }
   };

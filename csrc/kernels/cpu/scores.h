@@ -128,7 +128,7 @@ inline void apply_scales([[maybe_unused]] const T* stored,
   }
 }
 
-// scores[r * kBlock + j] of every row with slot j of a piece.
+// scores[r * kBlock + j] of every row with slot j of a piece, whose values are asked for meanwhile.
 template <typename T>
 inline void score_piece(const AttendArgs& args,
                         const RotatedQueries<Acc<T>>& queries,
@@ -145,6 +145,8 @@ inline void score_piece(const AttendArgs& args,
                   piece.count,
                   width,
                   piece.key_stride,
+                  r == 0 ? reinterpret_cast<const char*>(piece.values) : nullptr,
+                  piece.value_stride * static_cast<int64_t>(sizeof(T)),
                   scores + r * kBlock);
   });
   apply_scales(piece.keys, piece.key_stride, width, piece.count, rows.count(), scores);
