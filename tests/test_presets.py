@@ -99,7 +99,7 @@ class TestCommand:
         monkeypatch.chdir(tmp_path)
         assert main(["train", "--preset", "enwik8", "--param-count"]) == 0
         out = capsys.readouterr().out
-        assert "published: 277M" in out and "24 layers" in out and "unlike the paper" in out
+        assert "published: 277M" in out and "Transformer-XL" in out and "unlike the paper" in out
         assert list(tmp_path.iterdir()) == []
 
     def test_options_change_a_preset(self, capsys):
