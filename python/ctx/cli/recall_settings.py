@@ -55,7 +55,7 @@ class Contestant:
 class RecallSettings:
     """Sizes of the task, of the memory and of the training; checked when made."""
 
-    steps: int = 400
+    steps: int = 500
     seed: int = 0
     threads: int = 0
     compression: str = "all"

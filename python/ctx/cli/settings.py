@@ -63,6 +63,7 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--compressor-grad", "compressor_grad", str, "what trains the compressor: task or aux"),
     ("--aux-loss", "aux_loss", str, "reconstruction (for --compressor-grad aux) or autoencoding"),
     ("--mlp", "mlp", str, "swiglu or gelu"),
+    ("--mlp-dim", "mlp_dim", int, "inner width of the MLP (default: by the width)"),
     ("--norm", "norm", str, "rms or layer"),
     ("--dropout", "dropout", float, "share of activations dropped in training"),
 ]
