@@ -47,6 +47,11 @@ struct MemoryView {
   void* compressed_values = nullptr;
   void* sink_keys = nullptr;
   void* sink_values = nullptr;
+  // Of a memory whose compressor chooses by usage, else null: what every window token was attended
+  // to, [B, Hkv, capacity] in the arithmetic's type, and the token that every slot is, [B, Hkv,
+  // capacity].
+  void* usage = nullptr;
+  int64_t* slot_positions = nullptr;
 };
 
 // A piece of a call: tokens offset ... offset + tokens - 1 of it. Row b holds token origin[b] +
@@ -96,9 +101,19 @@ struct AttendArgs {
   Block block;
   int64_t heads = 0;
   double scale = 1.0;
-  const void* bias = nullptr;  // [heads] in the arithmetic's type, null: none
-  Strided queries;             // of the whole call, un-rotated
-  Strided out;                 // of the whole call
+  // [heads] in the arithmetic's type, null: none. The bias is added to the scores of compressed
+  // slots; slopes times the distance is taken from all (ALiBi, arXiv:2108.12409).
+  const void* bias = nullptr;
+  const void* slopes = nullptr;
+  Strided queries;  // of the whole call, un-rotated
+  Strided out;      // of the whole call
+  // Weight that each region got: [B, heads, tokens of the call, 3] (sinks, compressed, window),
+  // contiguous, in the arithmetic's type; null: not asked for. Zero at absent tokens.
+  void* mass = nullptr;
+  int64_t call_tokens = 0;  // of the whole call: what `mass` is laid out by
+  // Adds what the block's queries gave to each token of the window, averaged over the query heads
+  // of a kv head, to memory.usage.
+  bool count_usage = false;
 };
 
 struct RotateArgs {

@@ -67,24 +67,28 @@ class Attention {
   Attention(const AttendArgs& args, const RotatedQueries<A>& queries)
       : args_(args), m_(args.memory), queries_(queries), share_(args.heads / m_.kv_heads) {
     const int64_t wide = std::is_same_v<T, A> ? 0 : std::max(m_.head_dim, m_.value_dim);
-    buffer_.resize(share_ * (kBlock + m_.value_dim + 2) + wide);
+    buffer_.resize(share_ * (kBlock + m_.value_dim + 2 + kRegions) + wide);
     scores_ = buffer_.data();
     sums_ = scores_ + share_ * kBlock;
     largest_ = sums_ + share_ * m_.value_dim;
     total_ = largest_ + share_;
-    row_ = total_ + share_;
+    mass_ = total_ + share_;
+    row_ = mass_ + share_ * kRegions;
   }
 
   void run(int64_t b, int64_t kv, int64_t i) {
     b_ = b, kv_ = kv, i_ = i;
     const int64_t t = args_.block.first(b) + i;
     if (t < 0 || i >= args_.block.count(b)) return store_zeros();
+    t_ = t;
     std::fill_n(sums_, share_ * m_.value_dim, A(0));
     std::fill_n(largest_, share_, -std::numeric_limits<A>::infinity());
     std::fill_n(total_, share_, A(0));
+    std::fill_n(mass_, share_ * kRegions, A(0));
     const Schedule& schedule = m_.clock.schedule;
     const int64_t n = schedule.groups(t);
     span(kSinks, m_.sink_keys, m_.sink_values, schedule.sinks, 0, schedule.visible_sinks(t));
+    keep_mass(kSinks);
     if (m_.compressed_capacity > 0) {
       span(kCompressed,
            m_.compressed_keys,
@@ -93,8 +97,11 @@ class Attention {
            n - schedule.slots(t),
            n);
     }
+    keep_mass(kCompressed);
     span(kWindow, m_.window_keys, m_.window_values, m_.window_capacity, schedule.edge(t), t + 1);
+    keep_mass(kWindow);
     store();
+    if (args_.count_usage) count_usage(schedule.edge(t), t + 1);
   }
 
  private:
@@ -106,12 +113,14 @@ class Attention {
       block(region,
             ring_row<T>(keys, m_.kv_heads, capacity, m_.head_dim, b_, kv_, index),
             ring_row<T>(values, m_.kv_heads, capacity, m_.value_dim, b_, kv_, index),
+            begin,
             count);
       begin += count;
     }
   }
 
-  void block(Region region, const T* keys, const T* values, int64_t count) {
+  // Scores of slots begin ... begin + count - 1 of a region, whose keys lie together.
+  void score(Region region, const T* keys, int64_t begin, int64_t count) {
     for (int64_t j = 0; j < count; ++j) {
       const A* key = widen(keys + j * m_.head_dim, m_.head_dim);
       for (int64_t r = 0; r < share_; ++r) {
@@ -119,13 +128,44 @@ class Attention {
             dot(queries_.at(region, b_, i_, kv_ * share_ + r), key, m_.head_dim);
       }
     }
+    const auto per_head = [&](const void* values, int64_t r) {
+      return values == nullptr ? A(0) : static_cast<const A*>(values)[kv_ * share_ + r];
+    };
     for (int64_t r = 0; r < share_; ++r) {
       A* scores = scores_ + r * kBlock;
-      const A bias = region == kCompressed && args_.bias
-                         ? static_cast<const A*>(args_.bias)[kv_ * share_ + r]
-                         : A(0);
+      const A bias = per_head(region == kCompressed ? args_.bias : nullptr, r);
+      for (int64_t j = 0; j < count; ++j) scores[j] += bias;
+      if (args_.slopes == nullptr) continue;
+      const A slope = per_head(args_.slopes, r);
+      for (int64_t j = 0; j < count; ++j)
+        scores[j] -= slope * static_cast<A>(distance(region, begin + j));
+    }
+  }
+
+  // How far slot `number` of a region is from the query.
+  double distance(Region region, int64_t number) const {
+    switch (region) {
+      case kSinks:
+        return static_cast<double>(m_.clock.sink_query(t_) - number);
+      case kCompressed: {
+        if (m_.clock.token_distance && m_.slot_positions != nullptr) {
+          const int64_t head = b_ * m_.kv_heads + kv_;
+          const int64_t index = head * m_.compressed_capacity + number % m_.compressed_capacity;
+          return static_cast<double>(t_ - m_.slot_positions[index]);
+        }
+        return static_cast<double>(m_.clock.group_query(t_)) - m_.clock.group_key(number);
+      }
+      default:
+        return static_cast<double>(t_ - number);
+    }
+  }
+
+  void block(Region region, const T* keys, const T* values, int64_t begin, int64_t count) {
+    score(region, keys, begin, count);
+    for (int64_t r = 0; r < share_; ++r) {
+      A* scores = scores_ + r * kBlock;
       A largest = largest_[r];
-      for (int64_t j = 0; j < count; ++j) largest = std::max(largest, scores[j] += bias);
+      for (int64_t j = 0; j < count; ++j) largest = std::max(largest, scores[j]);
       // All scores minus infinity so far (a bias may be): their weights are zero, not NaN.
       const A reference = std::isinf(largest) && largest < 0 ? A(0) : largest;
       const A shrink = exp_row_value(largest_[r] - reference);
@@ -133,13 +173,45 @@ class Attention {
 #pragma omp simd reduction(+ : total)
       for (int64_t j = 0; j < count; ++j) total += scores[j] = exp_row_value(scores[j] - reference);
       total_[r] = total_[r] * shrink + total;
-      if (shrink != A(1)) scale_row(shrink, sums_ + r * m_.value_dim, m_.value_dim);
+      if (shrink != A(1)) {
+        scale_row(shrink, sums_ + r * m_.value_dim, m_.value_dim);
+        scale_row(shrink, mass_ + r * kRegions, kRegions);
+      }
       largest_[r] = largest;
     }
     for (int64_t j = 0; j < count; ++j) {
       const A* value = widen(values + j * m_.value_dim, m_.value_dim);
       for (int64_t r = 0; r < share_; ++r)
         axpy(scores_[r * kBlock + j], value, sums_ + r * m_.value_dim, m_.value_dim);
+    }
+  }
+
+  // What has been summed up so far and is no earlier region's.
+  void keep_mass(Region region) {
+    for (int64_t r = 0; r < share_; ++r) {
+      A* mass = mass_ + r * kRegions;
+      A before = 0;
+      for (int64_t earlier = 0; earlier < region; ++earlier) before += mass[earlier];
+      mass[region] = total_[r] - before;
+    }
+  }
+
+  // Weights are known once all is summed up: the window's scores are made a second time.
+  void count_usage(int64_t begin, int64_t end) {
+    const int64_t head = b_ * m_.kv_heads + kv_;
+    A* usage = static_cast<A*>(m_.usage) + head * m_.window_capacity;
+    while (begin < end) {
+      const int64_t index = begin % m_.window_capacity;
+      const int64_t count = std::min({end - begin, m_.window_capacity - index, kBlock});
+      const T* keys =
+          ring_row<T>(m_.window_keys, m_.kv_heads, m_.window_capacity, m_.head_dim, b_, kv_, index);
+      score(kWindow, keys, begin, count);
+      for (int64_t r = 0; r < share_; ++r) {
+        const A share = A(1) / (total_[r] * static_cast<A>(share_));
+        for (int64_t j = 0; j < count; ++j)
+          usage[index + j] += exp_row_value(scores_[r * kBlock + j] - largest_[r]) * share;
+      }
+      begin += count;
     }
   }
 
@@ -162,11 +234,23 @@ class Attention {
       A* sum = sums_ + r * m_.value_dim;
       scale_row(A(1) / total_[r], sum, m_.value_dim);
       store_row(sum, out(r), m_.value_dim);
+      if (args_.mass == nullptr) continue;
+      for (int64_t region = 0; region < kRegions; ++region)
+        mass_out(r)[region] = mass_[r * kRegions + region] / total_[r];
     }
   }
 
   void store_zeros() {
-    for (int64_t r = 0; r < share_; ++r) std::fill_n(out(r), m_.value_dim, T(0));
+    for (int64_t r = 0; r < share_; ++r) {
+      std::fill_n(out(r), m_.value_dim, T(0));
+      if (args_.mass != nullptr) std::fill_n(mass_out(r), int64_t{kRegions}, A(0));
+    }
+  }
+
+  A* mass_out(int64_t r) const {
+    const int64_t head = b_ * args_.heads + kv_ * share_ + r;
+    const int64_t token = head * args_.call_tokens + args_.block.offset + i_;
+    return static_cast<A*>(args_.mass) + token * kRegions;
   }
 
   const AttendArgs& args_;
@@ -176,11 +260,13 @@ class Attention {
   int64_t b_ = 0;
   int64_t kv_ = 0;
   int64_t i_ = 0;
+  int64_t t_ = 0;
   std::vector<A> buffer_;
   A* scores_;
   A* sums_;
   A* largest_;
   A* total_;
+  A* mass_;
   A* row_;
 };
 
@@ -197,6 +283,17 @@ void attend_rows(const AttendArgs& args) {
       });
   const int64_t slots = m.clock.schedule.sinks + m.compressed_capacity + m.window_capacity;
   const int64_t work = slots * (args.heads / m.kv_heads) * (m.head_dim + m.value_dim);
+  if (args.count_usage) {  // in the order of the tokens: queries of one head add to the same sums
+    at::parallel_for(
+        0, m.batch * m.kv_heads, grain(work * tokens), [&](int64_t begin, int64_t end) {
+          Attention<T> attention(args, queries);
+          for (int64_t task = begin; task < end; ++task) {
+            for (int64_t i = 0; i < tokens; ++i)
+              attention.run(task / m.kv_heads, task % m.kv_heads, i);
+          }
+        });
+    return;
+  }
   at::parallel_for(0, m.batch * m.kv_heads * tokens, grain(work), [&](int64_t begin, int64_t end) {
     Attention<T> attention(args, queries);
     for (int64_t task = begin; task < end; ++task) {
