@@ -69,10 +69,29 @@ class Segment:
 
     def ours(self) -> Tensor:
         """From the rings, the new pairs and the new slots: as `ctx.CompressiveAttention` does."""
+        keys, values = self.slots
+        numbers, distance, width, base, interleaved = self.settings
         out: Tensor = torch.ops.ctx.attend_sequence(
-            *(self.q, self.k, self.v, None, None, self.state, *self.slots, None),
-            *(*self.settings, self.q.shape[3] ** -0.5),
-        )
+            q=self.q,
+            k=self.k,
+            v=self.v,
+            lengths=None,
+            reset_at=None,
+            memory=self.state,
+            slot_keys=keys,
+            slot_values=values,
+            slot_positions=None,
+            bias=None,
+            slopes=None,
+            relative=[],
+            schedule=numbers,
+            distance=distance,
+            rotary_dim=width,
+            rotary_base=base,
+            rotary_interleaved=interleaved,
+            scale=self.q.shape[3] ** -0.5,
+            with_mass=False,
+        )[0]
         return out
 
     def theirs(self) -> Tensor:

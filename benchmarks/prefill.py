@@ -62,7 +62,7 @@ def compare(report: Report, candidates: Any, what: str, bound: float | None, slo
             slots=slots,
             who=name,
             time=timing,
-            **{"ps per pair and head": 1e12 * each[name] / 8},
+            **{"ns per pair and head": 1e9 * each[name] / 8},
         )
     if bound is None:
         return
@@ -91,7 +91,7 @@ def compare_peaks(report: Report, size: int, backward: bool) -> None:
 
 
 def draw(figure: Any, report: Report) -> None:
-    label = "ps per pair and head"
+    label = "ns per pair and head"
     whats = list(dict.fromkeys(row["what"] for row in report.rows))
     for axes, what in zip(figure.subplots(len(whats), 1), whats, strict=True):
         rows = [row for row in report.rows if row["what"] == what]

@@ -105,7 +105,7 @@ def _draw(figure: Any, report: Report) -> None:
     top.plot(tokens, [1e6 * value for value in each], linewidth=0.8)
     top.set(ylabel="µs per token", ylim=(0, 2e6 * median(each)))
     bottom.plot(tokens, [size / (1 << 20) for size in sizes])
-    bottom.set(xlabel="token", ylabel="resident MiB", ylim=(0, None))
+    bottom.set(xlabel="token", ylabel="resident MiB", ylim=(0, 1.2 * max(sizes) / (1 << 20)))
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
 
