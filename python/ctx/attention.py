@@ -350,7 +350,7 @@ class CompressiveAttention(nn.Module):
 
     def _scores(self) -> tuple[Any, ...]:
         """What operators that attend take last: operands of the scores, settings, scale, mass."""
-        operands = (self.compressed_bias, None, [])
+        operands: tuple[Any, ...] = (self.compressed_bias, None, [])
         return (*operands, *self._settings(), self.head_dim**-0.5, False)
 
     def _auxiliary(

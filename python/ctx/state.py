@@ -32,6 +32,11 @@ STATE = (
     "usage",
     "slot_positions",
 )
+#: The regions that are rings, and the tensors in which an entry is one position of the region.
+RINGS = {
+    "window": ("window_keys", "window_values", "usage"),
+    "compressed": ("compressed_keys", "compressed_values", "slot_positions"),
+}
 COUNTS = ("seen", "rewindable", "slot_positions")
 
 
@@ -41,6 +46,16 @@ def dtype_of(name: str, pairs: torch.dtype) -> torch.dtype:
         return torch.int64
     wide = torch.float64 if pairs == torch.float64 else torch.float32
     return wide if name == "usage" else pairs
+
+
+def ring_positions(newest: Tensor, capacity: int) -> Tensor:
+    """The position that stands at every index of a ring once `newest` is written, [B, capacity].
+
+    It is the largest position up to `newest` [B] whose remainder is the index; below zero where
+    nothing has been written.
+    """
+    index = torch.arange(capacity, device=newest.device)
+    return newest[:, None] - (newest[:, None] - index).remainder(max(capacity, 1))
 
 
 @dataclass(frozen=True)

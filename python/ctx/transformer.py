@@ -365,7 +365,8 @@ class CompressiveTransformer(nn.Module):
 
         Sizes are one int or one for each layer; those that are not given stay as they are, and
         `compressed=0` switches the compressive memory off. A memory belongs to the sizes that it
-        was made with.
+        was made with; `ctx.rows.resized(memory, model.schedules, twin.schedules)` carries a running
+        one over.
 
         Raises:
             ValueError, TypeError: a size is out of range, or there are not `num_layers` of them.
