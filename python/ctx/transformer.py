@@ -25,6 +25,7 @@ __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemor
 ModelMemory = list[dict[str, Tensor]]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
+    "memory_content": ("kv", "hidden"),
     "position": ("rotary", None),
     "distance": ("slot", "token"),
     "compressed_bias": ("none", "log_ratio", "learned"),
@@ -70,6 +71,7 @@ class CompressiveTransformerConfig:
     segment: Sizes | None = None
     sinks: Sizes = 0
     compression: str = "conv"
+    memory_content: str = "kv"
     position: str | None = "rotary"
     distance: str = "slot"
     compressed_bias: str = "learned"
