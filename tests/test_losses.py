@@ -200,8 +200,9 @@ def test_training_on_it_lowers_it(content):
     assert history[-1] < 0.5 * history[0]
 
 
-@CONTENTS
-@pytest.mark.parametrize("aux", losses.LOSSES)
+@pytest.mark.parametrize(
+    "aux, content", [*((name, "kv") for name in losses.LOSSES), ("reconstruction", "hidden")]
+)
 def test_whole_model(aux, content):
     """The mean over layers; it compiles into the same graph."""
     config = ctx.CompressiveTransformerConfig(

@@ -288,7 +288,7 @@ class CompressiveAttention(nn.Module):
         q = self._heads(self.q_proj(x), self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
         if hidden:
-            k, v = as_stored(x, lengths)
+            k, v = as_stored(x)
         else:
             k, v = self._pairs(x.unsqueeze(1))
         if memory is not None:

@@ -25,11 +25,8 @@ __all__ = ["as_stored", "pairs_of"]
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def as_stored(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Inputs [B, T, E] as the memory takes them: [B, 1, T, E], zero at padding, and no values."""
-    if lengths is not None:  # whatever stands at padding meets weights, and their gradients
-        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        x = x.masked_fill(padding[..., None], 0.0)
+def as_stored(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs [B, T, E] as the memory takes pairs: keys [B, 1, T, E] and values [B, 1, T, 0]."""
     hidden = x.unsqueeze(1)
     return hidden, hidden[..., :0]
 
