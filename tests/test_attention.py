@@ -89,6 +89,7 @@ def layers(draw, **options):
     kv_heads = draw(st.integers(1, 2))
     drawn = {
         "compression": draw(st.sampled_from(COMPRESSORS)),
+        "memory_content": draw(st.sampled_from(["kv", "kv", "hidden"])),
         "position": draw(st.sampled_from(["rotary", "rotary", None])),
         "rotary_dim": draw(st.sampled_from([None, 2])),
         "rotary_interleaved": draw(st.booleans()),
@@ -184,11 +185,12 @@ def test_gradients_equal_reference(data):
     assert ours[0][:, :old].abs().sum() == 0
 
 
+@pytest.mark.parametrize("content", ["kv", "hidden"])
 @pytest.mark.parametrize("compression", COMPRESSORS)
 @pytest.mark.parametrize(
     "position, distance", [("rotary", "slot"), ("rotary", "token"), (None, "slot")]
 )
-def test_gradcheck(compression, position, distance):
+def test_gradcheck(compression, position, distance, content):
     """Inputs, projections, compressor parameters and bias, with and without a carried memory."""
     attn = ctx.CompressiveAttention(
         4,
@@ -200,6 +202,7 @@ def test_gradcheck(compression, position, distance):
         segment=3,
         sinks=1,
         compression=compression,
+        memory_content=content,
         position=position,
         distance=distance,
         dtype=F64,

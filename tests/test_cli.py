@@ -199,6 +199,7 @@ class TestEval:
 
     def test_sizes_per_layer(self, folder):
         two = [*TINY, "--layers", 2, "--compressed", "8,0", "--ratio", "4,2"]
+        two += ["--memory-content", "hidden", "--compressor-grad", "aux"]
         code, out, err = run("train", "text.py", *two, "--steps", 3, "--run", "layers", cwd=folder)
         assert code == 0, err
         assert "reach 40 tokens" in out
@@ -268,6 +269,7 @@ WRONG = {
         "--window must be between 0 and 1073741824, got -1 in layer 2",
     ),
     "many layers": (["train", "text.py", "--layers", str(2**60)], "do not fit"),
+    "content": (["train", "text.py", "--memory-content", "x"], "--memory-content must be one of"),
     "compression": (["train", "text.py", "--compression", "zip"], "--compression must be one of"),
     "steps": (["train", "text.py", "--steps", "0"], "--steps must be at least 1, got 0"),
     "lr": (["train", "text.py", "--lr", "nan"], "--lr must be at least 0, got nan"),

@@ -103,6 +103,8 @@ ATTENTION = [
     ("compression", None, TypeError, "None"),
     ("compression", ["conv"], TypeError, "conv"),
     ("position", 3, ValueError, "3"),
+    ("memory_content", "pairs", ValueError, "pairs"),
+    ("memory_content", None, ValueError, "None"),
     ("distance", None, ValueError, "None"),
     ("compressed_bias", [0.0], ValueError, r"0\.0"),
     ("compressor_grad", True, ValueError, "True"),
@@ -132,7 +134,8 @@ INIT_MEMORY = [
 ]
 
 COMPRESSORS = [
-    *((name, 0, ValueError, "0") for name in ("kv_heads", "ratio", "head_dim", "value_dim")),
+    *((name, 0, ValueError, "0") for name in ("kv_heads", "ratio", "head_dim")),
+    ("value_dim", -1, ValueError, "-1"),
     *((name, 1.0, TypeError, r"1\.0") for name in ("kv_heads", "ratio", "head_dim", "value_dim")),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ctx import _check
 from ctx.compression import COMPRESSORS, as_compressor, make_compressor
+from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
@@ -30,8 +32,9 @@ class CompressiveAttention(nn.Module):
     same numbers, however a stream is cut into calls.
 
     Source: Rae et al. 2019 (arXiv:1911.05507), section 3. Deviations: keys and values are stored
-    instead of hidden states, positions are rotary (Su et al. 2021, arXiv:2104.09864) instead of
-    Transformer-XL's, and ``dropout`` acts on the module's output, not on attention weights.
+    instead of layer inputs (``memory_content="hidden"`` stores these), positions are rotary (Su et
+    al. 2021, arXiv:2104.09864) instead of Transformer-XL's, and ``dropout`` acts on the module's
+    output, not on attention weights.
 
     Args:
         embed_dim: width E of the input and output.
@@ -44,6 +47,11 @@ class CompressiveAttention(nn.Module):
         sinks: first tokens of a stream that are kept exactly for ever.
         compression: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
             ``"conv"``, ``"gated"``), or a module that maps groups to slots as those do.
+        memory_content: ``"kv"`` remembers keys and values, and compresses each kv head's own;
+            ``"hidden"`` (the paper's) remembers the inputs, E numbers per token, projects them
+            with the current weights on every call (slower; the projections get a gradient through
+            the memory) and compresses them: the compressor sees one head of width E as keys, and
+            values of width 0.
         position: ``"rotary"`` or None.
         distance: ``"slot"`` or ``"token"``.
         compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
@@ -76,6 +84,7 @@ class CompressiveAttention(nn.Module):
         segment: int | None = None,
         sinks: int = 0,
         compression: str | nn.Module = "conv",
+        memory_content: str = "kv",
         position: str | None = "rotary",
         distance: str = "slot",
         compressed_bias: str = "learned",
@@ -121,6 +130,7 @@ class CompressiveAttention(nn.Module):
             )
         if isinstance(compression, str):
             _one_of("compression", compression, tuple(COMPRESSORS))
+        _one_of("memory_content", memory_content, ("kv", "hidden"))
         _one_of("distance", distance, ("slot", "token"))
         _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
         _one_of("compressor_grad", compressor_grad, ("task", "aux"))
@@ -153,6 +163,11 @@ class CompressiveAttention(nn.Module):
             rotary_interleaved,
         )
         self.dropout, self.headroom = dropout, headroom
+        self.memory_content = memory_content
+        #: What is remembered of a token: heads, key width, value width.
+        self._stored = (
+            (1, embed_dim, 0) if memory_content == "hidden" else (kv_heads, head_dim, head_dim)
+        )
         self.schedule = schedule
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **made)
@@ -160,15 +175,16 @@ class CompressiveAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
         if isinstance(compression, str):
-            compression = make_compressor(compression, kv_heads, ratio, head_dim, **made)
+            heads, widths = self._stored[0], self._stored[1:]
+            compression = make_compressor(compression, heads, ratio, *widths, **made)
         if not isinstance(compression, nn.Module):
             raise TypeError(
                 f"{_WHERE}: compression must be a name or a module, got {compression!r}"
             )
-        self.compressor = as_compressor(compression, kv_heads, ratio, head_dim, head_dim)
+        self.compressor = as_compressor(compression, self._stored[0], ratio, *self._stored[1:])
         self.aux_loss = aux_loss
         if aux_loss == "autoencoding":
-            self.decoder = Decoder(kv_heads, ratio, head_dim, head_dim, **made)
+            self.decoder = Decoder(self._stored[0], ratio, *self._stored[1:], **made)
         start = torch.empty(num_heads, **made)
         if compressed_bias == "learned":
             self.compressed_bias: Tensor | None = nn.Parameter(start)
@@ -201,9 +217,7 @@ class CompressiveAttention(nn.Module):
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._state = StateShape.of(
-            schedule, self.num_kv_heads, self.head_dim, self.head_dim, self.headroom
-        )
+        self._state = StateShape.of(schedule, *self._stored, self.headroom)
 
     def init_memory(
         self,
@@ -219,7 +233,9 @@ class CompressiveAttention(nn.Module):
             A dict of tensors: ``window_keys`` [B, Hkv, capacity, D] and ``window_values``,
             ``compressed_keys`` and ``compressed_values``, ``sink_keys`` [B, Hkv, sinks, D] and
             ``sink_values``, of the parameters' dtype and device unless given, and ``seen`` int64
-            [B]. It can be saved, copied and flattened like any dict of tensors.
+            [B]. With ``memory_content="hidden"`` the inputs stand where keys do, [B, 1, capacity,
+            E], and values have width 0. It can be saved, copied and flattened like any dict of
+            tensors.
 
         Args:
             batch_size: rows B.
@@ -285,12 +301,15 @@ class CompressiveAttention(nn.Module):
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
         q = self._heads(self.q_proj(x), self.num_heads)
-        k = self._heads(self.k_proj(x), self.num_kv_heads)
-        v = self._heads(self.v_proj(x), self.num_kv_heads)
-        dtype = q.dtype
+        dtype, hidden = q.dtype, self.memory_content == "hidden"
+        if hidden:
+            k, v = as_stored(x)
+        else:
+            k, v = self._pairs(x.unsqueeze(1))
         if memory is not None:
             kept = memory["window_keys"].dtype
-            q, k, v = q.to(kept), k.to(kept), v.to(kept)
+            k, v = k.to(kept), v.to(kept)
+            q = q if hidden else q.to(kept)
         if return_aux:
             if self.aux_loss is None or reset_at is not None:
                 got = "aux_loss=None" if self.aux_loss is None else "reset_at"
@@ -298,7 +317,9 @@ class CompressiveAttention(nn.Module):
                     f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
                 )
             aux = self._auxiliary(q, k, v, lengths, memory)
-        if torch.is_grad_enabled():
+        if hidden:
+            out, memory = self._projecting(q, k, v, lengths, reset_at, memory, x.dtype)
+        elif torch.is_grad_enabled():
             out, memory = self._differentiable(q, k, v, lengths, reset_at, memory)
         else:
             out, memory = self._streaming(q, k, v, lengths, reset_at, memory)
@@ -359,23 +380,48 @@ class CompressiveAttention(nn.Module):
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
+    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, 1, n, E] to un-rotated keys and values [B, Hkv, n, D]."""
+        k, v = self.k_proj(x[:, 0]), self.v_proj(x[:, 0])
+        return self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
+
+    def _constant_pairs(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """:meth:`_pairs` of inputs of any dtype, by constant weights."""
+        made = []
+        for projection in (self.k_proj, self.v_proj):
+            weights = {name: w.detach() for name, w in projection.named_parameters()}
+            y = torch.func.functional_call(projection, weights, (x[:, 0].to(dtype),))
+            made.append(self._heads(y, self.num_kv_heads).to(x.dtype))
+        return made[0], made[1]
+
+    def _rotary(self) -> tuple[int, float, bool]:
+        return (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
+
     def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
-        rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
-        return (self.schedule.numbers, self.distance, *rotary)
+        return (self.schedule.numbers, self.distance, *self._rotary())
+
+    def _stored_settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
+        """:meth:`_settings` of what is stored: inputs are not rotated."""
+        numbers, distance, width, base, interleaved = self._settings()
+        width = width if self.memory_content == "kv" else 0
+        return (numbers, distance, width, base, interleaved)
 
     def _scores(self) -> tuple[Any, ...]:
         """What operators that attend take last: operands of the scores, settings, scale, mass."""
-        operands = (self.compressed_bias, None, [])
+        operands: tuple[Any, ...] = (self.compressed_bias, None, [])
         return (*operands, *self._settings(), self.head_dim**-0.5, False)
 
     def _auxiliary(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
     ) -> Tensor:
         state = [] if memory is None else [memory[name] for name in STATE]
-        evicted = evictions(q, k, v, lengths, state, self.schedule, self._settings())
+        evicted = evictions(q, k, v, lengths, state, self.schedule, self._stored_settings())
         if self.aux_loss == "autoencoding":
             return auto_encoding(evicted, self.compressor, self.decoder)
-        return attention_reconstruction(evicted, self.compressor)
+        project = None
+        if self.memory_content == "hidden":
+            project = partial(self._constant_pairs, dtype=q.dtype)
+        return attention_reconstruction(evicted, self.compressor, project=project)
 
     def _streaming(
         self,
@@ -430,6 +476,49 @@ class CompressiveAttention(nn.Module):
                 [] if self.compressor.native else [*constants, block],
             )
             torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *state, *compressor, *settings)
+        return out, memory
+
+    def _projecting(
+        self,
+        q: Tensor,
+        hidden: Tensor,  # [B, 1, T, E], as stored
+        none: Tensor,  # [B, 1, T, 0]
+        lengths: Tensor | None,
+        reset_at: Tensor | None,
+        memory: Memory | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Memory]:
+        """A call over a memory of inputs, under grad and without."""
+
+        def project(x: Tensor) -> tuple[Tensor, Tensor]:
+            return self._pairs(x.to(dtype))
+
+        state = [] if memory is None else [memory[name] for name in STATE]
+        settings, rows = self._stored_settings(), (lengths, reset_at)
+        groups, empty, block = torch.ops.ctx.due_groups(hidden, none, *rows, state, *settings)
+        slots = self.compressor.slots(groups, empty)
+        made = [slot.detach() for slot in slots]
+        if self.compressor_grad == "aux":
+            slots = (made[0], made[1])
+        pairs: list[Tensor] = []
+        if memory is not None:
+            pairs = pairs_of(memory, self.schedule, self.distance, self._rotary(), project)
+        # A slot is rounded as the memory will, so that it never matters which call made it.
+        slots = project(slots[0].to(hidden.dtype))
+        out, _ = torch.ops.ctx.attend_sequence(
+            q, *project(hidden), *rows, pairs, *slots, None, *self._scores()
+        )
+        copied = torch.is_grad_enabled()
+        with torch.no_grad():
+            if memory is None:
+                memory = self._state.zeros(q.shape[0], hidden.dtype, hidden.device)
+            elif copied:
+                memory = {name: tensor.clone() for name, tensor in memory.items()}
+            state = [memory[name] for name in STATE]
+            compressor = ("custom", [*made, block])
+            torch.ops.ctx.append_(
+                hidden.detach(), none.detach(), *rows, *state, [], *compressor, *settings
+            )
         return out, memory
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ctx import _C, _check
 from ctx.compression import as_compressor, make_compressor
-from ctx.rows import Rows, as_counts, as_rows
+from ctx.rows import Rows, as_counts, as_rows, resize
 from ctx.schedule import Schedule
 from ctx.state import STATE
 
@@ -302,6 +302,37 @@ class KVMemory:
             IndexError, ValueError, TypeError: a row is not there, or none is given.
         """
         return self._with(self._native.select(as_rows(rows, "ctx.KVMemory.select")))
+
+    def resized(self, *, compressed: int | None = None, window: int | None = None) -> KVMemory:
+        """A new memory of other sizes that holds the same streams, as if it had had them all along;
+        see :func:`ctx.rows.resized`.
+
+        Args:
+            compressed: slots of the compressive memory: fewer (the newest stay), or more while none
+                has been dropped; default as it is.
+            window: exact tokens, while that makes no group due earlier or later; default as it is.
+
+        Raises:
+            ValueError, TypeError: the streams do not have what such a memory shows; the message
+                names the size.
+        """
+        where = "ctx.KVMemory.resized"
+        asked = {"compressed": compressed, "window": window}
+        sizes = {name: _check.integer(n, name, where) for name, n in asked.items() if n is not None}
+        schedule = self.schedule.resized(**sizes)
+        keys = self.tensors["window_keys"]
+        overlap = keys.shape[2] - self.schedule._law.window_capacity(self._settings["headroom"])
+        held = resize(self.tensors, self.schedule, schedule, overlap, where)
+        other = KVMemory(
+            schedule,
+            keys.shape[0],
+            **self._settings,
+            compressor=self.compressor,
+            dtype=keys.dtype,
+            device=keys.device,
+        )
+        other.load_state_dict({**other.state_dict(), **held})
+        return other
 
     @staticmethod
     def merge(memories: Sequence[KVMemory]) -> KVMemory:

@@ -32,6 +32,11 @@ STATE = (
     "usage",
     "slot_positions",
 )
+#: The regions that are rings, and the tensors in which an entry is one position of the region.
+RINGS = {
+    "window": ("window_keys", "window_values", "usage"),
+    "compressed": ("compressed_keys", "compressed_values", "slot_positions"),
+}
 COUNTS = ("seen", "rewindable", "slot_positions")
 
 
@@ -55,6 +60,25 @@ def slot_dtypes(pairs: torch.dtype) -> tuple[torch.dtype, ...]:
     if pairs in (torch.float32, torch.bfloat16, torch.float16):
         return (torch.float32, torch.bfloat16, torch.float16, torch.int8)
     return (pairs,)
+
+
+def slots_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compressed slots [..., stored width] as the numbers [..., width] that they stand for."""
+    if rows.dtype != torch.int8:
+        return rows.to(dtype)
+    width = rows.shape[-1] - SCALE_BYTES
+    scale = rows[..., width:].contiguous().view(torch.float32)
+    return (rows[..., :width].to(torch.float32) * scale).to(dtype)
+
+
+def ring_positions(newest: Tensor, capacity: int) -> Tensor:
+    """The position that stands at every index of a ring once `newest` is written, [B, capacity].
+
+    It is the largest position up to `newest` [B] whose remainder is the index; below zero where
+    nothing has been written.
+    """
+    index = torch.arange(capacity, device=newest.device)
+    return newest[:, None] - (newest[:, None] - index).remainder(max(capacity, 1))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemor
 ModelMemory = list[dict[str, Tensor]]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
+    "memory_content": ("kv", "hidden"),
     "position": ("rotary", None),
     "distance": ("slot", "token"),
     "compressed_bias": ("none", "log_ratio", "learned"),
@@ -70,6 +71,7 @@ class CompressiveTransformerConfig:
     segment: Sizes | None = None
     sinks: Sizes = 0
     compression: str = "conv"
+    memory_content: str = "kv"
     position: str | None = "rotary"
     distance: str = "slot"
     compressed_bias: str = "learned"
@@ -371,7 +373,8 @@ class CompressiveTransformer(nn.Module):
 
         Sizes are one int or one for each layer; those that are not given stay as they are, and
         `compressed=0` switches the compressive memory off. A memory belongs to the sizes that it
-        was made with.
+        was made with; `ctx.rows.resized(memory, model.schedules, twin.schedules)` carries a running
+        one over.
 
         Raises:
             ValueError, TypeError: a size is out of range, or there are not `num_layers` of them.

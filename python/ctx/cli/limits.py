@@ -29,7 +29,8 @@ def check_fits(
         return
     if needed <= present:  # then there are not too many layers to look at each
         slots = sum(s.window + s.compressed + s.segment + s.sinks for s in config.schedules())
-        needed += 4 * rows * slots * kv_heads * (width // config.num_heads) * 2
+        pair = 2 * kv_heads * (width // config.num_heads)
+        needed += 4 * rows * slots * (width if config.memory_content == "hidden" else pair)
     if needed > present:
         raise CliError(
             f"these sizes do not fit: they need at least {needed / 2**30:,.0f} GiB of memory, "

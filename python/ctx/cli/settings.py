@@ -58,6 +58,7 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--segment", "segment", sizes, "tokens between evictions; or per layer"),
     ("--sinks", "sinks", sizes, "first tokens that are kept for ever; or per layer"),
     ("--compression", "compression", str, "mean, max, conv or gated"),
+    ("--memory-content", "memory_content", str, "kv, or hidden: layer inputs, as in the paper"),
     ("--distance", "distance", str, "slot or token"),
     ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
     ("--compressor-grad", "compressor_grad", str, "what trains the compressor: task or aux"),

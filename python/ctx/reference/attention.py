@@ -12,8 +12,9 @@ every key is turned by its distance from the query, straight from the definition
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,27 +47,70 @@ def attend(
     arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a constant.
     """
     work = working_dtype(k.dtype)
-    heads, width = q.shape[1], q.shape[3]
-    kv_heads, length = k.shape[1:3]
+    kv_heads, length, width = k.shape[1:]
     carried = length - q.shape[2]
-    scale = width**-0.5 if scale is None else scale
-    turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
-    bias = slot_bias(compressed_bias, schedule.ratio, heads, work)
     compress = make_compressor(compressor, kv_heads, schedule.ratio, width, v.shape[3], work)
 
     keys = [k[:, :, j].detach() if j < carried else k[:, :, j] for j in range(length)]
     values = [v[:, :, j].detach() if j < carried else v[:, :, j] for j in range(length)]
     keys, values = [key.to(work) for key in keys], [value.to(work) for value in values]
+
+    def make_slot(g: int, constant: bool) -> tuple[Tensor, Tensor]:
+        group = [keys[j] for j in schedule.members(g)], [values[j] for j in schedule.members(g)]
+        key, value = compress_group(compress, *group)
+        return (key.detach(), value.detach()) if constant else (key, value)
+
+    return walk(
+        q,
+        keys,
+        values,
+        make_slot,
+        schedule,
+        position=position,
+        rotary_base=rotary_base,
+        rotary_dim=rotary_dim,
+        rotary_interleaved=rotary_interleaved,
+        distance=distance,
+        compressed_bias=compressed_bias,
+        scale=scale,
+        compressor_grad=compressor_grad,
+    )
+
+
+def walk(
+    q: Tensor,  # [B, H, T, D]
+    keys: list[Tensor],  # each [B, Hkv, D], of every token of the stream
+    values: list[Tensor],  # each [B, Hkv, Dv]
+    make_slot: Callable[[int, bool], tuple[Tensor, Tensor]],
+    schedule: Schedule,
+    *,
+    position: str | None,
+    rotary_base: float,
+    rotary_dim: int | None,
+    rotary_interleaved: bool,
+    distance: str,
+    compressed_bias: str | Tensor | Sequence[float],
+    scale: float | None,
+    compressor_grad: str,
+) -> Tensor:
+    """What the last T tokens see, one after the other; `make_slot(g, constant)` gives key and value
+    of group g, once its tokens have left the window. Arguments as in `attend`.
+    """
+    work = keys[0].dtype if keys else working_dtype(q.dtype)
+    heads, width = q.shape[1], q.shape[3]
+    length = len(keys)
+    carried = length - q.shape[2]
+    scale = width**-0.5 if scale is None else scale
+    turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
+    bias = slot_bias(compressed_bias, schedule.ratio, heads, work)
     slot_keys: list[Tensor] = []
     slot_values: list[Tensor] = []
     outputs = []
     for t in range(length):
         for g in range(len(slot_keys), schedule.groups(t)):
-            group = [keys[j] for j in schedule.members(g)], [values[j] for j in schedule.members(g)]
-            key, value = compress_group(compress, *group)
-            constant = t < carried or compressor_grad == "aux"
-            slot_keys.append(key.detach() if constant else key)
-            slot_values.append(value.detach() if constant else value)
+            key, value = make_slot(g, t < carried or compressor_grad == "aux")
+            slot_keys.append(key)
+            slot_values.append(value)
         if t < carried:
             continue
         sinks, groups, tokens = schedule.visible(t)
@@ -83,7 +127,7 @@ def attend(
         added[:, :, first:last] = bias[:, None]
         outputs.append(mix((scores + added).softmax(-1), torch.stack(seen_values, 2)))
     if not outputs:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
+        return q.new_zeros(*q.shape[:3], values[0].shape[2] if values else width)
     return torch.stack(outputs, 2).to(q.dtype)
 
 
@@ -95,6 +139,7 @@ def compressive_attention(
     num_heads: int,
     num_kv_heads: int | None = None,
     compression: str = "conv",
+    memory_content: str = "kv",
     new: int | None = None,
     position: str | None = "rotary",
     rotary_base: float = 10000.0,
@@ -110,30 +155,63 @@ def compressive_attention(
         weights: its parameters by name: `q_proj.weight`, `k_proj.weight`, `v_proj.weight`,
             `out_proj.weight`, their `.bias` if any, `compressor.*`, and `compressed_bias` [H] (none
             means no bias).
+        memory_content: "kv" remembers keys and values. "hidden" (the paper's) remembers the inputs
+            themselves and compresses these; keys and values of everything that is seen, slots as
+            well, are made with the weights as they are now.
         new: how many of the last tokens the call brings; earlier ones are a carried memory, and
             constant. None means all.
     """
     new = x.shape[1] if new is None else new
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     q = split_heads(project(x, weights, "q_proj"), num_heads)
-    k = split_heads(project(x, weights, "k_proj"), kv_heads)
-    v = split_heads(project(x, weights, "v_proj"), kv_heads)
+    q = q[:, :, x.shape[1] - new :]
     own = {name[11:]: w for name, w in weights.items() if name.startswith("compressor.")}
-    out = attend(
-        q[:, :, x.shape[1] - new :],
-        k,
-        v,
-        schedule,
-        compressor=partial(COMPRESSORS[compression], **own),
-        position=position,
-        rotary_base=rotary_base,
-        rotary_dim=rotary_dim,
-        rotary_interleaved=rotary_interleaved,
-        distance=distance,
-        compressed_bias=weights.get("compressed_bias", "none"),
-        compressor_grad=compressor_grad,
-    )
+    options: dict[str, Any] = {
+        "position": position,
+        "rotary_base": rotary_base,
+        "rotary_dim": rotary_dim,
+        "rotary_interleaved": rotary_interleaved,
+        "distance": distance,
+        "compressed_bias": weights.get("compressed_bias", "none"),
+        "compressor_grad": compressor_grad,
+    }
+
+    def pair_of(inputs: Tensor) -> tuple[Tensor, Tensor]:  # [B, n, E]
+        k = split_heads(project(inputs, weights, "k_proj"), kv_heads)
+        return k, split_heads(project(inputs, weights, "v_proj"), kv_heads)
+
+    if memory_content == "kv":
+        compress = partial(COMPRESSORS[compression], **own)
+        out = attend(q, *pair_of(x), schedule, compressor=compress, **options)
+    else:
+        carried = x.shape[1] - new
+        held = torch.cat([x[:, :carried].detach(), x[:, carried:]], 1)
+        compress_inputs = inputs_compressor(compression, own)
+
+        def make_slot(g: int, constant: bool) -> tuple[Tensor, Tensor]:
+            members = schedule.members(g)
+            slot = compress_inputs(held[:, members[0] : members[-1] + 1])
+            key, value = pair_of(slot.detach() if constant else slot)
+            return key[:, :, 0], value[:, :, 0]
+
+        keys, values = (pair.unbind(2) for pair in pair_of(held))
+        out = walk(q, [*keys], [*values], make_slot, schedule, scale=None, **options)
     return project(out.transpose(1, 2).flatten(2), weights, "out_proj")
+
+
+def inputs_compressor(compression: str, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """A compressor of layer inputs [B, c, E] to [B, 1, E]: they take the keys' place in one head.
+
+    What a compressor of pairs makes of values is thrown away, so its parameters do not matter.
+    """
+    parameters = {**own, **{name.replace("key_", "value_"): w for name, w in own.items()}}
+
+    def compress(inputs: Tensor) -> Tensor:
+        group = inputs[:, None, None]
+        slot: Tensor = COMPRESSORS[compression](group, group, **parameters)[0]
+        return slot[:, 0]
+
+    return compress
 
 
 def scores_of(query: Tensor, keys: Tensor) -> Tensor:
