@@ -378,7 +378,10 @@ class KVMemory:
         keys = self._native.tensors[0]
         dtype = keys.dtype if dtype is None else _check.dtype(dtype, "ctx.KVMemory.to")
         device = keys.device if device is None else _check.device(device, "ctx.KVMemory.to")
-        return self._with(self._native.to(dtype, device))
+        other = self._with(self._native.to(dtype, device))
+        if dtype == torch.float64:
+            other._settings = {**self._settings, "compressed_dtype": None}
+        return other
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         """What the memory holds, as plain tensors, numbers and names (``ctx/snapshot.h``).
