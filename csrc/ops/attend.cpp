@@ -1,6 +1,6 @@
 // ctx::attend: attention over three spans as a functional operator, and its backward, which
-// recomputes the weights from the log-sum-exp instead of keeping them. Both are composites of
-// torch's own operators, for every device.
+// recomputes the weights from the log-sum-exp instead of keeping them. On the CPU both are kernels
+// of our own (spans.h); elsewhere, composites of torch's own operators, for every device.
 #include "ops/attend.h"
 
 #include <ATen/Parallel.h>
@@ -12,6 +12,7 @@
 #include "core/check.h"
 #include "ops/rotary.h"
 #include "ops/settings.h"
+#include "ops/spans.h"
 
 namespace ctx::ops {
 namespace {
@@ -391,7 +392,7 @@ void check_spans(const Tensor& q,
       window_values, first_sink, first_slot, first_token, bias, schedule, distance, rotary_dim, \
       rotary_base, rotary_interleaved, scale
 
-Call make_call(CTX_ATTEND_PARAMETERS) {
+AttendCall check_call(CTX_ATTEND_PARAMETERS) {
   constexpr const char* where = "ctx.attend";
   const Spans spans{sink_keys,
                     sink_values,
@@ -405,13 +406,14 @@ Call make_call(CTX_ATTEND_PARAMETERS) {
   check_spans(q, position, spans, bias);
   const Clock clock{parse_schedule(schedule, where),
                     parse_token_distance({distance.data(), distance.size()}, where)};
-  return Call(q,
-              position,
-              spans,
-              bias,
-              clock,
-              parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where),
-              scale);
+  const Rotary rotary =
+      parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
+  return {q, position, spans, bias, clock, rotary, scale};
+}
+
+Call make_call(CTX_ATTEND_PARAMETERS) {
+  const AttendCall c = check_call(CTX_ATTEND_ARGUMENTS);
+  return Call(c.q, c.position, c.spans, c.bias, c.clock, c.rotary, c.scale);
 }
 
 std::tuple<Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS) {
@@ -446,6 +448,29 @@ Gradients8 attend_backward(const Tensor& grad_out,
           g.keys[kWindow].to(type),
           g.values[kWindow].to(type),
           bias ? g.bias.to(bias->scalar_type()) : at::zeros({0}, q.options())};
+}
+
+std::tuple<Tensor, Tensor> attend_forward_cpu(CTX_ATTEND_PARAMETERS) {
+  const auto precision = own_precision();
+  return spans_forward(check_call(CTX_ATTEND_ARGUMENTS));
+}
+
+Gradients8 attend_backward_cpu(const Tensor& grad_out,
+                               const Tensor& grad_logsumexp,
+                               const Tensor& out,
+                               const Tensor& logsumexp,
+                               CTX_ATTEND_PARAMETERS) {
+  const auto precision = own_precision();
+  auto g = spans_backward(
+      check_call(CTX_ATTEND_ARGUMENTS), grad_out, grad_logsumexp, out, logsumexp);
+  return {g.q,
+          g.keys[kSinks],
+          g.values[kSinks],
+          g.keys[kCompressed],
+          g.values[kCompressed],
+          g.keys[kWindow],
+          g.values[kWindow],
+          bias ? g.bias : at::zeros({0}, q.options())};
 }
 
 Gradients8 attend_backward_meta(const Tensor& /*grad_out*/,
@@ -596,6 +621,11 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
 TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {
   m.impl("attend", attend_forward);
   m.impl("attend_backward", attend_backward);
+}
+
+TORCH_LIBRARY_IMPL(ctx, CPU, m) {
+  m.impl("attend", attend_forward_cpu);
+  m.impl("attend_backward", attend_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(ctx, Meta, m) {
