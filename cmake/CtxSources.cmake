@@ -3,6 +3,7 @@
 set(CTX_SOURCES
     csrc/core/archive.cpp
     csrc/core/attention.cpp
+    csrc/core/calls.cpp
     csrc/core/compressor.cpp
     csrc/core/init.cpp
     csrc/core/memory.cpp

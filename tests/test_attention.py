@@ -26,6 +26,8 @@ MEMORY = [
     "sink_values",
     "seen",
     "rewindable",
+    "usage",
+    "slot_positions",
 ]
 
 
@@ -403,7 +405,7 @@ class TestPlainData:
     def test_pytree(self):
         attn, memory, x = self.parts()
         leaves, spec = pytree.tree_flatten(memory)
-        assert len(leaves) == 8 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        assert len(leaves) == len(MEMORY) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
         copied = pytree.tree_unflatten([leaf.clone() for leaf in leaves], spec)
         self.assert_continues(attn, memory, attn, copied, x)
 

@@ -69,10 +69,9 @@ class TestAutocast:
         def run():
             keys, values, _ = torch.ops.ctx.due_groups(k, v, None, None, [], *settings)
             slots = attn.compressor(keys, values)
-            bias = attn.compressed_bias
             return torch.ops.ctx.attend_sequence(
-                q, k, v, None, None, [], *slots, bias, *settings, 0.3
-            )
+                q, k, v, None, None, [], *slots, None, *attn._scores()
+            )[0]
 
         expected = run()
         with torch.autocast("cpu", torch.bfloat16):

@@ -184,13 +184,12 @@ def test_export_of_a_step(make):
 def test_operators_alone(compression):
     """torch.ops.ctx compiles without any of our modules around it."""
     module = attention(compression=compression).requires_grad_(False)
-    settings = module._settings()
     compressor = (module.compressor.operands(), module.compressor.name)
 
     def step(q, k, v, *state):
-        return torch.ops.ctx.step_(
-            q, k, v, None, None, *state, *compressor, [], None, *settings, 0.5
-        )
+        return torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, [], *module._scores())[
+            0
+        ]
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     ours, theirs = (list(module.init_memory(2).values()) for _ in range(2))

@@ -28,6 +28,7 @@ SETTINGS = {
     "ratio": (1, "1"),
     "segment": (2, "2"),
     "sinks": (0, "0"),
+    "overlap": (1, "1"),
     "headroom": (6, "6"),
     "rotary_dim": (4, "4"),
     "rotary_base": (10000.000001, r"10000\.000001"),
@@ -46,6 +47,8 @@ TENSORS = (
     "sink_values",
     "seen",
     "rewindable",
+    "usage",
+    "slot_positions",
 )
 
 
@@ -74,7 +77,7 @@ def state_table():
         as_tensor = lambda _: torch.zeros(2)  # noqa: E731
         yield f"{name} is a tensor", part(name, ValueError, as_tensor, "a tensor")
     for name in TENSORS:
-        count = name in ("seen", "rewindable")
+        count = name in ("seen", "rewindable", "slot_positions")
         yield f"no {name}", load(name, ValueError, without(name), "none")
         yield f"{name} is a list", part(name, TypeError, lambda x: x.tolist(), "list")
         yield f"{name} is a number", part(name, TypeError, lambda x: 3, "3")
@@ -101,7 +104,7 @@ def state_table():
     yield "version as a float", part("version", ValueError, lambda _: 1.0, r"1\.0")
     yield "a size as a float", part("kv_heads", ValueError, lambda x: float(x), r"2\.0")
     yield "a size beyond 64 bits", part("kv_heads", ValueError, lambda _: 2**70, str(2**70))
-    yield "a part too many", load("snapshot", ValueError, lambda s: {**s, "usage": 1}, "usage")
+    yield "a part too many", load("snapshot", ValueError, lambda s: {**s, "extra": 1}, "extra")
     yield "a number for a name", load("names", TypeError, lambda s: {**s, 1: 2}, "1")
     for wrong in (None, 3, "ctx.KVMemory", [1], [("format", 1)], torch.zeros(2)):
         kind = type(wrong).__name__

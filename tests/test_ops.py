@@ -5,9 +5,9 @@ import torch
 from torch.library import opcheck
 
 import ctx
-from strategies import DTYPES
+from strategies import DTYPES, assert_close
 
-B, HKV, H, D, DV, T, C = 2, 2, 4, 6, 4, 5, 2
+B, HKV, H, D, DV, T, C, P = 2, 2, 4, 6, 4, 5, 2, 8
 SCHEDULE = ctx.Schedule(4, 3, C, 4, 1)
 SETTINGS = (SCHEDULE.numbers, "slot", 4, 10000.0, False)
 SCALE = D**-0.5
@@ -42,17 +42,17 @@ ROWS = {
 }
 
 
+def scores(dtype, grad=False):
+    """Bias, slopes, relative positions, as operators that attend take them."""
+    sizes = [(H, D), (H, D), (H, D, P), (H, D), (H, D, P)]
+    relative = [drawn(*size, dtype=dtype, grad=grad) for size in sizes]
+    return drawn(H, dtype=dtype, grad=grad), torch.rand(H, dtype=dtype), relative
+
+
 def step(dtype, rows, grad):
-    bias = torch.randn(H, dtype=dtype)
-    return (
-        *pairs(dtype, grad),
-        *ROWS[rows],
-        *memory(dtype),
-        *compressor(dtype),
-        bias,
-        *SETTINGS,
-        SCALE,
-    )
+    operands = (*compressor(dtype), *scores(dtype))
+    settings = (*SETTINGS, SCALE, rows == "lengths")
+    return (*pairs(dtype, grad), *ROWS[rows], *memory(dtype), *operands, *settings)
 
 
 def append(dtype, rows, grad):
@@ -60,7 +60,8 @@ def append(dtype, rows, grad):
 
 
 def attend_memory(dtype, rows, grad):
-    return (pairs(dtype, grad)[0], *memory(dtype), None, *SETTINGS, SCALE)
+    operands = (None, None, []) if rows == "uniform" else scores(dtype)
+    return (pairs(dtype, grad)[0], *memory(dtype), *operands, *SETTINGS, SCALE, True)
 
 
 MUTATING = {"step_": step, "append_": append, "attend_memory": attend_memory}
@@ -75,8 +76,8 @@ def test_streaming_operators(name, rows, grad, dtype):
     operator, arguments = getattr(torch.ops.ctx, name).default, MUTATING[name](dtype, rows, grad)
     with torch.set_grad_enabled(not grad):
         opcheck(operator, arguments)
-    if operator._schema.returns:
-        assert not operator(*arguments).requires_grad
+    for returned in operator(*arguments) or ():
+        assert not returned.requires_grad
 
 
 def rotary(dtype, grad):
@@ -89,7 +90,7 @@ def compress(dtype, grad):
     return keys, values, *compressor(dtype, grad)[:2]
 
 
-def attend(dtype, grad):
+def attend(dtype, grad, with_mass=True):
     q = drawn(B, H, T, D, dtype=dtype, grad=grad)
     spans = []
     for count in (1, 4, 9):
@@ -97,8 +98,13 @@ def attend(dtype, grad):
             spans.append(drawn(B, HKV, count, width, dtype=dtype, grad=grad))
     numbers = [torch.arange(17, 17 + T).expand(B, T)]
     numbers += [torch.full((B, T), first) for first in (0, 3, 13)]
-    bias = drawn(H, dtype=dtype, grad=grad)
-    return (q, numbers[0], *spans, *numbers[1:], bias, *SETTINGS, SCALE)
+    bias, slopes, _ = scores(dtype, grad)
+    relative = [drawn(B, H, T, P, dtype=dtype, grad=grad) for _ in range(2)]
+    positions = torch.randint(0, 12, (B, HKV, 4))
+    operands = (positions, bias, slopes, *relative)
+    settings = (SETTINGS[0], "token", *SETTINGS[2:], SCALE)
+    mass = (with_mass,) if with_mass is not None else ()
+    return (q, numbers[0], *spans, *numbers[1:], *operands, *settings, *mass)
 
 
 def due_groups(dtype, grad):
@@ -110,9 +116,9 @@ def attend_sequence(dtype, grad):
     keys, values, _ = torch.ops.ctx.due_groups(
         k, v, None, ROWS["documents"][1], memory(dtype), *SETTINGS
     )
-    slots = keys.mean(3).detach(), values.mean(3).detach()
-    bias = drawn(H, dtype=dtype, grad=grad)
-    return (q, k, v, None, ROWS["documents"][1], memory(dtype), *slots, bias, *SETTINGS, SCALE)
+    slots = keys.mean(3).detach(), values.mean(3).detach(), None
+    rows = (None, ROWS["documents"][1], memory(dtype))
+    return (q, k, v, *rows, *slots, *scores(dtype, grad), *SETTINGS, SCALE, True)
 
 
 FUNCTIONAL = {
@@ -133,8 +139,9 @@ def test_functional_operators(name, grad, dtype):
 
 def test_attend_backward():
     """The backward is an operator, too."""
-    arguments = attend(torch.float64, False)
-    out, logsumexp = torch.ops.ctx.attend(*arguments)
+    arguments = attend(torch.float64, False, with_mass=None)
+    out, logsumexp, mass = torch.ops.ctx.attend(*arguments, True)
+    assert_close(mass.sum(-1), torch.ones(B, H, T, dtype=torch.float64), 1e-12)
     grads = torch.randn_like(out), torch.randn_like(logsumexp)
     opcheck(torch.ops.ctx.attend_backward.default, (*grads, out, logsumexp, *arguments))
 

@@ -25,6 +25,7 @@ SETTINGS = {
     "ratio": 2,
     "segment": 4,
     "sinks": 1,
+    "overlap": 0,
     "headroom": 7,
     "rotary_dim": 4,
     "rotary_base": 10000.0,

@@ -1,10 +1,10 @@
 #include "ctx/attention.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <cmath>
 
+#include "core/calls.h"
 #include "core/check.h"
 #include "ops/settings.h"
 #include "ops/state.h"
@@ -30,36 +30,6 @@ at::Tensor compressive_attention(const at::Tensor& q,
                                  const std::optional<at::Tensor>& lengths,
                                  const std::optional<at::Tensor>& reset_at) {
   using at::Tensor;
-  static const auto due_groups =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("ctx::due_groups", "")
-          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
-                                                    const Tensor&,
-                                                    const std::optional<Tensor>&,
-                                                    const std::optional<Tensor>&,
-                                                    at::TensorList,
-                                                    at::IntArrayRef,
-                                                    c10::string_view,
-                                                    int64_t,
-                                                    double,
-                                                    bool)>();
-  static const auto attend_sequence = c10::Dispatcher::singleton()
-                                          .findSchemaOrThrow("ctx::attend_sequence", "")
-                                          .typed<Tensor(const Tensor&,
-                                                        const Tensor&,
-                                                        const Tensor&,
-                                                        const std::optional<Tensor>&,
-                                                        const std::optional<Tensor>&,
-                                                        at::TensorList,
-                                                        const Tensor&,
-                                                        const Tensor&,
-                                                        const std::optional<Tensor>&,
-                                                        at::IntArrayRef,
-                                                        c10::string_view,
-                                                        int64_t,
-                                                        double,
-                                                        bool,
-                                                        double)>();
   CTX_CHECK_VALUE(
       q.dim() == 4, "ctx.compressive_attention", "q must be [B, H, T, D], got ", q.sizes());
   CTX_CHECK_VALUE(
@@ -71,38 +41,22 @@ at::Tensor compressive_attention(const at::Tensor& q,
     ops::check_state(memory, options.schedule, "ctx.compressive_attention");
     ops::check_seen(memory[ops::kSeen], "ctx.compressive_attention");
   }
-  const Schedule& s = options.schedule;
-  const std::array<int64_t, 5> schedule = {s.window, s.compressed, s.ratio, s.segment, s.sinks};
-  const double scale =
-      options.scale == 0.0 ? 1.0 / std::sqrt(static_cast<double>(q.size(3))) : options.scale;
-  const auto [keys, values, block] = due_groups.call(k,
-                                                     v,
-                                                     lengths,
-                                                     reset_at,
-                                                     memory,
-                                                     schedule,
-                                                     options.distance,
-                                                     options.rotary_dim,
-                                                     options.rotary_base,
-                                                     options.rotary_interleaved);
+  AttentionOptions resolved = options;
+  if (resolved.scale == 0.0) resolved.scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
+  const calls::Tokens tokens{k, v, lengths, reset_at};
+  const auto [keys, values, block] = calls::due_groups(tokens, memory, resolved);
   auto [slot_keys, slot_values] = compress(keys, values, compressor);
   if (constant_slots) slot_keys = slot_keys.detach(), slot_values = slot_values.detach();
   const std::optional<Tensor> given = bias && bias->defined() ? bias : std::nullopt;
-  return attend_sequence.call(q,
-                              k,
-                              v,
-                              lengths,
-                              reset_at,
-                              memory,
-                              slot_keys,
-                              slot_values,
-                              given,
-                              schedule,
-                              options.distance,
-                              options.rotary_dim,
-                              options.rotary_base,
-                              options.rotary_interleaved,
-                              scale);
+  return std::get<0>(calls::attend_sequence(q,
+                                            tokens,
+                                            memory,
+                                            slot_keys,
+                                            slot_values,
+                                            /*slot_positions=*/std::nullopt,
+                                            given,
+                                            resolved,
+                                            /*with_mass=*/false));
 }
 
 }  // namespace ctx

@@ -1,11 +1,11 @@
 #include "ctx/memory.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/InferenceMode.h>
 
 #include <cmath>
 
+#include "core/calls.h"
 #include "core/check.h"
 #include "ops/registry.h"
 #include "ops/settings.h"
@@ -16,10 +16,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-std::array<int64_t, 5> numbers(const Schedule& s) {
-  return {s.window, s.compressed, s.ratio, s.segment, s.sinks};
-}
 
 void check_tokens(at::TensorList state,
                   const Tensor& k,
@@ -94,15 +90,16 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
                                       options_.kv_heads,
                                       options_.head_dim,
                                       options_.value_dim,
-                                      options_.headroom);
+                                      options_.headroom,
+                                      /*used=*/false);
   const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
   const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int i = 0; i < ops::kStateTensors; ++i) {
-    tensors_[i] = at::zeros_symint(sizes[i], i < ops::kSeen ? pairs : pairs.dtype(at::kLong));
+    tensors_[i] = at::zeros_symint(sizes[i], pairs.dtype(ops::state_type(i, options_.dtype)));
   }
 }
 
-KVMemory::KVMemory(MemoryOptions options, std::array<Tensor, 8> tensors)
+KVMemory::KVMemory(MemoryOptions options, Tensors tensors)
     : options_(std::move(options)), tensors_(std::move(tensors)) {}
 
 // What the memory's own function makes of the groups that a call makes due; none for a compressor
@@ -112,30 +109,8 @@ std::vector<Tensor> KVMemory::custom_slots(const Tensor& k,
                                            const OptionalTensor& lengths,
                                            const OptionalTensor& reset_at) const {
   if (options_.compressor.name != "custom") return {};
-  static const auto due_groups =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("ctx::due_groups", "")
-          .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
-                                                    const Tensor&,
-                                                    const OptionalTensor&,
-                                                    const OptionalTensor&,
-                                                    at::TensorList,
-                                                    at::IntArrayRef,
-                                                    c10::string_view,
-                                                    int64_t,
-                                                    double,
-                                                    bool)>();
-  const AttentionOptions& a = options_.attention;
-  const auto [keys, values, block] = due_groups.call(k,
-                                                     v,
-                                                     lengths,
-                                                     reset_at,
-                                                     tensors_,
-                                                     numbers(a.schedule),
-                                                     a.distance,
-                                                     a.rotary_dim,
-                                                     a.rotary_base,
-                                                     a.rotary_interleaved);
+  const auto [keys, values, block] =
+      calls::due_groups({k, v, lengths, reset_at}, tensors_, options_.attention);
   auto [slot_keys, slot_values] = compress(keys, values, options_.compressor);
   return {slot_keys, slot_values, block};
 }
@@ -147,59 +122,19 @@ Tensor KVMemory::step(const Tensor& q,
                       const OptionalTensor& reset_at) {
   constexpr const char* where = "ctx.KVMemory.step";
   check_tokens(tensors_, k, v, lengths, reset_at, where);
-  ops::check_queries(tensors_, q, k.size(2), options_.compressed_bias, where);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctx::step_", "")
-                             .typed<Tensor(const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const OptionalTensor&,
-                                           const OptionalTensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           at::TensorList,
-                                           c10::string_view,
-                                           at::TensorList,
-                                           const OptionalTensor&,
-                                           at::IntArrayRef,
-                                           c10::string_view,
-                                           int64_t,
-                                           double,
-                                           bool,
-                                           double)>();
-  at::NoGradGuard no_grad;
   const AttentionOptions& a = options_.attention;
-  const std::vector<Tensor> slots = custom_slots(k, v, lengths, reset_at);
-  const auto& s = tensors_;
-  return op.call(q,
-                 k,
-                 v,
-                 lengths,
-                 reset_at,
-                 s[0],
-                 s[1],
-                 s[2],
-                 s[3],
-                 s[4],
-                 s[5],
-                 s[6],
-                 s[7],
-                 options_.compressor.parameters,
-                 options_.compressor.name,
-                 slots,
-                 options_.compressed_bias,
-                 numbers(a.schedule),
-                 a.distance,
-                 a.rotary_dim,
-                 a.rotary_base,
-                 a.rotary_interleaved,
-                 a.scale);
+  ops::check_queries(
+      tensors_, q, k.size(2), {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
+  const Compressor& compressor = options_.compressor;
+  at::NoGradGuard no_grad;
+  return std::get<0>(
+      calls::step_(q,
+                   {k, v, lengths, reset_at},
+                   tensors_,
+                   {compressor.parameters, compressor.name, custom_slots(k, v, lengths, reset_at)},
+                   options_.compressed_bias,
+                   a,
+                   /*with_mass=*/false));
 }
 
 void KVMemory::append(const Tensor& k,
@@ -207,57 +142,25 @@ void KVMemory::append(const Tensor& k,
                       const OptionalTensor& lengths,
                       const OptionalTensor& reset_at) {
   check_tokens(tensors_, k, v, lengths, reset_at, "ctx.KVMemory.append");
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctx::append_", "")
-                             .typed<void(const Tensor&,
-                                         const Tensor&,
-                                         const OptionalTensor&,
-                                         const OptionalTensor&,
-                                         const Tensor&,
-                                         const Tensor&,
-                                         const Tensor&,
-                                         const Tensor&,
-                                         const Tensor&,
-                                         const Tensor&,
-                                         const Tensor&,
-                                         const Tensor&,
-                                         at::TensorList,
-                                         c10::string_view,
-                                         at::TensorList,
-                                         at::IntArrayRef,
-                                         c10::string_view,
-                                         int64_t,
-                                         double,
-                                         bool)>();
+  const Compressor& compressor = options_.compressor;
   at::NoGradGuard no_grad;
-  const AttentionOptions& a = options_.attention;
-  const std::vector<Tensor> slots = custom_slots(k, v, lengths, reset_at);
-  const auto& s = tensors_;
-  op.call(k,
-          v,
-          lengths,
-          reset_at,
-          s[0],
-          s[1],
-          s[2],
-          s[3],
-          s[4],
-          s[5],
-          s[6],
-          s[7],
-          options_.compressor.parameters,
-          options_.compressor.name,
-          slots,
-          numbers(a.schedule),
-          a.distance,
-          a.rotary_dim,
-          a.rotary_base,
-          a.rotary_interleaved);
+  calls::append_({k, v, lengths, reset_at},
+                 tensors_,
+                 {compressor.parameters, compressor.name, custom_slots(k, v, lengths, reset_at)},
+                 options_.attention);
 }
 
-Tensor KVMemory::attend(const Tensor& q) const {
+Tensor KVMemory::attend(const Tensor& q) const { return std::get<0>(attended(q, false)); }
+
+std::tuple<Tensor, Tensor> KVMemory::attend_with_mass(const Tensor& q) const {
+  return attended(q, true);
+}
+
+std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_mass) const {
   constexpr const char* where = "ctx.KVMemory.attend";
-  ops::check_queries(tensors_, q, -1, options_.compressed_bias, where);
+  const AttentionOptions& a = options_.attention;
+  ops::check_queries(
+      tensors_, q, -1, {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
   CTX_CHECK_VALUE(q.size(2) <= options_.headroom,
                   where,
                   "q must have at most headroom = ",
@@ -278,43 +181,8 @@ Tensor KVMemory::attend(const Tensor& q) const {
                       q.size(2));
     }
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctx::attend_memory", "")
-                             .typed<Tensor(const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const Tensor&,
-                                           const OptionalTensor&,
-                                           at::IntArrayRef,
-                                           c10::string_view,
-                                           int64_t,
-                                           double,
-                                           bool,
-                                           double)>();
   at::NoGradGuard no_grad;
-  const AttentionOptions& a = options_.attention;
-  const auto& s = tensors_;
-  return op.call(q,
-                 s[0],
-                 s[1],
-                 s[2],
-                 s[3],
-                 s[4],
-                 s[5],
-                 s[6],
-                 s[7],
-                 options_.compressed_bias,
-                 numbers(a.schedule),
-                 a.distance,
-                 a.rotary_dim,
-                 a.rotary_base,
-                 a.rotary_interleaved,
-                 a.scale);
+  return calls::attend_memory(q, tensors_, options_.compressed_bias, a, with_mass);
 }
 
 int64_t KVMemory::nbytes() const {

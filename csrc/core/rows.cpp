@@ -34,6 +34,7 @@ Snapshot geometry(const MemoryOptions& options) {
           {"ratio", s.ratio},
           {"segment", s.segment},
           {"sinks", s.sinks},
+          {"overlap", s.overlap},
           {"headroom", options.headroom},
           {"rotary_dim", a.rotary_dim},
           {"rotary_base", a.rotary_base},
@@ -99,13 +100,14 @@ const Tensor& find_tensor(const Snapshot& snapshot,
   CTX_CHECK_VALUE(
       tensor->sizes() == sizes, where, name, " must be ", sizes, ", got ", tensor->sizes());
   ops::check_readable(*tensor, name, where);
-  const bool fits = index < ops::kSeen ? at::isFloatingType(tensor->scalar_type())
-                                       : tensor->scalar_type() == at::kLong;
+  const bool counts = ops::state_type(index, at::kFloat) == at::kLong;
+  const bool fits =
+      counts ? tensor->scalar_type() == at::kLong : at::isFloatingType(tensor->scalar_type());
   CTX_CHECK_TYPE(fits,
                  where,
                  name,
                  " must be ",
-                 index < ops::kSeen ? "floating point" : "int64",
+                 counts ? "int64" : "floating point",
                  ", got ",
                  tensor->scalar_type());
   return *tensor;
@@ -190,7 +192,7 @@ KVMemory KVMemory::select(const Tensor& rows) const {
   MemoryOptions options = options_;
   options.batch_size = chosen.size(0);
   const c10::InferenceMode ordinary(false);
-  std::array<Tensor, 8> tensors;
+  Tensors tensors;
   for (int i = 0; i < ops::kStateTensors; ++i) tensors[i] = tensors_[i].index_select(0, chosen);
   return {std::move(options), std::move(tensors)};
 }
@@ -227,7 +229,7 @@ KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
     options.batch_size += other.batch_size;
   }
   const c10::InferenceMode ordinary(false);
-  std::array<Tensor, 8> tensors;
+  Tensors tensors;
   for (int i = 0; i < ops::kStateTensors; ++i) {
     std::vector<Tensor> parts;
     for (const KVMemory* memory : memories) parts.push_back(memory->tensors_[i]);
@@ -247,9 +249,9 @@ KVMemory KVMemory::to(at::ScalarType dtype, at::Device device) const {
   if (options.compressed_bias) options.compressed_bias = options.compressed_bias->to(device);
   options.validate();
   const c10::InferenceMode ordinary(false);
-  std::array<Tensor, 8> tensors;
+  Tensors tensors;
   for (int i = 0; i < ops::kStateTensors; ++i) {
-    const auto type = i < ops::kSeen ? dtype : at::kLong;
+    const auto type = ops::state_type(i, dtype);
     tensors[i] = tensors_[i].to(device, type, /*non_blocking=*/false, /*copy=*/true);
   }
   return {std::move(options), std::move(tensors)};
@@ -294,7 +296,7 @@ void KVMemory::load_state_dict(const Snapshot& snapshot) {
                     " as the memory's, got ",
                     describe(theirs));
   }
-  std::array<Tensor, 8> tensors;
+  Tensors tensors;
   for (int i = 0; i < ops::kStateTensors; ++i)
     tensors[i] = find_tensor(snapshot, i, tensors_[i].sizes(), where);
   const Tensor seen_here = tensors[ops::kSeen].cpu().contiguous();

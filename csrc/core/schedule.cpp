@@ -25,6 +25,7 @@ void Schedule::validate() const {
   check_range("ratio", ratio, 1);
   check_range("segment", segment, 1);
   check_range("sinks", sinks, 0);
+  check_range("overlap", overlap, 0);
 }
 
 }  // namespace ctx

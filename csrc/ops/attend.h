@@ -6,6 +6,8 @@
 #include <tuple>
 
 #include "ops/kernels.h"
+#include "ops/settings.h"
+#include "ops/state.h"
 
 namespace ctx::ops {
 
@@ -22,17 +24,46 @@ struct Spans {
   at::Tensor first_sink;         // int64 [B, T]: token, negative where the stream begins later
   at::Tensor first_slot;         // int64 [B, T]: group
   at::Tensor first_token;        // int64 [B, T]: token
+  at::Tensor slot_positions;  // int64 [B, Hkv, G]: tokens that the slots are; undefined: they are
+                              // groups
 };
 
+// [B, H, T, 3] in the arithmetic's type where it is asked for, else [0].
+inline at::Tensor new_mass(const at::Tensor& q, bool with_mass) {
+  const auto options = q.options().dtype(arithmetic_type(q.scalar_type()));
+  if (!with_mass) return at::empty({0}, options);
+  return at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2), 3}, options);
+}
+
 // Dispatches ctx::attend: q [B, H, T, D] un-rotated, tokens of their streams by position [B, T] ->
-// [B, H, T, Dv]; differentiable. Keys of a span that the law does not show to a query are masked,
-// whatever they hold, as long as it is finite.
-at::Tensor attend(const at::Tensor& q,
-                  const at::Tensor& position,
-                  const Spans& spans,
-                  const std::optional<at::Tensor>& bias,
-                  const Clock& clock,
-                  const Rotary& rotary,
-                  double scale);
+// [B, H, T, Dv]; differentiable, in the operands, too, but for slopes. Keys of a span that the law
+// does not show to a query are masked, whatever they hold, as long as it is finite. Also returns the
+// weight of each region, [B, H, T, 3], where it is asked for: a constant.
+std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q,
+                                          const at::Tensor& position,
+                                          const Spans& spans,
+                                          const ScoreOperands& operands,
+                                          const Clock& clock,
+                                          const Rotary& rotary,
+                                          double scale,
+                                          bool with_mass);
+
+// The same at once, without autograd, and what each key of the window was attended to: its weights,
+// averaged over the query heads of a kv head and summed over queries, [B, Hkv, K]; where it is asked
+// for. Queries before their streams add nothing, and their outputs mean nothing.
+struct Attended {
+  at::Tensor out;
+  at::Tensor mass;
+  at::Tensor usage;
+};
+Attended attend_now(const at::Tensor& q,
+                    const at::Tensor& position,
+                    const Spans& spans,
+                    const ScoreOperands& operands,
+                    const Clock& clock,
+                    const Rotary& rotary,
+                    double scale,
+                    bool with_mass,
+                    bool with_usage);
 
 }  // namespace ctx::ops

@@ -153,8 +153,8 @@ struct SpansArgs {
   int64_t head_dim = 0;
   int64_t value_dim = 0;
   double scale = 1.0;
-  const void* bias = nullptr;    // as in AttendArgs
-  const void* slopes = nullptr;  // as in AttendArgs
+  const void* bias = nullptr;         // as in AttendArgs
+  const void* slopes = nullptr;       // as in AttendArgs
   const int64_t* position = nullptr;  // [B, T]
   Strided queries;                    // [B, H, T, D], un-rotated
   Span spans[3];

@@ -7,8 +7,10 @@
 #include <cstring>
 
 #include "core/check.h"
+#include "ops/attend.h"
 #include "ops/layout.h"
 #include "ops/registry.h"
+#include "ops/rings.h"
 #include "ops/settings.h"
 #include "ops/state.h"
 
@@ -17,6 +19,7 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Result = std::tuple<Tensor, Tensor>;  // output, and the weight that each region got
 
 // The tensors and settings that all three operators take, in the order of their schemas.
 struct Memory {
@@ -52,6 +55,9 @@ struct Memory {
     view.compressed_values = state[kCompressedValues].data_ptr();
     view.sink_keys = state[kSinkKeys].data_ptr();
     view.sink_values = state[kSinkValues].data_ptr();
+    if (!counts_usage(state)) return;
+    view.usage = state[kUsage].data_ptr();
+    view.slot_positions = state[kSlotPositions].data_ptr<int64_t>();
   }
 
   const Kernels& kernels() const { return kernels_for(state[kWindowKeys].device().type()); }
@@ -244,40 +250,123 @@ class Writer {
 
 class Reader {
  public:
-  Reader(const Memory& memory, const Tensor& q, const OptionalTensor& bias, double scale)
+  // `counts`: queries add to the usage of what they attend to, where the memory counts it.
+  Reader(const Memory& memory,
+         const Tensor& q,
+         const ScoreOperands& operands,
+         double scale,
+         bool with_mass,
+         bool counts)
       : memory_(memory),
+        operands_(operands),
         q_(rows(q)),
-        out_(at::empty({q.size(0), q.size(1), q.size(2), memory.view.value_dim}, q.options())) {
+        out_(at::empty({q.size(0), q.size(1), q.size(2), memory.view.value_dim}, q.options())),
+        mass_(new_mass(q, with_mass)) {
     args_.memory = memory.view;
     args_.heads = q.size(1);
     args_.scale = scale;
     args_.queries = strided(q_);
     args_.out = strided(out_);
-    if (bias) {
-      bias_ = bias->to(arithmetic_type(q.scalar_type())).expand({q.size(1)}).contiguous();
-      args_.bias = bias_.const_data_ptr();
-    }
+    if (operands.bias) args_.bias = per_head(*operands.bias, bias_);
+    if (operands.slopes) args_.slopes = per_head(*operands.slopes, slopes_);
+    if (with_mass) args_.mass = mass_.data_ptr();
+    args_.call_tokens = q.size(2);
+    args_.count_usage = counts && memory.view.usage != nullptr;
   }
 
   void attend(const Block& block) {
+    if (!operands_.relative.empty()) return compose(block);
     args_.block = block;
     memory_.kernels().attend(args_);
   }
 
-  const Tensor& out() const { return out_; }
+  Result result() const { return {out_, mass_}; }
 
  private:
+  const void* per_head(const Tensor& values, Tensor& kept) const {
+    kept = values.to(arithmetic_type(q_.scalar_type())).expand({q_.size(1)}).contiguous();
+    return kept.const_data_ptr();
+  }
+
+  // Relative positions have no kernel: the rings are read in order, and torch's operators do it.
+  void compose(const Block& block) {
+    const State& state = memory_.state;
+    const Clock& clock = memory_.view.clock;
+    const Schedule& s = clock.schedule;
+    const auto integers = state[kSeen].options();
+    const auto from = [&](const int64_t* values) {
+      return at::from_blob(const_cast<int64_t*>(values), {memory_.view.batch}, integers);
+    };
+    const Tensor first = from(block.origin).add(block.offset);
+    const Tensor place = at::arange(block.tokens, integers).unsqueeze(0);
+    Tensor position = first.unsqueeze(1) + place;
+    Tensor last = first + (block.tokens - 1);
+    if (block.lengths != nullptr) {
+      const Tensor count = from(block.lengths).sub(block.offset).clamp(0, block.tokens);
+      position = position.masked_fill(place.ge(count.unsqueeze(1)), -1);
+      last = first + count - 1;
+    }
+    const Tensor begun = groups_of(s, first);
+    const Tensor tokens = count_from(edge_of(s, begun), s.max_window() + block.tokens);
+    const Tensor written = tokens.le(last.unsqueeze(1)).logical_and(last.unsqueeze(1).ge(0));
+    const Tensor groups =
+        count_from(begun - s.compressed, s.compressed + s.max_new_groups(block.tokens));
+    const Tensor made = groups.ge(0).logical_and(groups.lt(groups_of(s, last).unsqueeze(1)));
+    Spans spans;
+    spans.sink_keys = state[kSinkKeys], spans.sink_values = state[kSinkValues];
+    spans.window_keys = read_ring(state[kWindowKeys], tokens, written);
+    spans.window_values = read_ring(state[kWindowValues], tokens, written);
+    const bool slots = s.compressed > 0;
+    spans.compressed_keys =
+        slots ? read_ring(state[kCompressedKeys], groups, made) : state[kCompressedKeys];
+    spans.compressed_values =
+        slots ? read_ring(state[kCompressedValues], groups, made) : state[kCompressedValues];
+    if (memory_.view.slot_positions != nullptr && clock.token_distance) {
+      const Tensor ring = state[kSlotPositions].unsqueeze(-1);
+      spans.slot_positions =
+          slots ? read_ring(ring, groups, made).squeeze(-1) : state[kSlotPositions];
+    }
+    const auto each = [&](const Tensor& x) { return x.unsqueeze(1).expand_as(position); };
+    spans.first_sink = at::zeros_like(position);
+    spans.first_slot = each(begun - s.compressed);
+    spans.first_token = each(edge_of(s, begun));
+    const auto narrow = [&](const Tensor& x) { return x.narrow(2, block.offset, block.tokens); };
+    const bool with_mass = mass_.dim() == 4;
+    const Attended got = attend_now(narrow(q_),
+                                    position,
+                                    spans,
+                                    operands_,
+                                    clock,
+                                    memory_.view.rotary,
+                                    args_.scale,
+                                    with_mass,
+                                    args_.count_usage);
+    const Tensor absent = position.lt(0).unsqueeze(1).unsqueeze(-1);
+    narrow(out_).copy_(got.out.masked_fill(absent, 0.0));
+    if (with_mass) narrow(mass_).copy_(got.mass.masked_fill(absent, 0.0));
+    if (!args_.count_usage) return;
+    const Tensor index = tokens.remainder(memory_.view.window_capacity).unsqueeze(1);
+    Tensor usage = state[kUsage];
+    usage.scatter_add_(2,
+                       index.expand_as(got.usage),
+                       got.usage.masked_fill(written.logical_not().unsqueeze(1), 0.0));
+  }
+
   const Memory& memory_;
+  ScoreOperands operands_;
   Tensor q_;
   Tensor bias_;
+  Tensor slopes_;
   Tensor out_;
+  Tensor mass_;
   AttendArgs args_;
 };
 
 #define CTX_STATE_PARAMETERS                                                               \
   const Tensor &window_keys, const Tensor &window_values, const Tensor &compressed_keys,   \
       const Tensor &compressed_values, const Tensor &sink_keys, const Tensor &sink_values, \
-      const Tensor &seen, const Tensor &rewindable
+      const Tensor &seen, const Tensor &rewindable, const Tensor &usage,                   \
+      const Tensor &slot_positions
 #define CTX_STATE     \
   {window_keys,       \
    window_values,     \
@@ -286,14 +375,21 @@ class Reader {
    sink_keys,         \
    sink_values,       \
    seen,              \
-   rewindable}
+   rewindable,        \
+   usage,             \
+   slot_positions}
+// What scores are made of besides queries and keys.
+#define CTX_ATTEND_PARAMETERS \
+  const OptionalTensor &bias, const OptionalTensor &slopes, at::TensorList relative
+#define CTX_UNUSED_ATTEND \
+  const OptionalTensor& /*bias*/, const OptionalTensor& /*slopes*/, at::TensorList /*relative*/
 #define CTX_SETTINGS_PARAMETERS                                                                \
   at::IntArrayRef schedule, c10::string_view distance, int64_t rotary_dim, double rotary_base, \
       bool rotary_interleaved
 #define CTX_SETTINGS schedule, distance, rotary_dim, rotary_base, rotary_interleaved
 
 // A block is written before its first query attends.
-Tensor step(const Tensor& q,
+Result step(const Tensor& q,
             const Tensor& k,
             const Tensor& v,
             const OptionalTensor& lengths,
@@ -302,24 +398,26 @@ Tensor step(const Tensor& q,
             at::TensorList parameters,
             c10::string_view compressor,
             at::TensorList slots,
-            const OptionalTensor& bias,
+            CTX_ATTEND_PARAMETERS,
             CTX_SETTINGS_PARAMETERS,
-            double scale) {
+            double scale,
+            bool with_mass) {
   constexpr const char* where = "ctx.step_";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
   check_pairs(memory.state, k, v, where);
-  check_queries(memory.state, q, k.size(2), bias, where);
+  const ScoreOperands operands{bias, slopes, relative};
+  check_queries(memory.state, q, k.size(2), operands, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
   Writer writer(memory, k, v, parameters, compressor, slots, reset_at.has_value(), where);
-  Reader reader(memory, q, bias, scale);
+  Reader reader(memory, q, operands, scale, with_mass, /*counts=*/true);
   Rows calls(memory, k.size(2), lengths, reset_at);
   calls.for_each_block([&](const Block& block) {
     writer.write(block);
     reader.attend(block);
   });
   calls.finish();
-  return reader.out();
+  return reader.result();
 }
 
 void append(const Tensor& k,
@@ -343,14 +441,16 @@ void append(const Tensor& k,
 }
 
 // The queries of the last tokens, once `seen` counts these: a block that began as many tokens ago.
-Tensor attend_memory(const Tensor& q,
+Result attend_memory(const Tensor& q,
                      CTX_STATE_PARAMETERS,
-                     const OptionalTensor& bias,
+                     CTX_ATTEND_PARAMETERS,
                      CTX_SETTINGS_PARAMETERS,
-                     double scale) {
+                     double scale,
+                     bool with_mass) {
   constexpr const char* where = "ctx.attend_memory";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
-  check_queries(memory.state, q, -1, bias, where);
+  const ScoreOperands operands{bias, slopes, relative};
+  check_queries(memory.state, q, -1, operands, where);
   const int64_t tokens = q.size(2);
   CTX_CHECK_VALUE(tokens <= memory.headroom,
                   where,
@@ -358,28 +458,28 @@ Tensor attend_memory(const Tensor& q,
                   memory.headroom,
                   " tokens, got ",
                   tokens);
-  Reader reader(memory, q, bias, scale);
+  Reader reader(memory, q, operands, scale, with_mass, /*counts=*/false);
   const Tensor first = memory.state[kSeen].sub(tokens);
   if (tokens > 0) reader.attend({first.const_data_ptr<int64_t>(), nullptr, 0, tokens});
-  return reader.out();
+  return reader.result();
 }
 
-Tensor attended(const Tensor& q, const Tensor& window_values) {
+Result attended(const Tensor& q, const Tensor& window_values, bool with_mass) {
   auto sizes = q.sym_sizes().vec();
   sizes[3] = window_values.sym_size(3);
-  return q.new_empty_symint(sizes);
+  return {q.new_empty_symint(sizes), new_mass(q, with_mass)};
 }
 
 #define CTX_UNUSED_STATE                                                                     \
   const Tensor & /*window_keys*/, [[maybe_unused]] const Tensor &window_values,              \
       const Tensor & /*compressed_keys*/, const Tensor & /*compressed_values*/,              \
       const Tensor & /*sink_keys*/, const Tensor & /*sink_values*/, const Tensor & /*seen*/, \
-      const Tensor & /*rewindable*/
+      const Tensor & /*rewindable*/, const Tensor & /*usage*/, const Tensor & /*slot_positions*/
 #define CTX_UNUSED_SETTINGS                                                            \
   at::IntArrayRef /*schedule*/, c10::string_view /*distance*/, int64_t /*rotary_dim*/, \
       double /*rotary_base*/, bool /*rotary_interleaved*/
 
-Tensor step_meta(const Tensor& q,
+Result step_meta(const Tensor& q,
                  const Tensor& /*k*/,
                  const Tensor& /*v*/,
                  const OptionalTensor& /*lengths*/,
@@ -388,10 +488,11 @@ Tensor step_meta(const Tensor& q,
                  at::TensorList /*parameters*/,
                  c10::string_view /*compressor*/,
                  at::TensorList /*slots*/,
-                 const OptionalTensor& /*bias*/,
+                 CTX_UNUSED_ATTEND,
                  CTX_UNUSED_SETTINGS,
-                 double /*scale*/) {
-  return attended(q, window_values);
+                 double /*scale*/,
+                 bool with_mass) {
+  return attended(q, window_values, with_mass);
 }
 
 void append_meta(const Tensor& /*k*/,
@@ -404,12 +505,13 @@ void append_meta(const Tensor& /*k*/,
                  at::TensorList /*slots*/,
                  CTX_UNUSED_SETTINGS) {}
 
-Tensor attend_memory_meta(const Tensor& q,
+Result attend_memory_meta(const Tensor& q,
                           CTX_UNUSED_STATE,
-                          const OptionalTensor& /*bias*/,
+                          CTX_UNUSED_ATTEND,
                           CTX_UNUSED_SETTINGS,
-                          double /*scale*/) {
-  return attended(q, window_values);
+                          double /*scale*/,
+                          bool with_mass) {
+  return attended(q, window_values, with_mass);
 }
 
 }  // namespace
@@ -417,22 +519,25 @@ Tensor attend_memory_meta(const Tensor& q,
 #define CTX_MUTABLE_STATE                                                                         \
   "Tensor(a!) window_keys, Tensor(b!) window_values, Tensor(c!) compressed_keys, Tensor(d!) "     \
   "compressed_values, Tensor(e!) sink_keys, Tensor(f!) sink_values, Tensor(g!) seen, Tensor(h!) " \
-  "rewindable, "
+  "rewindable, Tensor(i!) usage, Tensor(j!) slot_positions, "
+#define CTX_ATTEND_SCHEMA "Tensor? bias, Tensor? slopes, Tensor[] relative, "
 #define CTX_SETTINGS_SCHEMA \
   "int[] schedule, str distance, int rotary_dim, float rotary_base, bool rotary_interleaved"
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
-  m.def("step_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
-        "Tensor[] parameters, str compressor, Tensor[] slots, Tensor? bias, " CTX_SETTINGS_SCHEMA
-        ", float scale) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "step_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
+      "Tensor[] parameters, str compressor, Tensor[] slots, " CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
+      ", float scale, bool with_mass) -> (Tensor out, Tensor mass)",
+      {at::Tag::pt2_compliant_tag});
   m.def("append_(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
         "Tensor[] parameters, str compressor, Tensor[] slots, " CTX_SETTINGS_SCHEMA ") -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "attend_memory(Tensor q, Tensor window_keys, Tensor window_values, Tensor compressed_keys, "
       "Tensor compressed_values, Tensor sink_keys, Tensor sink_values, Tensor seen, Tensor "
-      "rewindable, Tensor? bias, " CTX_SETTINGS_SCHEMA ", float scale) -> Tensor",
+      "rewindable, Tensor usage, Tensor slot_positions, " CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
+      ", float scale, bool with_mass) -> (Tensor out, Tensor mass)",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -13,6 +13,7 @@
 
 #include "core/check.h"
 #include "ops/attend.h"
+#include "ops/rings.h"
 #include "ops/rotary.h"
 #include "ops/settings.h"
 #include "ops/state.h"
@@ -24,18 +25,6 @@ using at::Tensor;
 using c10::SymInt;
 using OptionalTensor = std::optional<Tensor>;
 
-// The entries of a ring [B, Hkv, capacity, width] at absolute positions [B, n], in order; zero
-// where `held` [B, n] is not: an index there holds something else, or what an earlier stream left.
-Tensor read_ring(const Tensor& ring, const Tensor& positions, const Tensor& held) {
-  const auto column = [](const Tensor& x) { return x.unsqueeze(1).unsqueeze(-1); };
-  const Tensor index = column(positions.remainder(at::Scalar(ring.sym_size(2))));
-  const Tensor rows = ring.gather(
-      2,
-      index.expand_symint(
-          {ring.sym_size(0), ring.sym_size(1), positions.sym_size(1), ring.sym_size(3)}));
-  return rows.masked_fill(column(held).logical_not(), 0.0);
-}
-
 // Rows `index` [B, n] of x [B, Hkv, m, width]; an index outside reads some row that the law hides.
 Tensor take_rows(const Tensor& x, const Tensor& index) {
   const Tensor inside =
@@ -44,8 +33,10 @@ Tensor take_rows(const Tensor& x, const Tensor& index) {
       2, inside.expand_symint({x.sym_size(0), x.sym_size(1), index.sym_size(1), x.sym_size(3)}));
 }
 
-Tensor count_from(const Tensor& first, const SymInt& n) {
-  return first.unsqueeze(-1) + at::arange(at::Scalar(n), first.options());
+// x [B, Hkv, n, D] rotated to positions [B, Hkv, n].
+Tensor rotate_heads(const Tensor& x, const Tensor& position, const Rotary& rotary) {
+  const Tensor rows = x.flatten(0, 1).unsqueeze(1);
+  return rotate(rows, position.flatten(0, 1), rotary).squeeze(1).view_as(x);
 }
 
 // The new tokens of a call and what a memory holds of the rows' past.
@@ -132,18 +123,26 @@ class Sequence {
     return {group(keys), group(values), first_block()};
   }
 
-  // The spans that the new tokens attend to, given the slots made of due_groups().
-  Spans spans(const Tensor& slot_keys, const Tensor& slot_values) const {
+  // The spans that the new tokens attend to, given the slots made of due_groups(); and the token
+  // that each of them is, [B, Hkv, G], where slots are tokens.
+  Spans spans(const Tensor& slot_keys,
+              const Tensor& slot_values,
+              const OptionalTensor& slot_positions) const {
     const auto type = k_.scalar_type();
     Spans s;
     const Tensor keys = rotate(k_, position_, rotary_);
     add_sinks(s, keys);
     const Groups groups = this->groups();
-    const Tensor clock = clock_.token_distance ? groups.number.mul(law().ratio)
-                                                     .to(at::kDouble)
-                                                     .add(law().sinks + (law().ratio - 1) / 2.0)
-                                               : groups.number;
-    s.compressed_keys = rotate(slot_keys, clock, rotary_).to(type);
+    if (slot_positions && clock_.token_distance) {
+      s.compressed_keys = rotate_heads(slot_keys, *slot_positions, rotary_).to(type);
+      s.slot_positions = *slot_positions;
+    } else {
+      const Tensor clock = clock_.token_distance ? groups.number.mul(law().ratio)
+                                                       .to(at::kDouble)
+                                                       .add(law().sinks + (law().ratio - 1) / 2.0)
+                                                 : groups.number;
+      s.compressed_keys = rotate(slot_keys, clock, rotary_).to(type);
+    }
     s.compressed_values = slot_values.to(type);
     s.first_slot = groups.first - slots_behind();
     s.window_keys = keys;
@@ -163,6 +162,10 @@ class Sequence {
         at::cat({read_ring(memory_[kCompressedKeys], slots, made), s.compressed_keys}, 2);
     s.compressed_values =
         at::cat({read_ring(memory_[kCompressedValues], slots, made), s.compressed_values}, 2);
+    if (s.slot_positions.defined()) {
+      const Tensor held = read_ring(memory_[kSlotPositions].unsqueeze(-1), slots, made);
+      s.slot_positions = at::cat({held.squeeze(-1), s.slot_positions}, 2);
+    }
     return s;
   }
 
@@ -299,21 +302,25 @@ std::tuple<Tensor, Tensor, Tensor> due_groups(const Tensor& k,
       .due_groups();
 }
 
-Tensor attend_sequence(const Tensor& q,
-                       const Tensor& k,
-                       const Tensor& v,
-                       const OptionalTensor& lengths,
-                       const OptionalTensor& reset_at,
-                       at::TensorList memory,
-                       const Tensor& slot_keys,
-                       const Tensor& slot_values,
-                       const OptionalTensor& bias,
-                       at::IntArrayRef schedule,
-                       c10::string_view distance,
-                       int64_t rotary_dim,
-                       double rotary_base,
-                       bool rotary_interleaved,
-                       double scale) {
+std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
+                                           const Tensor& k,
+                                           const Tensor& v,
+                                           const OptionalTensor& lengths,
+                                           const OptionalTensor& reset_at,
+                                           at::TensorList memory,
+                                           const Tensor& slot_keys,
+                                           const Tensor& slot_values,
+                                           const OptionalTensor& slot_positions,
+                                           const OptionalTensor& bias,
+                                           const OptionalTensor& slopes,
+                                           at::TensorList relative,
+                                           at::IntArrayRef schedule,
+                                           c10::string_view distance,
+                                           int64_t rotary_dim,
+                                           double rotary_base,
+                                           bool rotary_interleaved,
+                                           double scale,
+                                           bool with_mass) {
   constexpr const char* where = "ctx.attend_sequence";
   const auto precision = own_precision();
   const Sequence sequence(k,
@@ -334,18 +341,23 @@ Tensor attend_sequence(const Tensor& q,
                   q.sym_sizes(),
                   " for k ",
                   k.sym_sizes());
+  check_score_operands(q, {bias, slopes, relative}, where);
   if (q.sym_size(2) == 0) {
-    return q.new_zeros_symint({q.sym_size(0), q.sym_size(1), 0, v.sym_size(3)});
+    return {q.new_zeros_symint({q.sym_size(0), q.sym_size(1), 0, v.sym_size(3)}),
+            new_mass(q, with_mass)};
   }
-  const Tensor out = attend(q,
+  auto [out, mass] = attend(q,
                             sequence.position(),
-                            sequence.spans(slot_keys, slot_values),
-                            bias,
+                            sequence.spans(slot_keys, slot_values, slot_positions),
+                            {bias, slopes, relative},
                             sequence.clock(),
                             sequence.rotary(),
-                            scale);
+                            scale,
+                            with_mass);
   const Tensor& padding = sequence.padding();
-  return padding.defined() ? out.masked_fill(padding.unsqueeze(1).unsqueeze(-1), 0.0) : out;
+  if (!padding.defined()) return {out, mass};
+  const Tensor cut = padding.unsqueeze(1).unsqueeze(-1);
+  return {out.masked_fill(cut, 0.0), with_mass ? mass.masked_fill(cut, 0.0) : mass};
 }
 
 }  // namespace
@@ -358,8 +370,9 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "attend_sequence(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[] "
-      "memory, Tensor slot_keys, Tensor slot_values, Tensor? bias, int[] schedule, str distance, "
-      "int rotary_dim, float rotary_base, bool rotary_interleaved, float scale) -> Tensor",
+      "memory, Tensor slot_keys, Tensor slot_values, Tensor? slot_positions, Tensor? bias, Tensor? "
+      "slopes, Tensor[] relative, int[] schedule, str distance, int rotary_dim, float rotary_base, "
+      "bool rotary_interleaved, float scale, bool with_mass) -> (Tensor out, Tensor mass)",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -47,11 +47,14 @@ Storage storage_of(at::ScalarType dtype, const char* where, const char* name) {
 }
 
 Schedule parse_schedule(at::IntArrayRef values, const char* where) {
-  CTX_CHECK_VALUE(values.size() == 5,
-                  where,
-                  "schedule must be [window, compressed, ratio, segment, sinks], got ",
-                  values);
-  const Schedule schedule{values[0], values[1], values[2], values[3], values[4]};
+  CTX_CHECK_VALUE(
+      values.size() == 5 || values.size() == 6,
+      where,
+      "schedule must be [window, compressed, ratio, segment, sinks] and perhaps overlap, "
+      "got ",
+      values);
+  const int64_t overlap = values.size() == 6 ? values[5] : 0;
+  const Schedule schedule{values[0], values[1], values[2], values[3], values[4], overlap};
   schedule.validate();
   return schedule;
 }

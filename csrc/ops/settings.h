@@ -25,7 +25,7 @@ inline OwnPrecision own_precision() { return OwnPrecision(c10::autocast_dispatch
 // The storage of a dtype; throws TypeError for one that a memory cannot have.
 Storage storage_of(at::ScalarType dtype, const char* where, const char* name);
 
-// [window, compressed, ratio, segment, sinks], validated.
+// [window, compressed, ratio, segment, sinks] and perhaps overlap, validated.
 Schedule parse_schedule(at::IntArrayRef values, const char* where);
 
 // "slot" or "token".

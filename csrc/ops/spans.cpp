@@ -38,7 +38,11 @@ Prepared prepare(const AttendCall& call) {
   a.kv_heads = s.window_keys.size(1);
   a.value_dim = s.window_values.size(3);
   a.scale = call.scale;
-  if (call.bias) a.bias = p.keep(call.bias->to(type).expand({a.heads}).contiguous()).data_ptr();
+  const auto per_head = [&](const std::optional<Tensor>& x) -> const void* {
+    return x ? p.keep(x->to(type).expand({a.heads}).contiguous()).data_ptr() : nullptr;
+  };
+  a.bias = per_head(call.bias);
+  a.slopes = per_head(call.slopes);
   a.position = p.keep_integers(call.position);
   a.queries = p.keep_rows(q);
   const auto span = [&](const Tensor& keys, const Tensor& values, const Tensor& first) {
@@ -67,17 +71,19 @@ Tensor total(const Tensor& sums, int64_t width, at::ScalarType type) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> spans_forward(const AttendCall& call) {
+std::tuple<Tensor, Tensor, Tensor> spans_forward(const AttendCall& call, bool with_mass) {
   Prepared p = prepare(call);
   SpansArgs& a = p.args;
   const auto options = call.q.options();
   const Tensor out = at::empty({a.batch, a.heads, a.tokens, a.value_dim}, options);
-  const Tensor logsumexp = at::empty({a.batch, a.heads, a.tokens},
-                                     options.dtype(arithmetic_type(call.q.scalar_type())));
+  const Tensor logsumexp =
+      at::empty({a.batch, a.heads, a.tokens}, options.dtype(arithmetic_type(call.q.scalar_type())));
   a.out = strided(out);
   a.logsumexp = logsumexp.data_ptr();
+  const Tensor mass = new_mass(call.q, with_mass);
+  if (with_mass) a.mass = mass.data_ptr();
   if (logsumexp.numel() > 0) kernels_for(call.q.device().type()).spans_forward(a);
-  return {out, logsumexp};
+  return {out, logsumexp, mass};
 }
 
 SpanGradients spans_backward(const AttendCall& call,

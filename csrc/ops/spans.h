@@ -14,14 +14,17 @@ struct AttendCall {
   const at::Tensor& q;
   const at::Tensor& position;
   Spans spans;
-  const std::optional<at::Tensor>& bias;
+  const std::optional<at::Tensor>& bias;    // [H] or [1]
+  const std::optional<at::Tensor>& slopes;  // [H] or [1]; distances follow from numbers alone
   Clock clock;
   Rotary rotary;
   double scale;
 };
 
-// [B, H, T, Dv] in q's dtype, and the log-sum-exp [B, H, T] in the arithmetic's.
-std::tuple<at::Tensor, at::Tensor> spans_forward(const AttendCall& call);
+// [B, H, T, Dv] in q's dtype; the log-sum-exp [B, H, T] and the mass (new_mass) in the arithmetic's.
+// A query that sees nothing gets zeros and minus infinity.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> spans_forward(const AttendCall& call,
+                                                             bool with_mass);
 
 // Of sinks, compressed slots and window; in q's dtype, `bias` in its own.
 struct SpanGradients {

@@ -1,6 +1,7 @@
 #include "ops/state.h"
 
 #include "core/check.h"
+#include "ops/settings.h"
 
 namespace ctx::ops {
 namespace {
@@ -16,9 +17,9 @@ constexpr const char* kNames[kStateTensors] = {"window_keys",
                                                "sink_keys",
                                                "sink_values",
                                                "seen",
-                                               "rewindable"};
-
-bool is_pair(int index) { return index < kSeen; }
+                                               "rewindable",
+                                               "usage",
+                                               "slot_positions"};
 
 void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, const char* where) {
   CTX_CHECK_TYPE(x.scalar_type() == keys.scalar_type(),
@@ -43,12 +44,20 @@ void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, co
 
 const char* state_name(int index) { return kNames[index]; }
 
+at::ScalarType state_type(int index, at::ScalarType pairs) {
+  if (index < kSeen) return pairs;
+  return index == kUsage ? arithmetic_type(pairs) : at::kLong;
+}
+
+bool counts_usage(at::TensorList state) { return state[kUsage].sym_size(2) != 0; }
+
 std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
                                                            const SymInt& batch,
                                                            const SymInt& kv_heads,
                                                            const SymInt& head_dim,
                                                            const SymInt& value_dim,
-                                                           const SymInt& headroom) {
+                                                           const SymInt& headroom,
+                                                           bool used) {
   const SymInt window = schedule.window_capacity(headroom);
   const SymInt compressed = schedule.compressed_capacity(headroom);
   return {{
@@ -60,6 +69,8 @@ std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& sched
       {batch, kv_heads, schedule.sinks, value_dim},
       {batch},
       {batch},
+      {batch, kv_heads, used ? window : SymInt(0)},
+      {batch, kv_heads, used ? compressed : SymInt(0)},
   }};
 }
 
@@ -78,17 +89,27 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                   where,
                   "window_values must be [B, Hkv, capacity, Dv], got ",
                   values.sym_sizes());
-  const SymInt headroom = keys.sym_size(2) - schedule.max_window();
+  const int64_t least = schedule.max_window() + schedule.overlap;
+  const SymInt headroom = keys.sym_size(2) - least;
   CTX_CHECK_VALUE(headroom >= 1,
                   where,
                   "window_keys must hold more than ",
-                  schedule.max_window(),
+                  least,
                   " tokens for this schedule, got ",
                   keys.sym_size(2));
-  const auto sizes = state_sizes(
-      schedule, keys.sym_size(0), keys.sym_size(1), keys.sym_size(3), values.sym_size(3), headroom);
+  CTX_CHECK_VALUE(state[kUsage].dim() == 3,
+                  where,
+                  "usage must be [B, Hkv, capacity], got ",
+                  state[kUsage].sym_sizes());
+  const auto sizes = state_sizes(schedule,
+                                 keys.sym_size(0),
+                                 keys.sym_size(1),
+                                 keys.sym_size(3),
+                                 values.sym_size(3),
+                                 headroom,
+                                 counts_usage(state));
   for (int i = 0; i < kStateTensors; ++i) {
-    const auto type = is_pair(i) ? keys.scalar_type() : at::kLong;
+    const auto type = state_type(i, keys.scalar_type());
     CTX_CHECK_VALUE(state[i].sym_sizes() == c10::SymIntArrayRef(sizes[i]),
                     where,
                     kNames[i],
@@ -151,10 +172,66 @@ void check_pairs(at::TensorList state, const Tensor& k, const Tensor& v, const c
                   v.sym_size(2));
 }
 
+void check_score_operands(const Tensor& q, const ScoreOperands& operands, const char* where) {
+  const SymInt heads = q.sym_size(1);
+  const auto on_device = [&](const Tensor& x, const char* name) {
+    CTX_CHECK_VALUE(
+        x.device() == q.device(), where, name, " must be on ", q.device(), ", got ", x.device());
+  };
+  const auto per_head = [&](const OptionalTensor& x, const char* name) {
+    if (!x) return;
+    CTX_CHECK_VALUE(x->dim() == 1 && (x->sym_size(0) == heads || x->sym_size(0) == 1),
+                    where,
+                    name,
+                    " must be [H] = [",
+                    heads,
+                    "], got ",
+                    x->sym_sizes());
+    on_device(*x, name);
+  };
+  per_head(operands.bias, "compressed_bias");
+  per_head(operands.slopes, "alibi_slopes");
+  if (operands.relative.empty()) return;
+  constexpr std::array<const char*, 5> names = {"relative key_bias",
+                                                "relative position_bias",
+                                                "relative position_weight",
+                                                "relative compressed_position_bias",
+                                                "relative compressed_position_weight"};
+  CTX_CHECK_VALUE(operands.relative.size() == names.size(),
+                  where,
+                  "relative must be 0 or 5 tensors, got ",
+                  operands.relative.size());
+  const Tensor& weight = operands.relative[2];
+  const SymInt width = weight.dim() == 3 ? weight.sym_size(2) : SymInt(0);
+  CTX_CHECK_VALUE(width > 0 && width % 2 == 0,
+                  where,
+                  names[2],
+                  " must be [H, D, P] with an even P, got ",
+                  weight.sym_sizes());
+  for (size_t i = 0; i < names.size(); ++i) {
+    std::vector<SymInt> sizes = {heads, q.sym_size(3)};
+    if (i == 2 || i == 4) sizes.push_back(width);
+    const Tensor& x = operands.relative[i];
+    CTX_CHECK_VALUE(x.sym_sizes() == c10::SymIntArrayRef(sizes),
+                    where,
+                    names[i],
+                    " must be ",
+                    c10::SymIntArrayRef(sizes),
+                    ", got ",
+                    x.sym_sizes());
+    CTX_CHECK_TYPE(at::isFloatingType(x.scalar_type()),
+                   where,
+                   names[i],
+                   " must be floating point, got ",
+                   x.scalar_type());
+    on_device(x, names[i]);
+  }
+}
+
 void check_queries(at::TensorList state,
                    const Tensor& q,
                    const SymInt& tokens,
-                   const OptionalTensor& bias,
+                   const ScoreOperands& operands,
                    const char* where) {
   const Tensor& keys = state[kWindowKeys];
   const SymInt kv_heads = keys.sym_size(1);
@@ -180,20 +257,7 @@ void check_queries(at::TensorList state,
                   ", got ",
                   q.sym_size(2));
   check_like_memory(q, keys, "q", where);
-  if (!bias) return;
-  CTX_CHECK_VALUE(
-      bias->dim() == 1 && (bias->sym_size(0) == q.sym_size(1) || bias->sym_size(0) == 1),
-      where,
-      "compressed_bias must be [H] = [",
-      q.sym_size(1),
-      "], got ",
-      bias->sym_sizes());
-  CTX_CHECK_VALUE(bias->device() == keys.device(),
-                  where,
-                  "compressed_bias must be on ",
-                  keys.device(),
-                  ", got ",
-                  bias->device());
+  check_score_operands(q, operands, where);
 }
 
 void check_rows(const Tensor& k,

@@ -11,7 +11,8 @@
 namespace ctx::ops {
 
 // In this order everywhere. `seen` is the whole bookkeeping; `rewindable` says how much of it the
-// rings can still take back.
+// rings can still take back. The last two have entries only where a compressor chooses by usage:
+// what each token of the window was attended to, and which token each slot is.
 enum StateIndex : int {
   kWindowKeys,
   kWindowValues,
@@ -21,6 +22,8 @@ enum StateIndex : int {
   kSinkValues,
   kSeen,
   kRewindable,
+  kUsage,
+  kSlotPositions,
   kStateTensors
 };
 
@@ -28,13 +31,20 @@ using State = std::array<at::Tensor, kStateTensors>;
 
 const char* state_name(int index);
 
-// Sizes of the tensors for a schedule and a headroom.
+// The dtype of a tensor of a memory whose pairs have dtype `pairs`.
+at::ScalarType state_type(int index, at::ScalarType pairs);
+
+// Sizes of the tensors for a schedule and a headroom; `used`: a compressor chooses by usage.
 std::array<std::vector<c10::SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
                                                                 const c10::SymInt& batch,
                                                                 const c10::SymInt& kv_heads,
                                                                 const c10::SymInt& head_dim,
                                                                 const c10::SymInt& value_dim,
-                                                                const c10::SymInt& headroom);
+                                                                const c10::SymInt& headroom,
+                                                                bool used);
+
+// Whether the memory is one whose compressor chooses by usage.
+bool counts_usage(at::TensorList state);
 
 // Checks the tensors against each other and a schedule, and returns their headroom. Like the two
 // below, it reads sizes as symbols, so that it holds while a graph is traced.
@@ -43,12 +53,20 @@ c10::SymInt check_state(at::TensorList state, const Schedule& schedule, const ch
 // Checks pairs against a memory: k [B, Hkv, T, D], v [B, Hkv, T, Dv].
 void check_pairs(at::TensorList state, const at::Tensor& k, const at::Tensor& v, const char* where);
 
-// Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any); bias
-// [H] or [1].
+// What scores are made of besides queries and keys (AttentionOptions says what they are): bias and
+// slopes [H] or [1], relative none or five.
+struct ScoreOperands {
+  const std::optional<at::Tensor>& bias;
+  const std::optional<at::Tensor>& slopes;
+  at::TensorList relative;
+};
+void check_score_operands(const at::Tensor& q, const ScoreOperands& operands, const char* where);
+
+// Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any).
 void check_queries(at::TensorList state,
                    const at::Tensor& q,
                    const c10::SymInt& tokens,
-                   const std::optional<at::Tensor>& bias,
+                   const ScoreOperands& operands,
                    const char* where);
 
 // What a call says about its rows, k being its keys: lengths int64 [B], reset_at bool [B, T].

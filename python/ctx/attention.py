@@ -348,6 +348,11 @@ class CompressiveAttention(nn.Module):
         rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
         return (self.schedule.numbers, self.distance, *rotary)
 
+    def _scores(self) -> tuple[Any, ...]:
+        """What operators that attend take last: operands of the scores, settings, scale, mass."""
+        operands = (self.compressed_bias, None, [])
+        return (*operands, *self._settings(), self.head_dim**-0.5, False)
+
     def _auxiliary(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
     ) -> Tensor:
@@ -376,9 +381,8 @@ class CompressiveAttention(nn.Module):
             )
             made = [*self.compressor.slots(keys, values), block]
         compressor = (self.compressor.operands(), self.compressor.engine_name, made)
-        settings = (self.compressed_bias, *self._settings(), self.head_dim**-0.5)
-        out: Tensor = torch.ops.ctx.step_(
-            q, k, v, lengths, reset_at, *state, *compressor, *settings
+        out, _ = torch.ops.ctx.step_(
+            q, k, v, lengths, reset_at, *state, *compressor, *self._scores()
         )
         return out, memory
 
@@ -398,9 +402,7 @@ class CompressiveAttention(nn.Module):
         constants = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
-        out: Tensor = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, self.compressed_bias, *settings, self.head_dim**-0.5
-        )
+        out, _ = torch.ops.ctx.attend_sequence(q, k, v, *rows, state, *slots, None, *self._scores())
         with torch.no_grad():
             if memory is None:
                 memory = self._state.zeros(q.shape[0], k.dtype, k.device)

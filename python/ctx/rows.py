@@ -19,6 +19,13 @@ from ctx.state import COUNTS, STATE, Memory
 
 __all__ = ["clone", "merge", "reset", "rewind", "select"]
 
+_SIZES = {
+    "seen": "[B]",
+    "rewindable": "[B]",
+    "usage": "[B, Hkv, capacity]",
+    "slot_positions": "[B, Hkv, capacity]",
+}
+
 # A layer's memory, or a list or tuple of memories.
 Nested = TypeVar("Nested", bound=Any)
 Rows = int | Sequence[int] | Tensor
@@ -200,9 +207,9 @@ def _layers(memory: Any, where: str) -> list[Memory]:
         rows = memory["seen"].shape[:1]
         for name in (*COUNTS, *STATE):
             tensor = memory[name]
-            rank = 1 if name in COUNTS else 4
+            sizes = _SIZES.get(name, "[B, Hkv, capacity, width]")
+            rank = 1 + sizes.count(",")
             if tensor.dim() != rank or tensor.shape[:1] != rows:
-                sizes = ["[B]", "[B, Hkv, capacity, width]"][rank > 1]
                 got = f"{list(tensor.shape)} beside seen {list(memory['seen'].shape)}"
                 raise ValueError(f"{where}: {name} must be {sizes}, got {got}")
             if (tensor.dtype == torch.int64) != (name in COUNTS):

@@ -17,7 +17,9 @@ __all__ = ["STATE", "Memory", "StateShape"]
 Memory = dict[str, Tensor]
 
 #: Names of the tensors that are a memory, in the order in which operators take them. ``seen`` is
-#: the whole bookkeeping; ``rewindable`` says how much of it the rings can still take back.
+#: the whole bookkeeping; ``rewindable`` says how much of it the rings can still take back. The last
+#: two have entries only where a compressor chooses by usage: what each token of the window was
+#: attended to, and which token each slot is.
 STATE = (
     "window_keys",
     "window_values",
@@ -27,8 +29,18 @@ STATE = (
     "sink_values",
     "seen",
     "rewindable",
+    "usage",
+    "slot_positions",
 )
-COUNTS = ("seen", "rewindable")
+COUNTS = ("seen", "rewindable", "slot_positions")
+
+
+def dtype_of(name: str, pairs: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor of a memory whose pairs have dtype `pairs`."""
+    if name in COUNTS:
+        return torch.int64
+    wide = torch.float64 if pairs == torch.float64 else torch.float32
+    return wide if name == "usage" else pairs
 
 
 @dataclass(frozen=True)
@@ -41,27 +53,40 @@ class StateShape:
     window: int
     compressed: int
     sinks: int
+    used: bool = False
 
     @classmethod
     def of(
-        cls, schedule: Schedule, kv_heads: int, head_dim: int, value_dim: int, headroom: int
+        cls,
+        schedule: Schedule,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        headroom: int,
+        *,
+        overlap: int = 0,
+        used: bool = False,
     ) -> StateShape:
-        """The shapes that a schedule and a headroom need."""
-        window = schedule._law.window_capacity(headroom)
+        """The shapes that a schedule, a headroom and a compressor need."""
+        window = schedule._law.window_capacity(headroom) + overlap
         compressed = schedule._law.compressed_capacity(headroom)
-        return cls(kv_heads, head_dim, value_dim, window, compressed, schedule.sinks)
+        return cls(kv_heads, head_dim, value_dim, window, compressed, schedule.sinks, used)
 
     def sizes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor for so many rows."""
         lengths = (self.window, self.compressed, self.sinks)
         widths = (self.head_dim, self.value_dim)
         pairs = [(rows, self.kv_heads, length, width) for length in lengths for width in widths]
-        return dict(zip(STATE, [*pairs, (rows,), (rows,)], strict=True))
+        choosing = [
+            (rows, self.kv_heads, length if self.used else 0)
+            for length in (self.window, self.compressed)
+        ]
+        return dict(zip(STATE, [*pairs, (rows,), (rows,), *choosing], strict=True))
 
     def zeros(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Memory:
         """An empty memory."""
         return {
-            name: torch.zeros(size, device=device, dtype=torch.int64 if name in COUNTS else dtype)
+            name: torch.zeros(size, device=device, dtype=dtype_of(name, dtype))
             for name, size in self.sizes(rows).items()
         }
 
@@ -83,7 +108,7 @@ class StateShape:
             )
         dtype = memory["window_keys"].dtype
         for name, size in self.sizes(rows).items():
-            tensor, kind = memory[name], torch.int64 if name in COUNTS else dtype
+            tensor, kind = memory[name], dtype_of(name, dtype)
             if tuple(tensor.shape) != size:
                 raise ValueError(f"{where}: {name} must be {list(size)}, got {list(tensor.shape)}")
             if tensor.dtype != kind or not (name in COUNTS or kind.is_floating_point):

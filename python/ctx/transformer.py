@@ -17,7 +17,7 @@ from ctx.attention import CompressiveAttention
 from ctx.compression import COMPRESSORS
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
-from ctx.schedule import Schedule
+from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
 
@@ -44,7 +44,9 @@ class CompressiveTransformerConfig:
         vocab_size: number of different tokens; 256 for bytes.
         embed_dim: width of the residual stream.
         num_layers, num_heads, num_kv_heads: blocks, query heads, key/value heads (None: num_heads).
-        window, compressed, ratio, segment, sinks: the memory, as in `ctx.Schedule`.
+        window, compressed, ratio, segment, sinks: the memory, as in `ctx.Schedule`; each is one
+            int, or a list or tuple of `num_layers` ints, first layer first (kept as a tuple).
+            `compressed=0` switches the compressive memory off, be it of one layer.
         compression ... rotary_interleaved, headroom: as in `ctx.CompressiveAttention`.
         mlp: "swiglu" or "gelu".
         mlp_dim: inner width of the MLP; None: 4 x embed_dim, and 2/3 of that for "swiglu".
@@ -62,11 +64,11 @@ class CompressiveTransformerConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None
-    window: int
-    compressed: int
-    ratio: int
-    segment: int | None = None
-    sinks: int = 0
+    window: Sizes
+    compressed: Sizes
+    ratio: Sizes
+    segment: Sizes | None = None
+    sinks: Sizes = 0
     compression: str = "conv"
     position: str | None = "rotary"
     distance: str = "slot"
@@ -130,16 +132,37 @@ class CompressiveTransformerConfig:
                 f"{where}: rotary_dim must be even and at most embed_dim / num_heads = {head_dim}, "
                 f"got {rotary_dim}"
             )
-        self.schedule()
+        for name in SIZES:
+            sizes = as_sizes(getattr(self, name), name, self.num_layers, where)
+            object.__setattr__(self, name, sizes)
+        each = any(isinstance(getattr(self, name), tuple) for name in SIZES)
+        self._schedules(self.num_layers if each else 1)  # refuses what is out of range
+
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The memory's sizes as the law reads them, one for each layer."""
+        return self._schedules(self.num_layers)
+
+    def _schedules(self, layers: int) -> tuple[Schedule, ...]:
+        return schedules_of(layers, {name: getattr(self, name) for name in SIZES})
 
     def schedule(self) -> Schedule:
-        """The memory's sizes as the law reads them."""
-        sizes = (self.window, self.compressed, self.ratio, self.segment, self.sinks)
-        return Schedule(*sizes)  # type: ignore[arg-type]  # segment: None means ratio
+        """The schedule that all layers have.
+
+        Raises:
+            ValueError: they have not all the same; `schedules` has each.
+        """
+        first, *others = self.schedules()
+        if any(other != first for other in others):
+            raise ValueError(
+                "ctx.CompressiveTransformerConfig.schedule: schedules must be one for all layers, "
+                f"got {len({first, *others})} different ones: use schedules()"
+            )
+        return first
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name; `from_dict` is the way back."""
-        return dataclasses.asdict(self)
+        """Plain values by name, sizes per layer as lists; `from_dict` is the way back."""
+        values = dataclasses.asdict(self)
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CompressiveTransformerConfig:
@@ -159,10 +182,11 @@ class CompressiveTransformerConfig:
             )
         return cls(**settings)
 
-    def attention(self) -> dict[str, Any]:
-        """The keyword arguments of each layer's `ctx.CompressiveAttention`."""
-        elsewhere = ("vocab_size", "num_layers", "mlp", "mlp_dim", "norm", "tied")
-        return {name: value for name, value in self.to_dict().items() if name not in elsewhere}
+    def attention(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments of a layer's `ctx.CompressiveAttention`."""
+        elsewhere = ("vocab_size", "num_layers", "mlp", "mlp_dim", "norm", "tied", *SIZES)
+        kept = {name: value for name, value in self.to_dict().items() if name not in elsewhere}
+        return kept | dict(zip(SIZES, self.schedules()[layer].numbers, strict=True))
 
 
 def _norm(config: CompressiveTransformerConfig) -> nn.Module:
@@ -198,10 +222,10 @@ class _MLP(nn.Module):
 class _Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: CompressiveTransformerConfig) -> None:
+    def __init__(self, config: CompressiveTransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = _norm(config)
-        self.attention = CompressiveAttention(**config.attention())
+        self.attention = CompressiveAttention(**config.attention(layer))
         self.mlp_norm = _norm(config)
         self.mlp = _MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -240,7 +264,7 @@ class CompressiveTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(_Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config)
         self.head: nn.Linear | None = None
         if not config.tied:
@@ -270,8 +294,13 @@ class CompressiveTransformer(nn.Module):
         return [cast(_Block, block).attention for block in self.blocks]
 
     @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The law that each layer follows."""
+        return self.config.schedules()
+
+    @property
     def schedule(self) -> Schedule:
-        """The law that every layer follows."""
+        """The law that every layer follows, where it is one; see `config.schedule`."""
         return self.config.schedule()
 
     def init_memory(self, batch_size: int) -> ModelMemory:
@@ -327,15 +356,19 @@ class CompressiveTransformer(nn.Module):
     def with_memory(
         self,
         *,
-        window: int | None = None,
-        compressed: int | None = None,
-        segment: int | None = None,
-        sinks: int | None = None,
+        window: Sizes | None = None,
+        compressed: Sizes | None = None,
+        segment: Sizes | None = None,
+        sinks: Sizes | None = None,
     ) -> CompressiveTransformer:
         """The same model over a memory of other sizes: a second module that shares every parameter.
 
-        Sizes that are not given stay as they are; `compressed=0` switches the compressive memory
-        off. A memory belongs to the sizes that it was made with.
+        Sizes are one int or one for each layer; those that are not given stay as they are, and
+        `compressed=0` switches the compressive memory off. A memory belongs to the sizes that it
+        was made with.
+
+        Raises:
+            ValueError, TypeError: a size is out of range, or there are not `num_layers` of them.
         """
         sizes = {
             "window": window,
@@ -346,8 +379,8 @@ class CompressiveTransformer(nn.Module):
         changed: dict[str, Any] = {name: n for name, n in sizes.items() if n is not None}
         twin: CompressiveTransformer = _share(self)
         twin.config = dataclasses.replace(self.config, **changed)
-        for layer in twin.layers:
-            layer.schedule = twin.schedule
+        for layer, schedule in zip(twin.layers, twin.schedules, strict=True):
+            layer.schedule = schedule
         return twin
 
     def generate(
@@ -451,7 +484,8 @@ class CompressiveTransformer(nn.Module):
         self, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
     ) -> Tensor:
         """Streams the tokens and returns what stands behind the last of every row, [B, E]."""
-        block = max(64, self.schedule.segment)  # a long prompt is read at constant memory, too
+        # A long prompt is read at constant memory, too.
+        block = max(64, *(schedule.segment for schedule in self.schedules))
         newest: Tensor | None = None
         for first in range(0, tokens.shape[1], block):
             chunk = tokens[:, first : first + block]

@@ -15,7 +15,7 @@
 
 namespace ctx {
 
-// Everything about attention that is not a tensor.
+// What attention is, but for the compressor and the bias of its slots.
 struct AttentionOptions {
   Schedule schedule;
   std::string distance =
@@ -25,6 +25,14 @@ struct AttentionOptions {
   bool rotary_interleaved =
       false;           // pairs (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
   double scale = 0.0;  // of the scores; 0: head_dim^-1/2
+  // ALiBi (Press et al. 2022, arXiv:2108.12409): slope * distance is taken from every scaled score;
+  // [H], absent: not.
+  std::optional<at::Tensor> alibi_slopes = std::nullopt;
+  // Relative positions (Dai et al. 2019, arXiv:1901.02860, section 3.3): a score is (q + u) . k +
+  // (q + v) . R(distance), R(d) = W [sin(d w); cos(d w)], w_i = 10000^(-2i/P); v and W are others
+  // for compressed slots (Rae et al. 2019). Empty: not; else
+  //   u [H, D], v [H, D], W [H, D, P], compressed v [H, D], compressed W [H, D, P]; P even
+  std::vector<at::Tensor> relative = {};
 
   // Throws ValueError naming the first setting that is out of range.
   CTX_API void validate(int64_t head_dim) const;

@@ -39,6 +39,8 @@ struct Compressor {
   std::vector<at::Tensor> parameters;
   Function function =
       nullptr;  // of the compressor "custom", which is yours; called once for each call
+  // Tokens left of a group that the function gets, too, c + overlap in all: zeros before a stream.
+  int64_t overlap = 0;
 
   // A compressor that starts as mean pooling (max: as itself). Throws ValueError for an unknown
   // name or a size below 1.

@@ -12,6 +12,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "ctx/attention.h"
@@ -43,6 +44,8 @@ struct MemoryOptions {
 
 class CTX_API KVMemory {
  public:
+  using Tensors = std::array<at::Tensor, 10>;
+
   // Allocates everything it will ever hold, zeroed. Throws what MemoryOptions::validate throws.
   explicit KVMemory(MemoryOptions options);
 
@@ -80,6 +83,10 @@ class CTX_API KVMemory {
   // The second half: q [B, H, T, D] are the queries of the last T tokens of every row, T at most
   // rewindable() of each. Returns [B, H, T, Dv]. Writes nothing.
   at::Tensor attend(const at::Tensor& q) const;
+
+  // As attend, and the weight that each query gives to sinks, compressed slots and window,
+  // [B, H, T, 3] in float32 (float64 for float64), which add up to one.
+  std::tuple<at::Tensor, at::Tensor> attend_with_mass(const at::Tensor& q) const;
 
   // Every row begins a new stream, or those rows do: int64 [N] in 0 ... B - 1, or bool [B]. Throws
   // IndexError for a row that is not there.
@@ -121,9 +128,10 @@ class CTX_API KVMemory {
   const at::Tensor& rewindable() const { return tensors_[7]; }
 
   // window keys [B, Hkv, Wcap, D] and values [.., Dv], compressed keys [B, Hkv, Ccap, D] and
-  // values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]. They alias the memory:
-  // operators of `torch.ops.ctx` work on them directly.
-  const std::array<at::Tensor, 8>& tensors() const { return tensors_; }
+  // values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]; and, empty unless the
+  // compressor chooses by usage, usage [B, Hkv, Wcap] and slot positions [B, Hkv, Ccap]. They alias
+  // the memory: operators of `torch.ops.ctx` work on them directly.
+  const Tensors& tensors() const { return tensors_; }
 
   // Bytes of all tensors. Constant.
   int64_t nbytes() const;
@@ -135,7 +143,8 @@ class CTX_API KVMemory {
   void set_parameters(std::vector<at::Tensor> parameters);
 
  private:
-  KVMemory(MemoryOptions options, std::array<at::Tensor, 8> tensors);
+  KVMemory(MemoryOptions options, Tensors tensors);
+  std::tuple<at::Tensor, at::Tensor> attended(const at::Tensor& q, bool with_mass) const;
   std::vector<at::Tensor> custom_slots(const at::Tensor& k,
                                        const at::Tensor& v,
                                        const std::optional<at::Tensor>& lengths,
@@ -143,7 +152,7 @@ class CTX_API KVMemory {
   at::Tensor checked_rows(const at::Tensor& rows, const char* where) const;
 
   MemoryOptions options_;
-  std::array<at::Tensor, 8> tensors_;
+  Tensors tensors_;
 };
 
 }  // namespace ctx

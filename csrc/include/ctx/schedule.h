@@ -10,6 +10,8 @@
 //   ratio   (c) tokens that become one compressed slot
 //   segment (S) eviction happens only at absolute positions that are multiples of S
 //   sinks   (A) first tokens of a stream, kept exactly for ever
+//   overlap tokens left of a group that its compressor reads, too: they stay stored a little longer,
+//           and nothing that a query sees depends on it
 //
 // Rae et al. 2019 (arXiv:1911.05507) is segment = n_s, sinks = 0; tokens that wait for their group
 // to fill stay exact and visible here, where the authors' code pads them with zeros.
@@ -27,6 +29,7 @@ struct Schedule {
   int64_t ratio = 1;
   int64_t segment = 1;
   int64_t sinks = 0;
+  int64_t overlap = 0;
 
   // Largest value of any setting: leaves every product of two of them, and every position below
   // 2^62, inside int64.
@@ -81,7 +84,7 @@ struct Schedule {
   // slot's its group modulo the capacity.
   template <typename Int>
   CTX_HOST_DEVICE constexpr Int window_capacity(Int headroom) const {
-    return headroom + max_window();
+    return headroom + max_window() + overlap;
   }
   template <typename Int>
   CTX_HOST_DEVICE constexpr Int compressed_capacity(Int headroom) const {

@@ -6,9 +6,9 @@
 //   "format"        "ctx.KVMemory"
 //   "version"       1
 //   geometry        batch_size, kv_heads, head_dim, value_dim, window, compressed, ratio, segment,
-//                   sinks, headroom, rotary_dim, rotary_base, rotary_interleaved (0 or 1),
+//                   sinks, overlap, headroom, rotary_dim, rotary_base, rotary_interleaved (0 or 1),
 //                   distance, compressor
-//   tensors         window_keys ... rewindable, as KVMemory::tensors() orders them
+//   tensors         window_keys ... slot_positions, as KVMemory::tensors() orders them
 //
 // The scale, the compressed bias and the compressor's parameters belong to the model: a snapshot
 // does not hold them.

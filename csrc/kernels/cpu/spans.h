@@ -36,8 +36,7 @@ inline void transpose(
   for (int64_t r = 0; r < rows; r += kSide) {
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t count = std::min(kSide, rows - r);
-      for (int64_t i = 0; i < count; ++i)
-        out[c * out_stride + r + i] = in[(r + i) * in_stride + c];
+      for (int64_t i = 0; i < count; ++i) out[c * out_stride + r + i] = in[(r + i) * in_stride + c];
     }
   }
 }

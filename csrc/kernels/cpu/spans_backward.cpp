@@ -64,8 +64,8 @@ class SpansBackward {
       load_row(row<T>(args_.grad_out, block_.b(), head, token), grad, forward_.value_dim);
       load_row(row<T>(forward_.out, block_.b(), head, token), out_, forward_.value_dim);
       const int64_t index = block_.index(lane);
-      base_[lane] = dot(grad, out_, forward_.value_dim) -
-                    static_cast<const A*>(args_.grad_logsumexp)[index];
+      base_[lane] =
+          dot(grad, out_, forward_.value_dim) - static_cast<const A*>(args_.grad_logsumexp)[index];
       const A logsumexp = static_cast<const A*>(forward_.logsumexp)[index];
       if (logsumexp != -std::numeric_limits<A>::infinity()) logsumexp_[lane] = logsumexp;
     }
@@ -152,8 +152,7 @@ class SpansBackward {
 
   // Row `key` of this part's sums [parts, B, Hkv, keys, width].
   A* grad_row(void* sums, int64_t size, int64_t key, int64_t width) const {
-    const int64_t head =
-        (part_ * forward_.batch + block_.b()) * forward_.kv_heads + block_.kv();
+    const int64_t head = (part_ * forward_.batch + block_.b()) * forward_.kv_heads + block_.kv();
     return static_cast<A*>(sums) + (head * size + key) * width;
   }
 

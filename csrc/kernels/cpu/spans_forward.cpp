@@ -148,9 +148,8 @@ void run_blocks(const SpansArgs& args) {
       0, args.batch * args.kv_heads * blocks, grain(work), [&](int64_t begin, int64_t end) {
         SpansForward<T> spans(args);
         for (int64_t task = begin; task < end; ++task) {
-          spans.run(task / (args.kv_heads * blocks),
-                    task / blocks % args.kv_heads,
-                    task % blocks * step);
+          spans.run(
+              task / (args.kv_heads * blocks), task / blocks % args.kv_heads, task % blocks * step);
         }
       });
 }

@@ -17,7 +17,7 @@ from ctx.cli.limits import check_fits
 from ctx.cli.loading import load_settings, set_threads
 from ctx.cli.progress import Progress
 from ctx.cli.run_folder import RunFolder, next_run
-from ctx.cli.settings import MODEL_OPTIONS, RUN_OPTIONS, TrainSettings, model_config
+from ctx.cli.settings import MODEL_OPTIONS, RUN_OPTIONS, TrainSettings, model_config, sizes
 from ctx.cli.trainer import Trainer
 
 __all__ = ["add_parser", "run"]
@@ -55,7 +55,7 @@ def _add(group: Any, option: str, name: str, kind: Any, text: str, default: Any)
     # No default here: what was not said must be told apart from what was, for --resume.
     group.add_argument(
         option, dest=name, type=kind, help=text, default=argparse.SUPPRESS,
-        metavar={int: "N", float: "X", str: "NAME"}[kind],
+        metavar={int: "N", float: "X", str: "NAME", sizes: "N[,N...]"}[kind],
     )  # fmt: skip
 
 
@@ -64,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
     trainer, folder, parts = _resume(args) if args.resume else _begin(args)
     model, settings = trainer.model, trainer.settings
     size = sum(parameter.numel() for parameter in model.parameters())
+    reach = max(schedule.reach for schedule in model.schedules)
     print(
         f"{folder.path}: {size:,} parameters, {len(trainer.corpus.training):,} bytes of text, "
-        f"{settings.threads} threads; reach {model.schedule.reach:,} tokens",
+        f"{settings.threads} threads; reach {reach:,} tokens",
         flush=True,
     )
     finished = _train(trainer, folder, parts)

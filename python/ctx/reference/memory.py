@@ -264,7 +264,13 @@ class KVMemory:
             for g, pair in enumerate(row.slots if compressed else []):
                 rings["compressed_keys"][b, :, g % compressed] = pair.key
                 rings["compressed_values"][b, :, g % compressed] = pair.value
-        return {**rings, "seen": self.seen, "rewindable": self.rewindable}
+        counts = {"seen": self.seen, "rewindable": self.rewindable}
+        return {**rings, **counts, **self._choices(window, compressed)}
+
+    def _choices(self, window: int, compressed: int) -> dict[str, Tensor]:
+        """What a compressor that chooses by usage keeps besides: nothing for any other."""
+        empty = torch.zeros(self.batch_size, self.kv_heads, 0)
+        return {"usage": empty.to(self.work), "slot_positions": empty.to(torch.int64)}
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,28 @@
+// Rings read in the order of positions, out of torch's own operators: for what is differentiable, and
+// for devices without kernels.
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace ctx::ops {
+
+// first, first + 1, ..., n numbers for each: [..., n].
+inline at::Tensor count_from(const at::Tensor& first, const c10::SymInt& n) {
+  return first.unsqueeze(-1) + at::arange(at::Scalar(n), first.options());
+}
+
+// The entries of a ring [B, Hkv, capacity, width] at absolute positions [B, n], in order; zero
+// where `held` [B, n] is not: an index there holds something else, or what an earlier stream left.
+inline at::Tensor read_ring(const at::Tensor& ring,
+                            const at::Tensor& positions,
+                            const at::Tensor& held) {
+  const auto column = [](const at::Tensor& x) { return x.unsqueeze(1).unsqueeze(-1); };
+  const at::Tensor index = column(positions.remainder(at::Scalar(ring.sym_size(2))));
+  const at::Tensor rows = ring.gather(
+      2,
+      index.expand_symint(
+          {ring.sym_size(0), ring.sym_size(1), positions.sym_size(1), ring.sym_size(3)}));
+  return rows.masked_fill(column(held).logical_not(), 0.0);
+}
+
+}  // namespace ctx::ops
