@@ -91,8 +91,9 @@ def problems(draw, dtype):
     if draw(st.booleans()):  # one stream, or any positions
         first = integers(0, 100)[:, :1]
         position = first + torch.arange(tokens)
-        place = torch.arange(tokens).expand(batch, tokens) + law.max_window
-        size = tokens + law.max_window
+        behind = law.max_slots - law.sinks - law.compressed
+        place = torch.arange(tokens).expand(batch, tokens) + behind
+        size = tokens + behind
     else:
         size = draw(st.integers(1, 140))
         position, place = integers(0, 120), integers(0, size)

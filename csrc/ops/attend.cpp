@@ -602,12 +602,16 @@ Gradients attend_backward(const Tensor& grad_out,
 
 // What the kernels of spans.h leave to torch's operators: relative positions, and distances to slots
 // that are single tokens.
-bool is_composite(CTX_ATTEND_PARAMETERS) {
+bool is_composite(const OptionalTensor& slot_positions,
+                  const OptionalTensor& slopes,
+                  const OptionalTensor& relative,
+                  c10::string_view distance) {
   return relative || (slopes && slot_positions && distance == "token");
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_forward_cpu(CTX_ATTEND_PARAMETERS, bool with_mass) {
-  if (is_composite(CTX_ATTEND_ARGUMENTS)) return attend_forward(CTX_ATTEND_ARGUMENTS, with_mass);
+  if (is_composite(slot_positions, slopes, relative, distance))
+    return attend_forward(CTX_ATTEND_ARGUMENTS, with_mass);
   const auto precision = own_precision();
   return spans_forward(check_call(CTX_ATTEND_ARGUMENTS), with_mass);
 }
@@ -617,7 +621,7 @@ Gradients attend_backward_cpu(const Tensor& grad_out,
                               const Tensor& out,
                               const Tensor& logsumexp,
                               CTX_ATTEND_PARAMETERS) {
-  if (is_composite(CTX_ATTEND_ARGUMENTS)) {
+  if (is_composite(slot_positions, slopes, relative, distance)) {
     return attend_backward(grad_out, grad_logsumexp, out, logsumexp, CTX_ATTEND_ARGUMENTS);
   }
   const auto precision = own_precision();

@@ -93,6 +93,7 @@ class QueryBlock {
   // Tokens first ... of row b, as many as a block has.
   void place(int64_t b, int64_t kv, int64_t first) {
     b_ = b, kv_ = kv, first_ = first;
+    turned_ = false;
     tokens_ = std::min(most_tokens_, args_.tokens - first);
     lanes_ = round_up(used(), L::kCount);
     for (int64_t span = 0; span < kSpans; ++span) find_visible(span);
@@ -111,8 +112,7 @@ class QueryBlock {
     return (b_ * args_.heads + head(lane)) * args_.tokens + token(lane);
   }
 
-  // Calls run(keys) for blocks of the keys of a span that some query sees; positions the queries
-  // for it before, if there are any.
+  // Calls run(keys) for blocks of the keys of a span that some query sees.
   template <typename F>
   void for_each_key_block(int64_t span, const F& run) {
     const int64_t size = seen_by_some_[span].size();
@@ -128,6 +128,10 @@ class QueryBlock {
   // [D, lanes].
   void turn_to(int64_t span) {
     span_ = span;
+    make_offsets(span);
+    const bool same = args_.rotary.dim == 0 || args_.clock.token_distance;
+    if (turned_ && same) return;  // as for the span before
+    turned_ = true;
     make_table(span);
     for (int64_t lane = 0; lane < used(); ++lane) {
       A* query = rows_ + lane * width_;
@@ -136,7 +140,6 @@ class QueryBlock {
       scale_row(static_cast<A>(args_.scale), query, args_.head_dim);
     }
     transpose(rows_, width_, used(), args_.head_dim, columns_, lanes_);
-    make_offsets(span);
   }
 
   // Rotates a row of the width D by the clock that turn_to() chose; direction -1 takes it back.
@@ -318,6 +321,7 @@ class QueryBlock {
   int64_t tokens_ = 0;
   int64_t lanes_ = 0;
   int64_t span_ = 0;
+  bool turned_ = false;
   KeyRange seen_by_some_[kSpans];
   KeyRange seen_by_all_[kSpans];
   Scratch<A> scratch_;
