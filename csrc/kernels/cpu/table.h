@@ -8,5 +8,7 @@ void rotate(const RotateArgs& args);
 void append(const AppendArgs& args);
 void compress(const CompressArgs& args);
 void attend(const AttendArgs& args);
+void spans_forward(const SpansArgs& args);
+void spans_backward(const SpansBackwardArgs& args);
 
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY
