@@ -13,6 +13,7 @@ from ctx.compression import COMPRESSORS, as_compressor, make_compressor
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
+from ctx.positions import Relative, alibi_slopes
 from ctx.schedule import Schedule
 from ctx.state import STATE, Memory, StateShape
 
@@ -30,8 +31,8 @@ class CompressiveAttention(nn.Module):
     same numbers, however a stream is cut into calls.
 
     Source: Rae et al. 2019 (arXiv:1911.05507), section 3. Deviations: keys and values are stored
-    instead of hidden states, positions are rotary (Su et al. 2021, arXiv:2104.09864) instead of
-    Transformer-XL's, and ``dropout`` acts on the module's output, not on attention weights.
+    instead of hidden states, positions are rotary (Su et al. 2021, arXiv:2104.09864) unless the
+    paper's are asked for, and ``dropout`` acts on the module's output, not on attention weights.
 
     Args:
         embed_dim: width E of the input and output.
@@ -44,7 +45,10 @@ class CompressiveAttention(nn.Module):
         sinks: first tokens of a stream that are kept exactly for ever.
         compression: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
             ``"conv"``, ``"gated"``), or a module that maps groups to slots as those do.
-        position: ``"rotary"`` or None.
+        position: ``"rotary"``; ``"relative"``, the paper's, adds a :class:`ctx.positions.Relative`
+            to the parameters; ``"alibi"`` adds the constants of :func:`ctx.positions.alibi_slopes`,
+            in the module's dtype; or None.
+        relative_dim: sines and cosines of ``"relative"``, even; default E, as Transformer-XL has.
         distance: ``"slot"`` or ``"token"``.
         compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
             log ratio).
@@ -77,6 +81,7 @@ class CompressiveAttention(nn.Module):
         sinks: int = 0,
         compression: str | nn.Module = "conv",
         position: str | None = "rotary",
+        relative_dim: int | None = None,
         distance: str = "slot",
         compressed_bias: str = "learned",
         compressor_grad: str = "task",
@@ -102,6 +107,8 @@ class CompressiveAttention(nn.Module):
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
         if rotary_dim is not None:
             _check.integer(rotary_dim, "rotary_dim", _WHERE)
+        if relative_dim is not None:
+            _check.integer(relative_dim, "relative_dim", _WHERE)
         dropout = _check.number(dropout, "dropout", _WHERE)
         rotary_base = _check.number(rotary_base, "rotary_base", _WHERE)
         _check.flag(bias, "bias", _WHERE)
@@ -138,6 +145,9 @@ class CompressiveAttention(nn.Module):
             raise ValueError(
                 f"{_WHERE}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
             )
+        sinusoids = embed_dim if relative_dim is None else relative_dim
+        if sinusoids < 1 or (position == "relative" and sinusoids % 2):
+            raise ValueError(f"{_WHERE}: relative_dim must be even and positive, got {sinusoids}")
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
@@ -175,7 +185,14 @@ class CompressiveAttention(nn.Module):
         else:
             start_or_none = start if compressed_bias == "log_ratio" else None
             self.register_buffer("compressed_bias", start_or_none, persistent=False)
+        self.relative: Relative | None = None
+        if position == "relative":
+            self.relative = Relative(num_heads, head_dim, sinusoids, **made)
+        self.alibi_slopes: Tensor | None
+        slopes = torch.empty(num_heads, **made) if position == "alibi" else None
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
         self._reset_compression()
+        self._reset_positions()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
@@ -185,11 +202,19 @@ class CompressiveAttention(nn.Module):
         if self.aux_loss == "autoencoding":
             self.decoder.reset_parameters()
         self._reset_compression()
+        self._reset_positions()
 
     def _reset_compression(self) -> None:
         if self.compressed_bias is not None:
             with torch.no_grad():
                 self.compressed_bias.fill_(math.log(self.schedule.ratio))
+
+    def _reset_positions(self) -> None:
+        if self.relative is not None:
+            self.relative.reset_parameters()
+        if self.alibi_slopes is not None:
+            with torch.no_grad():
+                self.alibi_slopes.copy_(alibi_slopes(self.num_heads))
 
     @property
     def schedule(self) -> Schedule:
@@ -242,6 +267,7 @@ class CompressiveAttention(nn.Module):
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
         return_aux: bool = False,
+        return_usage: bool = False,
     ) -> Any:
         """Attends from T new tokens per row to the memory and to themselves, and remembers them.
 
@@ -255,10 +281,14 @@ class CompressiveAttention(nn.Module):
                 packed batch), which sees nothing of what its row held before.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
+            return_usage: also return what share of its attention every query gives to sinks,
+                compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
+                padding, constant, in float32 (float64 for float64).
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
-            under grad, the one passed in otherwise; with ``return_aux`` the loss, too.
+            under grad, the one passed in otherwise; then the loss with ``return_aux``, then the
+            shares with ``return_usage``.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
@@ -284,16 +314,20 @@ class CompressiveAttention(nn.Module):
                 )
             aux = self._auxiliary(q, k, v, lengths, memory)
         if torch.is_grad_enabled():
-            out, memory = self._differentiable(q, k, v, lengths, reset_at, memory)
+            out, usage, memory = self._differentiable(
+                q, k, v, lengths, reset_at, memory, return_usage
+            )
         else:
-            out, memory = self._streaming(q, k, v, lengths, reset_at, memory)
+            out, usage, memory = self._streaming(q, k, v, lengths, reset_at, memory, return_usage)
         y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
         y = nn.functional.dropout(y, self.dropout, self.training)
         if mask is not None:
             y = from_right_padded(y, mask)
+            if return_usage:
+                usage = from_right_padded(usage.transpose(1, 2), mask).transpose(1, 2)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
-        return (y, memory, aux) if return_aux else (y, memory)
+        return (y, memory, *([aux] if return_aux else []), *([usage] if return_usage else []))
 
     def check(
         self,
@@ -348,10 +382,11 @@ class CompressiveAttention(nn.Module):
         rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
         return (self.schedule.numbers, self.distance, *rotary)
 
-    def _scores(self) -> tuple[Any, ...]:
+    def _scores(self, with_mass: bool = False) -> tuple[Any, ...]:
         """What operators that attend take last: operands of the scores, settings, scale, mass."""
-        operands = (self.compressed_bias, None, [])
-        return (*operands, *self._settings(), self.head_dim**-0.5, False)
+        relative = [] if self.relative is None else self.relative.operands()
+        operands = (self.compressed_bias, self.alibi_slopes, relative)
+        return (*operands, *self._settings(), self.head_dim**-0.5, with_mass)
 
     def _auxiliary(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
@@ -370,7 +405,8 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         memory: Memory | None,
-    ) -> tuple[Tensor, Memory]:
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
         if memory is None:
             memory = self._state.zeros(q.shape[0], k.dtype, k.device)
         state = [memory[name] for name in STATE]
@@ -381,10 +417,10 @@ class CompressiveAttention(nn.Module):
             )
             made = [*self.compressor.slots(keys, values), block]
         compressor = (self.compressor.operands(), self.compressor.engine_name, made)
-        out, _ = torch.ops.ctx.step_(
-            q, k, v, lengths, reset_at, *state, *compressor, *self._scores()
+        out, mass = torch.ops.ctx.step_(
+            q, k, v, lengths, reset_at, *state, *compressor, *self._scores(with_mass)
         )
-        return out, memory
+        return out, mass, memory
 
     def _differentiable(
         self,
@@ -394,7 +430,8 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         memory: Memory | None,
-    ) -> tuple[Tensor, Memory]:
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
         state = [] if memory is None else [memory[name] for name in STATE]
         settings, rows = self._settings(), (lengths, reset_at)
         keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
@@ -402,8 +439,8 @@ class CompressiveAttention(nn.Module):
         constants = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
-        out, _ = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, None, *self._scores()
+        out, mass = torch.ops.ctx.attend_sequence(
+            q, k, v, *rows, state, *slots, None, *self._scores(with_mass)
         )
         with torch.no_grad():
             if memory is None:
@@ -417,7 +454,7 @@ class CompressiveAttention(nn.Module):
                 [] if self.compressor.native else [*constants, block],
             )
             torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *state, *compressor, *settings)
-        return out, memory
+        return out, mass, memory
 
     def extra_repr(self) -> str:
         return (

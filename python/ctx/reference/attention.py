@@ -2,8 +2,8 @@
 
 Rae et al. 2019 (arXiv:1911.05507), section 3: one softmax over compressed memory, memory and the
 tokens so far. Deviations: compression depends on the token number alone (see schedule.py), so the
-whole stream can be evaluated in one call and equals streaming it; positions are rotary; slots may
-get a bias, since one of them stands for `ratio` tokens.
+whole stream can be evaluated in one call and equals streaming it; positions are rotary unless the
+paper's are asked for; slots may get a bias, since one of them stands for `ratio` tokens.
 
 memory.py computes the same thing one token after another and turns keys once, to clocks; here
 every key is turned by its distance from the query, straight from the definition.
@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compression import COMPRESSORS, Compressor, compress_group, make_compressor
+from .positions import Relative, Scores
 from .rotary import make_position
 from .schedule import Schedule
 
@@ -31,6 +33,8 @@ def attend(
     *,
     compressor: str | Compressor = "mean",
     position: str | None = "rotary",
+    alibi_slopes: Sequence[float] | Tensor | None = None,
+    relative: Sequence[Tensor] | None = None,
     rotary_base: float = 10000.0,
     rotary_dim: int | None = None,
     rotary_interleaved: bool = False,
@@ -38,12 +42,15 @@ def attend(
     compressed_bias: str | Tensor | Sequence[float] = "none",
     scale: float | None = None,
     compressor_grad: str = "task",
-) -> Tensor:
+    return_mass: bool = False,
+) -> Any:
     """What the last T tokens of a stream of L see, [B, H, T, Dv].
 
     Keys carry no rotation. The first L - T tokens came with earlier calls: they and the slots made
     by then are constants, as the carried memory of Transformer-XL is (Dai et al. 2019,
-    arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a constant.
+    arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a constant. With
+    `return_mass` also what share of its attention each of them gives to sinks, compressed slots and
+    window, [B, H, T, 3], a constant.
     """
     work = working_dtype(k.dtype)
     heads, width = q.shape[1], q.shape[3]
@@ -51,6 +58,7 @@ def attend(
     carried = length - q.shape[2]
     scale = width**-0.5 if scale is None else scale
     turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
+    scheme = Scores(position, alibi_slopes, relative, work)
     bias = slot_bias(compressed_bias, schedule.ratio, heads, work)
     compress = make_compressor(compressor, kv_heads, schedule.ratio, width, v.shape[3], work)
 
@@ -59,7 +67,7 @@ def attend(
     keys, values = [key.to(work) for key in keys], [value.to(work) for value in values]
     slot_keys: list[Tensor] = []
     slot_values: list[Tensor] = []
-    outputs = []
+    outputs, masses = [], []
     for t in range(length):
         for g in range(len(slot_keys), schedule.groups(t)):
             group = [keys[j] for j in schedule.members(g)], [values[j] for j in schedule.members(g)]
@@ -74,17 +82,22 @@ def attend(
         seen_values = [values[j] for j in sinks] + [slot_values[g] for g in groups]
         seen_keys += [keys[j] for j in tokens]
         seen_values += [values[j] for j in tokens]
-        behind = [-delta for delta in schedule.distances(t, distance)]
-        turned = turn(torch.stack(seen_keys, 2), behind)
+        distances = schedule.distances(t, distance)
+        turned = turn(torch.stack(seen_keys, 2), [-delta for delta in distances])
         query = q[:, :, t - carried].to(work)
-        scores = scale * scores_of(query, turned)
+        scores = scale * scores_of(scheme.content_query(query), turned)
         first, last = len(sinks), len(sinks) + len(groups)
         added = torch.zeros_like(scores)
         added[:, :, first:last] = bias[:, None]
-        outputs.append(mix((scores + added).softmax(-1), torch.stack(seen_values, 2)))
+        added = added + scheme.added(query, distances, range(first, last), scale)
+        weights = (scores + added).softmax(-1)
+        masses.append(mass_of(weights, first, last))
+        outputs.append(mix(weights, torch.stack(seen_values, 2)))
     if not outputs:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
-    return torch.stack(outputs, 2).to(q.dtype)
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        return (out, out.new_zeros(*q.shape[:3], 3, dtype=work)) if return_mass else out
+    out = torch.stack(outputs, 2).to(q.dtype)
+    return (out, torch.stack(masses, 2)) if return_mass else out
 
 
 def compressive_attention(
@@ -102,38 +115,52 @@ def compressive_attention(
     rotary_interleaved: bool = False,
     distance: str = "slot",
     compressor_grad: str = "task",
-) -> Tensor:
+    memory_dtype: torch.dtype | None = None,
+    return_usage: bool = False,
+) -> Any:
     """What `ctx.CompressiveAttention` gives for a stream from an empty memory, [B, new, E].
 
     Args:
         x: the inputs of the layer, all tokens of the stream.
         weights: its parameters by name: `q_proj.weight`, `k_proj.weight`, `v_proj.weight`,
-            `out_proj.weight`, their `.bias` if any, `compressor.*`, and `compressed_bias` [H] (none
-            means no bias).
+            `out_proj.weight`, their `.bias` if any, `compressor.*`, `compressed_bias` [H] (none
+            means no bias), and, if they belong to `position`, `relative.*` and `alibi_slopes` [H].
         new: how many of the last tokens the call brings; earlier ones are a carried memory, and
             constant. None means all.
+        memory_dtype: what queries, keys and values are rounded to; None: nothing.
+        return_usage: also return what share of its attention each of them gives to sinks,
+            compressed slots and window, [B, H, new, 3], a constant.
     """
     new = x.shape[1] if new is None else new
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     q = split_heads(project(x, weights, "q_proj"), num_heads)
     k = split_heads(project(x, weights, "k_proj"), kv_heads)
     v = split_heads(project(x, weights, "v_proj"), kv_heads)
+    if memory_dtype is not None:
+        q, k, v = q.to(memory_dtype), k.to(memory_dtype), v.to(memory_dtype)
     own = {name[11:]: w for name, w in weights.items() if name.startswith("compressor.")}
-    out = attend(
+    relative = None
+    if position == "relative":
+        relative = [weights[f"relative.{part}"] for part in Relative._fields]
+    out, mass = attend(
         q[:, :, x.shape[1] - new :],
         k,
         v,
         schedule,
         compressor=partial(COMPRESSORS[compression], **own),
         position=position,
+        alibi_slopes=weights["alibi_slopes"] if position == "alibi" else None,
+        relative=relative,
         rotary_base=rotary_base,
         rotary_dim=rotary_dim,
         rotary_interleaved=rotary_interleaved,
         distance=distance,
         compressed_bias=weights.get("compressed_bias", "none"),
         compressor_grad=compressor_grad,
+        return_mass=True,
     )
-    return project(out.transpose(1, 2).flatten(2), weights, "out_proj")
+    y = project(out.to(x.dtype).transpose(1, 2).flatten(2), weights, "out_proj")
+    return (y, mass) if return_usage else y
 
 
 def scores_of(query: Tensor, keys: Tensor) -> Tensor:
@@ -146,6 +173,14 @@ def mix(weights: Tensor, values: Tensor) -> Tensor:
     """weights [B, H, n] of values [B, Hkv, n, Dv]: [B, H, Dv]."""
     values = values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
     return (weights[..., None, :] @ values)[..., 0, :]
+
+
+def mass_of(weights: Tensor, first: int, last: int) -> Tensor:
+    """weights [B, H, n], slots from `first` to `last` among them: [B, H, 3], the sum of each region
+    (sinks, slots, window), a constant.
+    """
+    regions = weights[..., :first], weights[..., first:last], weights[..., last:]
+    return torch.stack([region.sum(-1) for region in regions], -1).detach()
 
 
 def slot_bias(
