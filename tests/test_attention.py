@@ -59,10 +59,11 @@ class Layer:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         return attn.to(dtype)
 
-    def expected(self, attn, x, new=None):
+    def expected(self, attn, x, new=None, return_usage=False):
         """What the reference gives for the module's parameters."""
         options = {k: v for k, v in self.options.items() if k != "compressed_bias"}
-        weights = dict(attn.named_parameters())
+        weights = {**dict(attn.named_parameters()), "alibi_slopes": attn.alibi_slopes}
+        options.pop("relative_dim", None)
         kind = self.options["compressed_bias"]
         if kind != "learned":
             amount = 0.0 if kind == "none" else math.log(attn.schedule.ratio)
@@ -74,6 +75,7 @@ class Layer:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             new=new,
+            return_usage=return_usage,
             **options,
         )
 
@@ -90,7 +92,8 @@ def layers(draw, **options):
     drawn = {
         "compression": draw(st.sampled_from(COMPRESSORS)),
         "memory_content": draw(st.sampled_from(["kv", "kv", "hidden"])),
-        "position": draw(st.sampled_from(["rotary", "rotary", None])),
+        "position": draw(st.sampled_from(["rotary", "rotary", "relative", "alibi", None])),
+        "relative_dim": draw(st.sampled_from([2, 4, 6])),
         "rotary_dim": draw(st.sampled_from([None, 2])),
         "rotary_interleaved": draw(st.booleans()),
         "distance": draw(st.sampled_from(["slot", "token"])),

@@ -17,6 +17,15 @@ void AttentionOptions::validate(int64_t head_dim) const {
   ops::parse_token_distance(distance, where);
   ops::parse_rotary(rotary_dim, rotary_base, rotary_interleaved, head_dim, where);
   CTX_CHECK_VALUE(std::isfinite(scale), where, "scale must be finite, got ", scale);
+  CTX_CHECK_VALUE((rotary_dim > 0) + alibi_slopes.has_value() + !relative.empty() <= 1,
+                  where,
+                  "position must be one of rotary_dim > 0, alibi_slopes and relative, got more");
+}
+
+std::string AttentionOptions::position() const {
+  if (!relative.empty()) return "relative";
+  if (alibi_slopes) return "alibi";
+  return rotary_dim > 0 ? "rotary" : "none";
 }
 
 at::Tensor compressive_attention(const at::Tensor& q,

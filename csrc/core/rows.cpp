@@ -36,6 +36,7 @@ Snapshot geometry(const MemoryOptions& options) {
           {"sinks", s.sinks},
           {"overlap", s.overlap},
           {"headroom", options.headroom},
+          {"position", a.position()},
           {"rotary_dim", a.rotary_dim},
           {"rotary_base", a.rotary_base},
           {"rotary_interleaved", int64_t{a.rotary_interleaved}},
@@ -258,6 +259,9 @@ KVMemory KVMemory::to(at::ScalarType dtype, at::Device device) const {
   if (dtype == at::kDouble) options.compressed_dtype = std::nullopt;
   for (Tensor& parameter : options.compressor.parameters) parameter = parameter.to(device);
   if (options.compressed_bias) options.compressed_bias = options.compressed_bias->to(device);
+  AttentionOptions& attention = options.attention;
+  if (attention.alibi_slopes) attention.alibi_slopes = attention.alibi_slopes->to(device);
+  for (Tensor& operand : attention.relative) operand = operand.to(device);
   options.validate();
   const c10::InferenceMode ordinary(false);
   Tensors tensors;

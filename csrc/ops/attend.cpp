@@ -108,6 +108,11 @@ class Call {
       for (int region = 0; region < kRegions; ++region) {
         if (tile.keys[region].size() > 0) parts.push_back(scores(region, tile));
       }
+      if (parts.empty()) {  // a row of padding sees nothing
+        cut(out, tile).zero_();
+        cut(logsumexp, tile).fill_(-std::numeric_limits<double>::infinity());
+        return;
+      }
       Tensor weights = parts.size() == 1 ? parts[0] : at::cat(parts, -1);
       const Tensor total = weights.logsumexp(-1);
       weights = weights.sub_(total.unsqueeze(-1)).exp_();

@@ -292,6 +292,8 @@ class Reader {
 
   // Relative positions have no kernel: the rings are read in order, and torch's operators do it.
   void compose(const Block& block) {
+    const auto precision = own_precision();
+    const at::AutoDispatchBelowADInplaceOrView below;  // nothing is recorded
     const State& state = memory_.state;
     const Clock& clock = memory_.view.clock;
     const Schedule& s = clock.schedule;
@@ -315,7 +317,12 @@ class Reader {
         count_from(begun - s.compressed, s.compressed + s.max_new_groups(block.tokens));
     const Tensor made = groups.ge(0).logical_and(groups.lt(groups_of(s, last).unsqueeze(1)));
     Spans spans;
-    spans.sink_keys = state[kSinkKeys], spans.sink_values = state[kSinkValues];
+    const Tensor sinks =
+        at::arange(s.sinks, integers).unsqueeze(0).expand({memory_.view.batch, -1});
+    const Tensor begins = sinks.le(last.unsqueeze(1));
+    const bool some = s.sinks > 0;
+    spans.sink_keys = some ? read_ring(state[kSinkKeys], sinks, begins) : state[kSinkKeys];
+    spans.sink_values = some ? read_ring(state[kSinkValues], sinks, begins) : state[kSinkValues];
     spans.window_keys = read_ring(state[kWindowKeys], tokens, written);
     spans.window_values = read_ring(state[kWindowValues], tokens, written);
     const bool slots = s.compressed > 0;

@@ -68,6 +68,13 @@ struct ScoreOperands {
 };
 void check_score_operands(const at::Tensor& q, const ScoreOperands& operands, const char* where);
 
+// The five tensors of relative positions for queries of H heads of width D.
+void check_relative(at::TensorList relative,
+                    const c10::SymInt& heads,
+                    const c10::SymInt& head_dim,
+                    at::Device device,
+                    const char* where);
+
 // Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any).
 void check_queries(at::TensorList state,
                    const at::Tensor& q,

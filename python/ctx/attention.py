@@ -15,6 +15,7 @@ from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
+from ctx.positions import Relative, alibi_slopes
 from ctx.schedule import Schedule
 from ctx.state import STATE, Memory, StateShape, slot_dtypes
 
@@ -33,8 +34,8 @@ class CompressiveAttention(nn.Module):
 
     Source: Rae et al. 2019 (arXiv:1911.05507), section 3. Deviations: keys and values are stored
     instead of layer inputs (``memory_content="hidden"`` stores these), positions are rotary (Su et
-    al. 2021, arXiv:2104.09864) instead of Transformer-XL's, and ``dropout`` acts on the module's
-    output, not on attention weights.
+    al. 2021, arXiv:2104.09864) unless the paper's are asked for, and ``dropout`` acts on the
+    module's output, not on attention weights.
 
     Args:
         embed_dim: width E of the input and output.
@@ -52,7 +53,10 @@ class CompressiveAttention(nn.Module):
             with the current weights on every call (slower; the projections get a gradient through
             the memory) and compresses them: the compressor sees one head of width E as keys, and
             values of width 0.
-        position: ``"rotary"`` or None.
+        position: ``"rotary"``; ``"relative"``, the paper's, adds a :class:`ctx.positions.Relative`
+            to the parameters; ``"alibi"`` adds the constants of :func:`ctx.positions.alibi_slopes`,
+            in the module's dtype; or None.
+        relative_dim: sines and cosines of ``"relative"``, even; default E, as Transformer-XL has.
         distance: ``"slot"`` or ``"token"``.
         compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
             log ratio).
@@ -86,6 +90,7 @@ class CompressiveAttention(nn.Module):
         compression: str | nn.Module = "conv",
         memory_content: str = "kv",
         position: str | None = "rotary",
+        relative_dim: int | None = None,
         distance: str = "slot",
         compressed_bias: str = "learned",
         compressor_grad: str = "task",
@@ -111,6 +116,8 @@ class CompressiveAttention(nn.Module):
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
         if rotary_dim is not None:
             _check.integer(rotary_dim, "rotary_dim", _WHERE)
+        if relative_dim is not None:
+            _check.integer(relative_dim, "relative_dim", _WHERE)
         dropout = _check.number(dropout, "dropout", _WHERE)
         rotary_base = _check.number(rotary_base, "rotary_base", _WHERE)
         _check.flag(bias, "bias", _WHERE)
@@ -148,6 +155,9 @@ class CompressiveAttention(nn.Module):
             raise ValueError(
                 f"{_WHERE}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
             )
+        sinusoids = embed_dim if relative_dim is None else relative_dim
+        if sinusoids < 1 or (position == "relative" and sinusoids % 2):
+            raise ValueError(f"{_WHERE}: relative_dim must be even and positive, got {sinusoids}")
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
@@ -191,7 +201,14 @@ class CompressiveAttention(nn.Module):
         else:
             start_or_none = start if compressed_bias == "log_ratio" else None
             self.register_buffer("compressed_bias", start_or_none, persistent=False)
+        self.relative: Relative | None = None
+        if position == "relative":
+            self.relative = Relative(num_heads, head_dim, sinusoids, **made)
+        self.alibi_slopes: Tensor | None
+        slopes = torch.empty(num_heads, **made) if position == "alibi" else None
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
         self._reset_compression()
+        self._reset_positions()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
@@ -201,11 +218,19 @@ class CompressiveAttention(nn.Module):
         if self.aux_loss == "autoencoding":
             self.decoder.reset_parameters()
         self._reset_compression()
+        self._reset_positions()
 
     def _reset_compression(self) -> None:
         if self.compressed_bias is not None:
             with torch.no_grad():
                 self.compressed_bias.fill_(math.log(self.schedule.ratio))
+
+    def _reset_positions(self) -> None:
+        if self.relative is not None:
+            self.relative.reset_parameters()
+        if self.alibi_slopes is not None:
+            with torch.no_grad():
+                self.alibi_slopes.copy_(alibi_slopes(self.num_heads))
 
     @property
     def schedule(self) -> Schedule:
@@ -273,6 +298,7 @@ class CompressiveAttention(nn.Module):
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
         return_aux: bool = False,
+        return_usage: bool = False,
     ) -> Any:
         """Attends from T new tokens per row to the memory and to themselves, and remembers them.
 
@@ -286,10 +312,14 @@ class CompressiveAttention(nn.Module):
                 packed batch), which sees nothing of what its row held before.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
+            return_usage: also return what share of its attention every query gives to sinks,
+                compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
+                padding, constant, in float32 (float64 for float64).
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
-            under grad, the one passed in otherwise; with ``return_aux`` the loss, too.
+            under grad, the one passed in otherwise; then the loss with ``return_aux``, then the
+            shares with ``return_usage``.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
@@ -318,18 +348,24 @@ class CompressiveAttention(nn.Module):
                 )
             aux = self._auxiliary(q, k, v, lengths, memory)
         if hidden:
-            out, memory = self._projecting(q, k, v, lengths, reset_at, memory, x.dtype)
+            out, usage, memory = self._projecting(
+                q, k, v, lengths, reset_at, memory, x.dtype, return_usage
+            )
         elif torch.is_grad_enabled():
-            out, memory = self._differentiable(q, k, v, lengths, reset_at, memory)
+            out, usage, memory = self._differentiable(
+                q, k, v, lengths, reset_at, memory, return_usage
+            )
         else:
-            out, memory = self._streaming(q, k, v, lengths, reset_at, memory)
+            out, usage, memory = self._streaming(q, k, v, lengths, reset_at, memory, return_usage)
         y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
         y = nn.functional.dropout(y, self.dropout, self.training)
         if mask is not None:
             y = from_right_padded(y, mask)
+            if return_usage:
+                usage = from_right_padded(usage.transpose(1, 2), mask).transpose(1, 2)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
-        return (y, memory, aux) if return_aux else (y, memory)
+        return (y, memory, *([aux] if return_aux else []), *([usage] if return_usage else []))
 
     def check(
         self,
@@ -406,10 +442,11 @@ class CompressiveAttention(nn.Module):
         width = width if self.memory_content == "kv" else 0
         return (numbers, distance, width, base, interleaved)
 
-    def _scores(self) -> tuple[Any, ...]:
+    def _scores(self, with_mass: bool = False) -> tuple[Any, ...]:
         """What operators that attend take last: operands of the scores, settings, scale, mass."""
-        operands: tuple[Any, ...] = (self.compressed_bias, None, [])
-        return (*operands, *self._settings(), self.head_dim**-0.5, False)
+        relative = [] if self.relative is None else self.relative.operands()
+        operands = (self.compressed_bias, self.alibi_slopes, relative)
+        return (*operands, *self._settings(), self.head_dim**-0.5, with_mass)
 
     def _auxiliary(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
@@ -431,7 +468,8 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         memory: Memory | None,
-    ) -> tuple[Tensor, Memory]:
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
         if memory is None:
             memory = self._state.zeros(q.shape[0], k.dtype, k.device)
         state = [memory[name] for name in STATE]
@@ -442,10 +480,10 @@ class CompressiveAttention(nn.Module):
             )
             made = [*self.compressor.slots(keys, values), block]
         compressor = (self.compressor.operands(), self.compressor.engine_name, made)
-        out, _ = torch.ops.ctx.step_(
-            q, k, v, lengths, reset_at, *state, *compressor, *self._scores()
+        out, mass = torch.ops.ctx.step_(
+            q, k, v, lengths, reset_at, *state, *compressor, *self._scores(with_mass)
         )
-        return out, memory
+        return out, mass, memory
 
     def _differentiable(
         self,
@@ -455,7 +493,8 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         memory: Memory | None,
-    ) -> tuple[Tensor, Memory]:
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
         state = [] if memory is None else [memory[name] for name in STATE]
         settings, rows = self._settings(), (lengths, reset_at)
         keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
@@ -463,7 +502,9 @@ class CompressiveAttention(nn.Module):
         constants = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
-        out, _ = torch.ops.ctx.attend_sequence(q, k, v, *rows, state, *slots, None, *self._scores())
+        out, mass = torch.ops.ctx.attend_sequence(
+            q, k, v, *rows, state, *slots, None, *self._scores(with_mass)
+        )
         with torch.no_grad():
             if memory is None:
                 memory = self._state.zeros(q.shape[0], k.dtype, k.device)
@@ -476,7 +517,7 @@ class CompressiveAttention(nn.Module):
                 [] if self.compressor.native else [*constants, block],
             )
             torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *state, *compressor, *settings)
-        return out, memory
+        return out, mass, memory
 
     def _projecting(
         self,
@@ -487,7 +528,8 @@ class CompressiveAttention(nn.Module):
         reset_at: Tensor | None,
         memory: Memory | None,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Memory]:
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
         """A call over a memory of inputs, under grad and without."""
 
         def project(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -505,8 +547,8 @@ class CompressiveAttention(nn.Module):
             pairs = pairs_of(memory, self.schedule, self.distance, self._rotary(), project)
         # A slot is rounded as the memory will, so that it never matters which call made it.
         slots = project(slots[0].to(hidden.dtype))
-        out, _ = torch.ops.ctx.attend_sequence(
-            q, *project(hidden), *rows, pairs, *slots, None, *self._scores()
+        out, mass = torch.ops.ctx.attend_sequence(
+            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(with_mass)
         )
         copied = torch.is_grad_enabled()
         with torch.no_grad():
@@ -519,7 +561,7 @@ class CompressiveAttention(nn.Module):
             torch.ops.ctx.append_(
                 hidden.detach(), none.detach(), *rows, *state, [], *compressor, *settings
             )
-        return out, memory
+        return out, mass, memory
 
     def extra_repr(self) -> str:
         return (

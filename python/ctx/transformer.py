@@ -17,6 +17,7 @@ from ctx.attention import CompressiveAttention
 from ctx.compression import COMPRESSORS
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
+from ctx.positions import POSITIONS, Relative
 from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
@@ -26,7 +27,7 @@ ModelMemory = list[dict[str, Tensor]]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "memory_content": ("kv", "hidden"),
-    "position": ("rotary", None),
+    "position": POSITIONS,
     "distance": ("slot", "token"),
     "compressed_bias": ("none", "log_ratio", "learned"),
     "compressor_grad": ("task", "aux"),
@@ -73,6 +74,7 @@ class CompressiveTransformerConfig:
     compression: str = "conv"
     memory_content: str = "kv"
     position: str | None = "rotary"
+    relative_dim: int | None = None
     distance: str = "slot"
     compressed_bias: str = "learned"
     compressor_grad: str = "task"
@@ -90,7 +92,7 @@ class CompressiveTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "ctx.CompressiveTransformerConfig"
-        optional = ("num_kv_heads", "mlp_dim", "rotary_dim")
+        optional = ("num_kv_heads", "mlp_dim", "rotary_dim", "relative_dim")
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "headroom", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -134,6 +136,9 @@ class CompressiveTransformerConfig:
                 f"{where}: rotary_dim must be even and at most embed_dim / num_heads = {head_dim}, "
                 f"got {rotary_dim}"
             )
+        relative_dim = self.embed_dim if self.relative_dim is None else self.relative_dim
+        if self.position == "relative" and relative_dim % 2:
+            raise ValueError(f"{where}: relative_dim must be even, got {relative_dim}")
         for name in SIZES:
             sizes = as_sizes(getattr(self, name), name, self.num_layers, where)
             object.__setattr__(self, name, sizes)
@@ -239,14 +244,20 @@ class _Block(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         return_aux: bool,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        return_usage: bool,
+    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """x and the memory after the tokens, and what was asked for besides, loss first."""
         rows = {"lengths": lengths, "reset_at": reset_at}
-        y, memory, *aux = self.attention(
-            self.attention_norm(x), memory, **rows, return_aux=return_aux
+        y, memory, *asked = self.attention(
+            self.attention_norm(x),
+            memory,
+            **rows,
+            return_aux=return_aux,
+            return_usage=return_usage,
         )
         x = x + y  # dropped out by the layer itself
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x, memory, aux[0] if aux else None
+        return x, memory, asked
 
 
 class CompressiveTransformer(nn.Module):
@@ -286,6 +297,8 @@ class CompressiveTransformer(nn.Module):
                 )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, Relative):
+                module.reset_parameters(std)
             elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
         nn.init.normal_(self.embedding.weight, std=std)
@@ -324,6 +337,7 @@ class CompressiveTransformer(nn.Module):
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
         return_aux: bool = False,
+        return_usage: bool = False,
     ) -> Any:
         """Continues every row's stream by T tokens.
 
@@ -336,11 +350,14 @@ class CompressiveTransformer(nn.Module):
                 packed batch), which sees nothing of what its row held before.
             return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
                 layers; not together with `reset_at`.
+            return_usage: also return what share of its attention every query gives to sinks,
+                compressed slots and window in every layer, for inspection: [layers, B, H, T, 3],
+                adding up to one, zero at padding, constant.
 
         Returns:
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
             after the last: a new one under grad, the one passed (streamed into in place) without;
-            with `return_aux` the loss, too.
+            then the loss with `return_aux`, then the shares with `return_usage`.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
@@ -352,14 +369,19 @@ class CompressiveTransformer(nn.Module):
                 reset_at, _ = to_right_padded(reset_at, mask)
         if lengths is not None:
             lengths = lengths.clone()  # a layer's own counter would change before the next layer
-        hidden, memory, aux = self._hidden(tokens, memory, lengths, reset_at, return_aux)
+        hidden, memory, aux, usage = self._hidden(
+            tokens, memory, lengths, reset_at, return_aux, return_usage
+        )
         logits = self._logits(hidden)
         if mask is not None:
             logits = from_right_padded(logits, mask)
+            usage = [from_right_padded(u.transpose(1, 2), mask).transpose(1, 2) for u in usage]
         elif lengths is not None:
             padding = mask_of(lengths, tokens.shape[1]).logical_not()
             logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
-        return (logits, memory, torch.stack(aux).mean()) if return_aux else (logits, memory)
+        asked = [torch.stack(aux).mean()] if return_aux else []
+        asked += [torch.stack(usage)] if return_usage else []
+        return (logits, memory, *asked)
 
     def with_memory(
         self,
@@ -516,17 +538,21 @@ class CompressiveTransformer(nn.Module):
         lengths: Tensor | None = None,
         reset_at: Tensor | None = None,
         return_aux: bool = False,
-    ) -> tuple[Tensor, ModelMemory, list[Tensor]]:
+        return_usage: bool = False,
+    ) -> tuple[Tensor, ModelMemory, list[Tensor], list[Tensor]]:
+        """What the last block gives, the memory, and of each layer its loss and its shares."""
         x: Tensor = self.dropout(self.embedding(tokens))
         states: ModelMemory = []
         losses: list[Tensor] = []
+        usage: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             held = None if memory is None else memory[i]
-            x, state, aux = block(x, held, lengths, reset_at, return_aux)
+            x, state, asked = block(x, held, lengths, reset_at, return_aux, return_usage)
             states.append(state)
-            if aux is not None:
-                losses.append(aux)
-        return x, states, losses
+            if return_usage:
+                usage.append(asked.pop())
+            losses += asked
+        return x, states, losses, usage
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight

@@ -80,6 +80,15 @@ class CTX_API KVMemory {
                   const std::optional<at::Tensor>& lengths = std::nullopt,
                   const std::optional<at::Tensor>& reset_at = std::nullopt);
 
+  // As step, and the weight that each query gives to sinks, compressed slots and window,
+  // [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
+  std::tuple<at::Tensor, at::Tensor> step_with_mass(
+      const at::Tensor& q,
+      const at::Tensor& k,
+      const at::Tensor& v,
+      const std::optional<at::Tensor>& lengths = std::nullopt,
+      const std::optional<at::Tensor>& reset_at = std::nullopt);
+
   // The first half of step: appends, evicts and compresses.
   void append(const at::Tensor& k,
               const at::Tensor& v,
@@ -90,8 +99,7 @@ class CTX_API KVMemory {
   // rewindable() of each. Returns [B, H, T, Dv]. Writes nothing.
   at::Tensor attend(const at::Tensor& q) const;
 
-  // As attend, and the weight that each query gives to sinks, compressed slots and window,
-  // [B, H, T, 3] in float32 (float64 for float64), which add up to one.
+  // As attend, and the weights of the regions as step_with_mass gives them.
   std::tuple<at::Tensor, at::Tensor> attend_with_mass(const at::Tensor& q) const;
 
   // Every row begins a new stream, or those rows do: int64 [N] in 0 ... B - 1, or bool [B]. Throws
@@ -113,7 +121,8 @@ class CTX_API KVMemory {
   static KVMemory merge(const std::vector<const KVMemory*>& memories);
 
   // A new memory that holds the same, in the same or another dtype and on the same or another
-  // device; slots whose dtype was chosen keep it, but in a float64 memory. The compressor's parameters are shared as long as they need not move.
+  // device; slots whose dtype was chosen keep it, but in a float64 memory. The compressor's
+  // parameters and what scores are made of are shared as long as they need not move.
   KVMemory clone() const;
   KVMemory to(at::ScalarType dtype, at::Device device) const;
 
@@ -148,8 +157,18 @@ class CTX_API KVMemory {
   // MemoryOptions::validate throws.
   void set_parameters(std::vector<at::Tensor> parameters);
 
+  // Other tensors for the relative positions of a memory that has them. Throws what
+  // MemoryOptions::validate throws.
+  void set_relative(std::vector<at::Tensor> relative);
+
  private:
   KVMemory(MemoryOptions options, Tensors tensors);
+  std::tuple<at::Tensor, at::Tensor> stepped(const at::Tensor& q,
+                                             const at::Tensor& k,
+                                             const at::Tensor& v,
+                                             const std::optional<at::Tensor>& lengths,
+                                             const std::optional<at::Tensor>& reset_at,
+                                             bool with_mass);
   std::tuple<at::Tensor, at::Tensor> attended(const at::Tensor& q, bool with_mass) const;
   std::vector<at::Tensor> custom_slots(const at::Tensor& k,
                                        const at::Tensor& v,

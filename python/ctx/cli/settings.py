@@ -59,6 +59,7 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--sinks", "sinks", sizes, "first tokens that are kept for ever; or per layer"),
     ("--compression", "compression", str, "mean, max, conv or gated"),
     ("--memory-content", "memory_content", str, "kv, or hidden: layer inputs, as in the paper"),
+    ("--position", "position", str, "rotary, relative, alibi or none"),
     ("--distance", "distance", str, "slot or token"),
     ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
     ("--compressor-grad", "compressor_grad", str, "what trains the compressor: task or aux"),
@@ -92,6 +93,8 @@ def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
     """The default model with some settings changed."""
     if changed.get("compressor_grad") == "aux":  # something must train it
         changed = {"aux_loss": "reconstruction", **changed}
+    if changed.get("position") == "none":
+        changed = {**changed, "position": None}
     try:
         return CompressiveTransformerConfig(**{**MODEL, **changed})
     except (TypeError, ValueError) as error:

@@ -8,14 +8,17 @@ from .attention import attend, compressive_attention, working_dtype
 from .compression import COMPRESSORS, compress_group, conv, gated, initial_parameters, maximum, mean
 from .losses import attention_reconstruction
 from .memory import KVMemory
+from .positions import Relative, alibi_slopes, sinusoid
 from .rotary import Rotary
 from .schedule import Schedule
 
 __all__ = [
     "COMPRESSORS",
     "KVMemory",
+    "Relative",
     "Rotary",
     "Schedule",
+    "alibi_slopes",
     "attend",
     "attention_reconstruction",
     "compress_group",
@@ -25,5 +28,6 @@ __all__ = [
     "initial_parameters",
     "maximum",
     "mean",
+    "sinusoid",
     "working_dtype",
 ]

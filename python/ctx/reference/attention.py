@@ -2,8 +2,8 @@
 
 Rae et al. 2019 (arXiv:1911.05507), section 3: one softmax over compressed memory, memory and the
 tokens so far. Deviations: compression depends on the token number alone (see schedule.py), so the
-whole stream can be evaluated in one call and equals streaming it; positions are rotary; slots may
-get a bias, since one of them stands for `ratio` tokens.
+whole stream can be evaluated in one call and equals streaming it; positions are rotary unless the
+paper's are asked for; slots may get a bias, since one of them stands for `ratio` tokens.
 
 memory.py computes the same thing one token after another and turns keys once, to clocks; here
 every key is turned by its distance from the query, straight from the definition.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .compression import COMPRESSORS, Compressor, compress_group, make_compressor
+from .positions import Relative, Scores
 from .rotary import make_position
 from .schedule import Schedule
 
@@ -32,6 +33,8 @@ def attend(
     *,
     compressor: str | Compressor = "mean",
     position: str | None = "rotary",
+    alibi_slopes: Sequence[float] | Tensor | None = None,
+    relative: Sequence[Tensor] | None = None,
     rotary_base: float = 10000.0,
     rotary_dim: int | None = None,
     rotary_interleaved: bool = False,
@@ -39,12 +42,15 @@ def attend(
     compressed_bias: str | Tensor | Sequence[float] = "none",
     scale: float | None = None,
     compressor_grad: str = "task",
-) -> Tensor:
+    return_mass: bool = False,
+) -> Any:
     """What the last T tokens of a stream of L see, [B, H, T, Dv].
 
     Keys carry no rotation. The first L - T tokens came with earlier calls: they and the slots made
     by then are constants, as the carried memory of Transformer-XL is (Dai et al. 2019,
-    arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a constant.
+    arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a constant. With
+    `return_mass` also what share of its attention each of them gives to sinks, compressed slots and
+    window, [B, H, T, 3], a constant.
     """
     work = working_dtype(k.dtype)
     kv_heads, length, width = k.shape[1:]
@@ -67,6 +73,8 @@ def attend(
         make_slot,
         schedule,
         position=position,
+        alibi_slopes=alibi_slopes,
+        relative=relative,
         rotary_base=rotary_base,
         rotary_dim=rotary_dim,
         rotary_interleaved=rotary_interleaved,
@@ -74,6 +82,7 @@ def attend(
         compressed_bias=compressed_bias,
         scale=scale,
         compressor_grad=compressor_grad,
+        return_mass=return_mass,
     )
 
 
@@ -85,6 +94,8 @@ def walk(
     schedule: Schedule,
     *,
     position: str | None,
+    alibi_slopes: Sequence[float] | Tensor | None,
+    relative: Sequence[Tensor] | None,
     rotary_base: float,
     rotary_dim: int | None,
     rotary_interleaved: bool,
@@ -92,7 +103,8 @@ def walk(
     compressed_bias: str | Tensor | Sequence[float],
     scale: float | None,
     compressor_grad: str,
-) -> Tensor:
+    return_mass: bool,
+) -> Any:
     """What the last T tokens see, one after the other; `make_slot(g, constant)` gives key and value
     of group g, once its tokens have left the window. Arguments as in `attend`.
     """
@@ -102,10 +114,11 @@ def walk(
     carried = length - q.shape[2]
     scale = width**-0.5 if scale is None else scale
     turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
+    scheme = Scores(position, alibi_slopes, relative, work)
     bias = slot_bias(compressed_bias, schedule.ratio, heads, work)
     slot_keys: list[Tensor] = []
     slot_values: list[Tensor] = []
-    outputs = []
+    outputs, masses = [], []
     for t in range(length):
         for g in range(len(slot_keys), schedule.groups(t)):
             key, value = make_slot(g, t < carried or compressor_grad == "aux")
@@ -118,17 +131,22 @@ def walk(
         seen_values = [values[j] for j in sinks] + [slot_values[g] for g in groups]
         seen_keys += [keys[j] for j in tokens]
         seen_values += [values[j] for j in tokens]
-        behind = [-delta for delta in schedule.distances(t, distance)]
-        turned = turn(torch.stack(seen_keys, 2), behind)
+        distances = schedule.distances(t, distance)
+        turned = turn(torch.stack(seen_keys, 2), [-delta for delta in distances])
         query = q[:, :, t - carried].to(work)
-        scores = scale * scores_of(query, turned)
+        scores = scale * scores_of(scheme.content_query(query), turned)
         first, last = len(sinks), len(sinks) + len(groups)
         added = torch.zeros_like(scores)
         added[:, :, first:last] = bias[:, None]
-        outputs.append(mix((scores + added).softmax(-1), torch.stack(seen_values, 2)))
+        added = added + scheme.added(query, distances, range(first, last), scale)
+        weights = (scores + added).softmax(-1)
+        masses.append(mass_of(weights, first, last))
+        outputs.append(mix(weights, torch.stack(seen_values, 2)))
     if not outputs:
-        return q.new_zeros(*q.shape[:3], values[0].shape[2] if values else width)
-    return torch.stack(outputs, 2).to(q.dtype)
+        out = q.new_zeros(*q.shape[:3], values[0].shape[2] if values else width)
+        return (out, out.new_zeros(*q.shape[:3], 3, dtype=work)) if return_mass else out
+    out = torch.stack(outputs, 2).to(q.dtype)
+    return (out, torch.stack(masses, 2)) if return_mass else out
 
 
 def compressive_attention(
@@ -147,34 +165,48 @@ def compressive_attention(
     rotary_interleaved: bool = False,
     distance: str = "slot",
     compressor_grad: str = "task",
-) -> Tensor:
+    memory_dtype: torch.dtype | None = None,
+    return_usage: bool = False,
+) -> Any:
     """What `ctx.CompressiveAttention` gives for a stream from an empty memory, [B, new, E].
 
     Args:
         x: the inputs of the layer, all tokens of the stream.
         weights: its parameters by name: `q_proj.weight`, `k_proj.weight`, `v_proj.weight`,
-            `out_proj.weight`, their `.bias` if any, `compressor.*`, and `compressed_bias` [H] (none
-            means no bias).
+            `out_proj.weight`, their `.bias` if any, `compressor.*`, `compressed_bias` [H] (none
+            means no bias), and, if they belong to `position`, `relative.*` and `alibi_slopes` [H].
         memory_content: "kv" remembers keys and values. "hidden" (the paper's) remembers the inputs
             themselves and compresses these; keys and values of everything that is seen, slots as
             well, are made with the weights as they are now.
         new: how many of the last tokens the call brings; earlier ones are a carried memory, and
             constant. None means all.
+        memory_dtype: what queries, keys and values are rounded to; None: nothing.
+        return_usage: also return what share of its attention each of them gives to sinks,
+            compressed slots and window, [B, H, new, 3], a constant.
     """
     new = x.shape[1] if new is None else new
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     q = split_heads(project(x, weights, "q_proj"), num_heads)
     q = q[:, :, x.shape[1] - new :]
     own = {name[11:]: w for name, w in weights.items() if name.startswith("compressor.")}
+    relative = None
+    if position == "relative":
+        relative = [weights[f"relative.{part}"] for part in Relative._fields]
     options: dict[str, Any] = {
         "position": position,
+        "alibi_slopes": weights["alibi_slopes"] if position == "alibi" else None,
+        "relative": relative,
         "rotary_base": rotary_base,
         "rotary_dim": rotary_dim,
         "rotary_interleaved": rotary_interleaved,
         "distance": distance,
         "compressed_bias": weights.get("compressed_bias", "none"),
         "compressor_grad": compressor_grad,
+        "return_mass": True,
     }
+
+    def rounded(y: Tensor) -> Tensor:
+        return y if memory_dtype is None else y.to(memory_dtype)
 
     def pair_of(inputs: Tensor) -> tuple[Tensor, Tensor]:  # [B, n, E]
         k = split_heads(project(inputs, weights, "k_proj"), kv_heads)
@@ -182,7 +214,9 @@ def compressive_attention(
 
     if memory_content == "kv":
         compress = partial(COMPRESSORS[compression], **own)
-        out = attend(q, *pair_of(x), schedule, compressor=compress, **options)
+        k, v = pair_of(x)
+        pairs = (rounded(k), rounded(v))
+        out, mass = attend(rounded(q), *pairs, schedule, compressor=compress, **options)
     else:
         carried = x.shape[1] - new
         held = torch.cat([x[:, :carried].detach(), x[:, carried:]], 1)
@@ -195,8 +229,9 @@ def compressive_attention(
             return key[:, :, 0], value[:, :, 0]
 
         keys, values = (pair.unbind(2) for pair in pair_of(held))
-        out = walk(q, [*keys], [*values], make_slot, schedule, scale=None, **options)
-    return project(out.transpose(1, 2).flatten(2), weights, "out_proj")
+        out, mass = walk(q, [*keys], [*values], make_slot, schedule, scale=None, **options)
+    y = project(out.to(x.dtype).transpose(1, 2).flatten(2), weights, "out_proj")
+    return (y, mass) if return_usage else y
 
 
 def inputs_compressor(compression: str, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
@@ -224,6 +259,14 @@ def mix(weights: Tensor, values: Tensor) -> Tensor:
     """weights [B, H, n] of values [B, Hkv, n, Dv]: [B, H, Dv]."""
     values = values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
     return (weights[..., None, :] @ values)[..., 0, :]
+
+
+def mass_of(weights: Tensor, first: int, last: int) -> Tensor:
+    """weights [B, H, n], slots from `first` to `last` among them: [B, H, 3], the sum of each region
+    (sinks, slots, window), a constant.
+    """
+    regions = weights[..., :first], weights[..., first:last], weights[..., last:]
+    return torch.stack([region.sum(-1) for region in regions], -1).detach()
 
 
 def slot_bias(

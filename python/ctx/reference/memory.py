@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import mix, scores_of, slot_bias, working_dtype
+from .attention import mass_of, mix, scores_of, slot_bias, working_dtype
 from .compression import Compressor, compress_group, make_compressor
+from .positions import Scores
 from .rotary import make_position
 from .schedule import Schedule
 
@@ -62,6 +63,8 @@ class KVMemory:
         *,
         compressor: str | Compressor = "mean",
         position: str | None = "rotary",
+        alibi_slopes: Sequence[float] | Tensor | None = None,
+        relative: Sequence[Tensor] | None = None,
         rotary_base: float = 10000.0,
         rotary_dim: int | None = None,
         rotary_interleaved: bool = False,
@@ -91,6 +94,7 @@ class KVMemory:
         self.device = torch.device(device)
         self.work = working_dtype(dtype)
         self.turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
+        self.scheme = Scores(position, alibi_slopes, relative, self.work)
         self.compress = make_compressor(
             compressor, kv_heads, schedule.ratio, head_dim, self.value_dim, self.work
         )
@@ -145,7 +149,9 @@ class KVMemory:
         v: Tensor,
         lengths: Sequence[int] | None = None,
         reset_at: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        return_mass: bool = False,
+    ) -> Any:
         """Appends T tokens and returns what each of them sees, [B, H, T, Dv].
 
         Args:
@@ -154,16 +160,21 @@ class KVMemory:
             v: [B, Hkv, T, Dv].
             lengths: of the rows; what comes behind is padding, and its output zero.
             reset_at: bool [B, T], true where a token is the first of a new stream.
+            return_mass: also return the share of attention that sinks, compressed slots and window
+                get, [B, H, T, 3].
         """
         out = q.new_zeros(*q.shape[:3], self.value_dim)
+        mass = q.new_zeros(*q.shape[:3], 3, dtype=self.work)
         for b in range(self.batch_size):
             for i in range(q.shape[2] if lengths is None else lengths[b]):
                 if reset_at is not None and reset_at[b, i]:
                     self.reset([b])
                 self._append_token(self.rows[b], k[b, :, i], v[b, :, i])
                 row = self.rows[b]
-                out[b, :, i] = self._attend_token(row, len(row.tokens) - 1, q[b, :, i])
-        return out
+                out[b, :, i], mass[b, :, i] = self._attend_token(
+                    row, len(row.tokens) - 1, q[b, :, i]
+                )
+        return (out, mass) if return_mass else out
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -173,14 +184,15 @@ class KVMemory:
                 self._append_token(row, k[b, :, i], v[b, :, i])
 
     @torch.no_grad()
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, *, return_mass: bool = False) -> Any:
         """What the last T tokens see, [B, H, T, Dv]; q [B, H, T, D] holds their queries."""
         out = q.new_empty(*q.shape[:3], self.value_dim)
+        mass = q.new_empty(*q.shape[:3], 3, dtype=self.work)
         for b, row in enumerate(self.rows):
             first = len(row.tokens) - q.shape[2]
             for i in range(q.shape[2]):
-                out[b, :, i] = self._attend_token(row, first + i, q[b, :, i])
-        return out
+                out[b, :, i], mass[b, :, i] = self._attend_token(row, first + i, q[b, :, i])
+        return (out, mass) if return_mass else out
 
     def _append_token(self, row: Row, key: Tensor, value: Tensor) -> None:
         t = len(row.tokens)
@@ -213,8 +225,11 @@ class KVMemory:
     def _slot_clock(self, g: int) -> float:
         return g if self.distance == "slot" else self.schedule.centre(g)
 
-    def _attend_token(self, row: Row, t: int, q: Tensor) -> Tensor:
-        """Every region has a clock of its own, to which the query is turned."""
+    def _attend_token(self, row: Row, t: int, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The output [H, Dv], and what share of the attention each region gets, [H, 3].
+
+        Every region has a clock of its own, to which the query is turned.
+        """
         sinks, groups, tokens = self.schedule.visible(t)
         sink_clock = group_clock = t
         if self.distance == "slot":
@@ -233,11 +248,15 @@ class KVMemory:
             if not pairs:
                 continue
             keys = torch.stack([pair.key for pair in pairs], 1).to(self.work)
-            score = self.scale * scores_of(self.turn(query, clock)[None], keys[None])[0]
+            content = self.scheme.content_query(query)
+            score = self.scale * scores_of(self.turn(content, clock)[None], keys[None])[0]
             scores.append(score + biased * bias[:, None])
             values += [pair.value.to(self.work) for pair in pairs]
-        weights = torch.cat(scores, 1).softmax(-1)
-        return mix(weights[None], torch.stack(values, 1)[None])[0]
+        distances = self.schedule.distances(t, self.distance)
+        first, last = len(sinks), len(sinks) + len(groups)
+        added = self.scheme.added(query[None], distances, range(first, last), self.scale)
+        weights = (torch.cat(scores, 1) + added[0]).softmax(-1)[None]
+        return mix(weights, torch.stack(values, 1)[None])[0], mass_of(weights, first, last)[0]
 
     @property
     def seen(self) -> Tensor:
