@@ -367,9 +367,7 @@ class TestShares:
             lambda: held.step(*tokens(1), return_mass=1),
             lambda: held.attend(tokens(1)[0], return_mass="yes"),
         ):
-            with pytest.raises(
-                TypeError, match=r"\w+: return_mass must be a bool, got"
-            ):
+            with pytest.raises(TypeError, match=r"\w+: return_mass must be a bool, got"):
                 call()
         assert held.seen.tolist() == [0, 0]
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ctx.cli.data import unigram_entropy
 from ctx.cli.errors import CliError
+from ctx.schedule import Schedule
 from ctx.transformer import CompressiveTransformer, ModelMemory
 
-__all__ = ["Result", "evaluate", "stream", "table"]
+__all__ = ["Result", "evaluate", "side_by_side", "stream", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,8 @@ def stream(
     if len(text) < 2:
         raise CliError(f"the text must have at least 2 bytes, got {len(text)}")
     schedule = model.schedule
-    rows = max(1, min(16, len(text) // (16 * (schedule.reach + schedule.segment))))
-    size = len(text) // rows
-    lines = text[: rows * size].view(rows, size)
+    lines = side_by_side(text, schedule)
+    rows, size = lines.shape
     was_training = model.training
     model.eval()
     bits, memory_bytes = 0.0, 0
@@ -82,6 +82,13 @@ def stream(
     model.train(was_training)
     tokens = rows * (size - 1)
     return Result(name, bits / tokens, tokens / took, memory_bytes // rows, schedule.reach)
+
+
+def side_by_side(text: Tensor, schedule: Schedule) -> Tensor:
+    """A text [N] as up to 16 rows, each many times longer than the reach: [rows, N // rows]."""
+    rows = max(1, min(16, len(text) // (16 * (schedule.reach + schedule.segment))))
+    size = len(text) // rows
+    return text[: rows * size].view(rows, size)
 
 
 def table(results: Sequence[Result], text: Tensor) -> str:
