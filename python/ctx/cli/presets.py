@@ -29,6 +29,8 @@ _MODEL: dict[str, Any] = {
     "compression": "conv",
     "compressor_grad": "aux",
     "aux_loss": "reconstruction",
+    "memory_content": "hidden",
+    "position": "relative",
     "compressed_bias": "none",
     "mlp": "gelu",
     "norm": "layer",
@@ -47,8 +49,7 @@ _CHARACTERS = {**_RUN, "warmup": 4_000, "steps": 104_000}
 _WORDS = {**_RUN, "warmup": 16_000, "steps": 516_000}
 
 _UNLIKE = (
-    "positions are rotary, not Transformer-XL's: no projection of distances, no biases u and v",
-    "compressors work on the keys and values of each head, not on hidden states",
+    "every layer has biases u and v of its own for its positions, as Transformer-XL has untied",
     "norms stand before the branches, not behind; GELU, not ReLU; AdamW's betas are 0.9, 0.95",
     "dropout is off, since the paper's is not known here: --dropout",
 )
