@@ -242,13 +242,15 @@ void KVMemory::set_parameters(std::vector<Tensor> parameters) {
 }
 
 void KVMemory::set_relative(std::vector<Tensor> relative) {
+  CTX_CHECK_VALUE(options_.attention.position() == "relative" && !relative.empty(),
+                  "ctx.KVMemory.set_relative",
+                  "relative must be 5 tensors for a memory with relative positions, got ",
+                  relative.size(),
+                  " for one with position ",
+                  options_.attention.position());
   MemoryOptions changed = options_;
   changed.attention.relative = std::move(relative);
   changed.validate();
-  CTX_CHECK_VALUE(changed.attention.position() == options_.attention.position(),
-                  "ctx.KVMemory.set_relative",
-                  "relative must be for a memory with relative positions, got one with ",
-                  options_.attention.position());
   options_ = std::move(changed);
 }
 

@@ -86,8 +86,8 @@ void test_gradients() {
 void test_positions() {
   for (const char* position : {"alibi", "relative", "none"}) {
     MemoryOptions made = ctx::test::options_at(position, at::kDouble);
-    for (Tensor& x : made.compressor.parameters) x = x.to(at::kDouble);
-    for (Tensor& x : made.attention.relative) x.requires_grad_();
+    for (Tensor& parameter : made.compressor.parameters) parameter = parameter.to(at::kDouble);
+    for (Tensor& operand : made.attention.relative) operand.requires_grad_();
     const Tokens x(0, 40, at::kDouble), first(0, 17, at::kDouble), second(17, 23, at::kDouble);
     KVMemory memory(made);
     const Tensor out = step(memory, x);
@@ -103,8 +103,8 @@ void test_positions() {
     EXPECT(!out.requires_grad() && at::allclose(again, out.narrow(2, 17, 23), 1e-12, 1e-12));
     if (made.attention.relative.empty()) continue;
     again.square().sum().backward();
-    for (const Tensor& x : made.attention.relative) {
-      EXPECT(x.grad().defined() && x.grad().abs().sum().item<double>() > 0);
+    for (const Tensor& operand : made.attention.relative) {
+      EXPECT(operand.grad().defined() && operand.grad().abs().sum().item<double>() > 0);
     }
   }
 }
