@@ -181,8 +181,14 @@ class TestCommand:
             (("--lr", "nan"), "--lr must be positive and finite, got nan"),
             (("--batch", str(2**62)), "--batch must be below 2**62, got"),
             (("--batch", str(10**12)), "these sizes do not fit"),
-            (("--compression", "mean,no"), "--compression must be some of mean, max, conv, gated"),
-            (("--compression", ""), "--compression must be some of mean, max, conv, gated"),
+            (
+                ("--compression", "mean,no"),
+                "--compression must be some of mean, max, conv, dilated, gated, most_used",
+            ),
+            (
+                ("--compression", ""),
+                "--compression must be some of mean, max, conv, dilated, gated, most_used",
+            ),
             (("--compression", "max,max"), "--compression must be some of"),
             (("--length", "3"), "--length must be at least 18, so that queries lie more than 47"),
         ],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ctx import _check
-from ctx.compression import COMPRESSORS, as_compressor, make_compressor
+from ctx.compression import COMPRESSORS, MostUsed, as_compressor, check_kernel, make_compressor
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
@@ -43,7 +43,10 @@ class CompressiveAttention(nn.Module):
         segment: eviction happens only at positions that are multiples of it; default ``ratio``.
         sinks: first tokens of a stream that are kept exactly for ever.
         compression: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
-            ``"conv"``, ``"gated"``), or a module that maps groups to slots as those do.
+            ``"conv"``, ``"dilated"``, ``"gated"``, ``"most_used"``), or a module that maps groups
+            to slots as those do.
+        compression_kernel: tokens that ``"conv"`` reads for a slot, those left of the group
+            included; default ``ratio``.
         position: ``"rotary"`` or None.
         distance: ``"slot"`` or ``"token"``.
         compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
@@ -76,6 +79,7 @@ class CompressiveAttention(nn.Module):
         segment: int | None = None,
         sinks: int = 0,
         compression: str | nn.Module = "conv",
+        compression_kernel: int | None = None,
         position: str | None = "rotary",
         distance: str = "slot",
         compressed_bias: str = "learned",
@@ -140,6 +144,8 @@ class CompressiveAttention(nn.Module):
             )
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
+        called = compression if isinstance(compression, str) else "a module"
+        check_kernel(called, schedule.ratio, compression_kernel, _WHERE, "compression_kernel")
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
             embed_dim,
             num_heads,
@@ -153,19 +159,25 @@ class CompressiveAttention(nn.Module):
             rotary_interleaved,
         )
         self.dropout, self.headroom = dropout, headroom
-        self.schedule = schedule
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **made)
         self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
         if isinstance(compression, str):
-            compression = make_compressor(compression, kv_heads, ratio, head_dim, **made)
+            compression = make_compressor(
+                compression, kv_heads, ratio, head_dim, kernel=compression_kernel, **made
+            )
         if not isinstance(compression, nn.Module):
             raise TypeError(
                 f"{_WHERE}: compression must be a name or a module, got {compression!r}"
             )
         self.compressor = as_compressor(compression, kv_heads, ratio, head_dim, head_dim)
+        self.schedule = schedule
+        if aux_loss is not None and self.compressor.by_usage:
+            raise ValueError(
+                f'{_WHERE}: aux_loss must be None for compression "most_used", got "{aux_loss}"'
+            )
         self.aux_loss = aux_loss
         if aux_loss == "autoencoding":
             self.decoder = Decoder(kv_heads, ratio, head_dim, head_dim, **made)
@@ -202,7 +214,13 @@ class CompressiveAttention(nn.Module):
     def schedule(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._state = StateShape.of(
-            schedule, self.num_kv_heads, self.head_dim, self.head_dim, self.headroom
+            schedule,
+            self.num_kv_heads,
+            self.head_dim,
+            self.head_dim,
+            self.headroom,
+            overlap=self.compressor.overlap,
+            used=self.compressor.by_usage,
         )
 
     def init_memory(
@@ -346,7 +364,8 @@ class CompressiveAttention(nn.Module):
 
     def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
         rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
-        return (self.schedule.numbers, self.distance, *rotary)
+        numbers = (*self.schedule.numbers, self.compressor.overlap)
+        return (numbers, self.distance, *rotary)
 
     def _scores(self) -> tuple[Any, ...]:
         """What operators that attend take last: operands of the scores, settings, scale, mass."""
@@ -398,25 +417,37 @@ class CompressiveAttention(nn.Module):
         state = [] if memory is None else [memory[name] for name in STATE]
         settings, rows = self._settings(), (lengths, reset_at)
         keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
-        slots = self.compressor.slots(keys, values)
-        constants = [slot.detach() for slot in slots]
-        if self.compressor_grad == "aux":
-            slots = (constants[0], constants[1])
-        out, _ = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, None, *self._scores()
-        )
         with torch.no_grad():
             if memory is None:
                 memory = self._state.zeros(q.shape[0], k.dtype, k.device)
             else:
                 memory = {name: tensor.clone() for name, tensor in memory.items()}
-            state = [memory[name] for name in STATE]
+            after = [memory[name] for name in STATE]
+        positions = None
+        if self.compressor.by_usage:  # what stays is what streaming keeps
+            with torch.no_grad():
+                tokens = (q.detach(), k.detach(), v.detach())
+                chosen, positions = torch.ops.ctx.choose_(
+                    *tokens, *rows, *after, *self._scores()[:-1], block, keys.shape[2]
+                )
+            slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
+        else:
+            slots = self.compressor.slots(keys, values)
+        constants = [slot.detach() for slot in slots]
+        if self.compressor_grad == "aux":
+            slots = (constants[0], constants[1])
+        out, _ = torch.ops.ctx.attend_sequence(
+            q, k, v, *rows, state, *slots, positions, *self._scores()
+        )
+        if self.compressor.by_usage:
+            return out, memory
+        with torch.no_grad():
             compressor = (
                 [operand.detach() for operand in self.compressor.operands()],
                 self.compressor.engine_name,
                 [] if self.compressor.native else [*constants, block],
             )
-            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *state, *compressor, *settings)
+            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *compressor, *settings)
         return out, memory
 
     def extra_repr(self) -> str:

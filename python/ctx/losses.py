@@ -35,8 +35,8 @@ class Evictions:
 
     queries: Tensor  #: [B, H, N, S, D] un-rotated queries of the segments that end there
     asked: Tensor  #: bool [B, N, S], true at queries that belong to this call
-    keys: Tensor  #: [B, Hkv, N, K, c, D] un-rotated keys of the groups
-    values: Tensor  #: [B, Hkv, N, K, c, Dv]
+    keys: Tensor  #: [B, Hkv, N, K, overlap + c, D] un-rotated keys of the groups
+    values: Tensor  #: [B, Hkv, N, K, overlap + c, Dv]
     due: Tensor  #: bool [B, N, K], true at groups that leave there
 
     @property
@@ -96,7 +96,7 @@ def evictions(
     due = (group < after[..., None]) & ends_here[..., None]
     if keys.shape[2] == 0:  # no compressive memory
         due = torch.zeros_like(due)
-        shape = (batch, k.shape[1], boundaries, most, ratio)
+        shape = (batch, k.shape[1], boundaries, most, keys.shape[3])
         none = keys.new_zeros(*shape, k.shape[3]), values.new_zeros(*shape, v.shape[3])
         return Evictions(_take(q, place), asked, *none, due)
     index = group - begun[:, None, None]
@@ -136,7 +136,7 @@ def attention_reconstruction(
     Returns:
         A scalar; zero where the call has no boundary.
     """
-    boundaries, groups, ratio = evicted.keys.shape[2:5]
+    boundaries, groups = evicted.keys.shape[2:4]
     scale = evicted.queries.shape[-1] ** -0.5 if scale is None else scale
     flat = [x.flatten(2, 3) for x in (evicted.keys, evicted.values)]
     slots = [
@@ -144,8 +144,9 @@ def attention_reconstruction(
         for x in compressor.slots(flat[0], flat[1])
     ]
     queries = evicted.queries.to(evicted.keys.dtype)
-    exact = [x.flatten(3, 4) for x in (evicted.keys, evicted.values)]
-    visible = evicted.due[..., None].expand(-1, -1, -1, ratio).flatten(2)
+    own = [x[..., compressor.overlap :, :] for x in (evicted.keys, evicted.values)]
+    exact = [x.flatten(3, 4) for x in own]
+    visible = evicted.due[..., None].expand(-1, -1, -1, own[0].shape[4]).flatten(2)
     want = _attend(queries, exact[0], exact[1], visible, scale)
     got = _attend(queries, slots[0], slots[1], evicted.due, scale)
     error = (got - want).square().mean((1, -1))  # [B, N, S]
@@ -200,8 +201,9 @@ def auto_encoding(evicted: Evictions, compressor: Compressor, decoder: Decoder) 
     """
     groups = [x.flatten(2, 3) for x in (evicted.keys, evicted.values)]
     rebuilt = decoder(*compressor.slots(groups[0], groups[1]))
+    own = [x[..., compressor.overlap :, :] for x in groups]
     error = sum(
-        ((got - want).square().mean((1, 3, 4)) for got, want in zip(rebuilt, groups, strict=True)),
+        ((got - want).square().mean((1, 3, 4)) for got, want in zip(rebuilt, own, strict=True)),
         start=torch.zeros((), device=groups[0].device, dtype=groups[0].dtype),
     )
     return _average(error.reshape(evicted.due.shape), evicted.due, evicted.boundaries)

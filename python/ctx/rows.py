@@ -94,13 +94,19 @@ def rewind(memory: Nested, tokens: int | Tensor) -> None:
         tokens: of each row, or int64 [B]; at most the layer's ``rewindable``.
 
     Raises:
-        ValueError, TypeError: more than can be taken back; nothing has been written then.
+        ValueError, TypeError: more than can be taken back, or a compressor is ``"most_used"``,
+            whose counts cannot be; nothing has been written then.
     """
     where = "ctx.rows.rewind"
     layers = _layers(memory, where)
     counts = []
     for layer in layers:
         seen = layer["seen"]
+        if layer["usage"].shape[2]:
+            raise ValueError(
+                f"{where}: compression must be one whose slots follow from the tokens alone, "
+                'got "most_used"'
+            )
         count = as_counts(tokens, seen, where)
         if count.dtype != torch.int64:
             raise TypeError(f"{where}: tokens must be int64, got {count.dtype}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ctx import generation
 from ctx.attention import CompressiveAttention
-from ctx.compression import COMPRESSORS
+from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.schedule import Schedule
@@ -68,6 +68,7 @@ class CompressiveTransformerConfig:
     segment: int | None = None
     sinks: int = 0
     compression: str = "conv"
+    compression_kernel: int | None = None
     position: str | None = "rotary"
     distance: str = "slot"
     compressed_bias: str = "learned"
@@ -86,7 +87,7 @@ class CompressiveTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "ctx.CompressiveTransformerConfig"
-        optional = ("num_kv_heads", "mlp_dim", "rotary_dim")
+        optional = ("num_kv_heads", "mlp_dim", "rotary_dim", "compression_kernel")
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "headroom", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -131,6 +132,14 @@ class CompressiveTransformerConfig:
                 f"got {rotary_dim}"
             )
         self.schedule()
+        check_kernel(
+            self.compression, self.ratio, self.compression_kernel, where, "compression_kernel"
+        )
+        if self.aux_loss is not None and COMPRESSORS[self.compression].by_usage:
+            raise ValueError(
+                f"{where}: aux_loss must be None for compression {self.compression!r}, "
+                f"got {self.aux_loss!r}"
+            )
 
     def schedule(self) -> Schedule:
         """The memory's sizes as the law reads them."""

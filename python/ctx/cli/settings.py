@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ctx.cli.errors import CliError
+from ctx.compression import COMPRESSORS
 from ctx.transformer import CompressiveTransformerConfig
 
 __all__ = ["MODEL", "MODEL_OPTIONS", "RUN_OPTIONS", "TrainSettings", "in_options", "model_config"]
@@ -27,6 +28,12 @@ MODEL: dict[str, Any] = {
     "segment": 64,
 }
 
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
 # option, name in CompressiveTransformerConfig, type or choices, meaning
 MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--width", "embed_dim", int, "width of the residual stream"),
@@ -38,7 +45,8 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--ratio", "ratio", int, "tokens per slot"),
     ("--segment", "segment", int, "tokens between evictions"),
     ("--sinks", "sinks", int, "first tokens that are kept for ever"),
-    ("--compression", "compression", str, "mean, max, conv or gated"),
+    ("--compression", "compression", str, _either(COMPRESSORS)),
+    ("--compression-kernel", "compression_kernel", int, "of conv: tokens it reads for a slot"),
     ("--distance", "distance", str, "slot or token"),
     ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
     ("--compressor-grad", "compressor_grad", str, "what trains the compressor: task or aux"),
@@ -67,7 +75,9 @@ RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
 
 def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
     """The default model with some settings changed."""
-    if changed.get("compressor_grad") == "aux":  # something must train it
+    compressor = COMPRESSORS.get(changed.get("compression", "conv"))
+    trained = compressor is None or not compressor.by_usage
+    if changed.get("compressor_grad") == "aux" and trained:  # something must train it
         changed = {"aux_loss": "reconstruction", **changed}
     try:
         return CompressiveTransformerConfig(**{**MODEL, **changed})

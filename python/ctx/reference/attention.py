@@ -14,11 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compression import COMPRESSORS, Compressor, compress_group, make_compressor
+from .compression import (
+    COMPRESSORS,
+    Compressor,
+    compress_group,
+    is_by_usage,
+    make_compressor,
+    most_used,
+    overlap,
+)
 from .rotary import make_position
 from .schedule import Schedule
 
@@ -38,21 +47,33 @@ def attend(
     compressed_bias: str | Tensor | Sequence[float] = "none",
     scale: float | None = None,
     compressor_grad: str = "task",
+    carried: int | None = None,
 ) -> Tensor:
-    """What the last T tokens of a stream of L see, [B, H, T, Dv].
+    """What the last tokens of a stream of L see, [B, H, L - carried, Dv].
 
-    Keys carry no rotation. The first L - T tokens came with earlier calls: they and the slots made
-    by then are constants, as the carried memory of Transformer-XL is (Dai et al. 2019,
-    arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a constant.
+    Keys carry no rotation. The first `carried` tokens (L - T unless given) came with earlier calls:
+    they and the slots made by then are constants, as the carried memory of Transformer-XL is (Dai
+    et al. 2019, arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a
+    constant. Where the most used tokens stay, q must be that of the whole stream, T = L.
     """
     work = working_dtype(k.dtype)
     heads, width = q.shape[1], q.shape[3]
     kv_heads, length = k.shape[1:3]
-    carried = length - q.shape[2]
+    asked = length - q.shape[2]  # the token of the first query
+    carried = asked if carried is None else carried
     scale = width**-0.5 if scale is None else scale
     turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
     bias = slot_bias(compressed_bias, schedule.ratio, heads, work)
     compress = make_compressor(compressor, kv_heads, schedule.ratio, width, v.shape[3], work)
+
+    by_usage = is_by_usage(compress)
+    if by_usage and asked:
+        raise ValueError(
+            f"ctx.reference.attend: q must have all L = {length} tokens, got {q.shape}"
+        )
+    left = overlap(compress, schedule.ratio)
+    usage = torch.zeros(*k.shape[:2], length, dtype=work)
+    slot_tokens: list[Tensor] = []  # [B, Hkv], the token that each slot is
 
     keys = [k[:, :, j].detach() if j < carried else k[:, :, j] for j in range(length)]
     values = [v[:, :, j].detach() if j < carried else v[:, :, j] for j in range(length)]
@@ -61,29 +82,49 @@ def attend(
     slot_values: list[Tensor] = []
     outputs = []
     for t in range(length):
-        for g in range(len(slot_keys), schedule.groups(t)):
-            group = [keys[j] for j in schedule.members(g)], [values[j] for j in schedule.members(g)]
-            key, value = compress_group(compress, *group)
+        due = range(len(slot_keys), schedule.groups(t))
+        if by_usage:
+            slot_tokens += _choose(usage, [j for g in due for j in schedule.members(g)], len(due))
+        for g in due:
+            if by_usage:
+                key, value = (_pick(x, slot_tokens[g]) for x in (keys, values))
+            else:
+                members = schedule.members(g)
+                reads = range(members.start - left, members.stop)
+                group = [
+                    [x[j] if j >= 0 else torch.zeros_like(x[0]) for j in reads]
+                    for x in (keys, values)
+                ]
+                key, value = compress_group(compress, *group)
             constant = t < carried or compressor_grad == "aux"
             slot_keys.append(key.detach() if constant else key)
             slot_values.append(value.detach() if constant else value)
-        if t < carried:
+        if t < carried and not by_usage:
             continue
         sinks, groups, tokens = schedule.visible(t)
         seen_keys = [keys[j] for j in sinks] + [slot_keys[g] for g in groups]
         seen_values = [values[j] for j in sinks] + [slot_values[g] for g in groups]
         seen_keys += [keys[j] for j in tokens]
         seen_values += [values[j] for j in tokens]
-        behind = [-delta for delta in schedule.distances(t, distance)]
+        behind: Any = [-delta for delta in schedule.distances(t, distance)]
+        if by_usage and distance == "token":  # every head has its own
+            behind = torch.tensor(behind).expand(*k.shape[:2], -1).clone()
+            for i, g in enumerate(groups):
+                behind[:, :, len(sinks) + i] = slot_tokens[g] - t
+            behind = behind.tolist()
         turned = turn(torch.stack(seen_keys, 2), behind)
-        query = q[:, :, t - carried].to(work)
+        query = q[:, :, t - asked].to(work)
         scores = scale * scores_of(query, turned)
         first, last = len(sinks), len(sinks) + len(groups)
         added = torch.zeros_like(scores)
         added[:, :, first:last] = bias[:, None]
-        outputs.append(mix((scores + added).softmax(-1), torch.stack(seen_values, 2)))
+        weights = (scores + added).softmax(-1)
+        shared = weights.detach().unflatten(1, (kv_heads, -1)).mean(2)  # [B, Hkv, n]
+        usage[:, :, list(tokens)] += shared[:, :, last:]
+        if t >= carried:
+            outputs.append(mix(weights, torch.stack(seen_values, 2)))
     if not outputs:
-        return q.new_zeros(*q.shape[:3], v.shape[3])
+        return q.new_zeros(*q.shape[:2], 0, v.shape[3])
     return torch.stack(outputs, 2).to(q.dtype)
 
 
@@ -120,11 +161,12 @@ def compressive_attention(
     v = split_heads(project(x, weights, "v_proj"), kv_heads)
     own = {name[11:]: w for name, w in weights.items() if name.startswith("compressor.")}
     out = attend(
-        q[:, :, x.shape[1] - new :],
+        q,
         k,
         v,
         schedule,
-        compressor=partial(COMPRESSORS[compression], **own),
+        carried=x.shape[1] - new,
+        compressor=partial(COMPRESSORS[compression], **own) if own else compression,
         position=position,
         rotary_base=rotary_base,
         rotary_dim=rotary_dim,
@@ -134,6 +176,21 @@ def compressive_attention(
         compressor_grad=compressor_grad,
     )
     return project(out.transpose(1, 2).flatten(2), weights, "out_proj")
+
+
+def _choose(usage: Tensor, leaving: list[int], slots: int) -> list[Tensor]:
+    """The tokens that become slots, [B, Hkv] for each; `usage` [B, Hkv, L]."""
+    if not slots:
+        return []
+    rows = [most_used(row, slots) for row in usage[:, :, leaving]]
+    kept = torch.tensor([[[leaving[i] for i in head] for head in row] for row in rows])
+    return list(kept.unbind(-1))
+
+
+def _pick(x: list[Tensor], tokens: Tensor) -> Tensor:
+    """x[j] [B, Hkv, D] of another token j for every head: tokens [B, Hkv]."""
+    rows = [[x[j][b, h] for h, j in enumerate(row)] for b, row in enumerate(tokens.tolist())]
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 def scores_of(query: Tensor, keys: Tensor) -> Tensor:
