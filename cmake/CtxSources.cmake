@@ -18,6 +18,7 @@ set(CTX_SOURCES
     csrc/ops/rotary.cpp
     csrc/ops/sequence.cpp
     csrc/ops/settings.cpp
+    csrc/ops/spans.cpp
     csrc/ops/state.cpp)
 
 # Compiled once for each instruction set.
@@ -27,6 +28,8 @@ set(CTX_CPU_KERNEL_SOURCES
     csrc/kernels/cpu/choose.cpp
     csrc/kernels/cpu/compress.cpp
     csrc/kernels/cpu/rotary.cpp
+    csrc/kernels/cpu/spans_backward.cpp
+    csrc/kernels/cpu/spans_forward.cpp
     csrc/kernels/cpu/table.cpp)
 
 set(CTX_CUDA_SOURCES)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from combinations_table import COVERED, table
+
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 
 settings.register_profile("quick", max_examples=100, derandomize=True, **SLOW_IS_FINE)
@@ -27,3 +29,11 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test draws the same numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of combinations that were compared, where test_combinations.py ran."""
+    if COVERED:
+        terminalreporter.section("combinations that agree with the reference")
+        for line in table():
+            terminalreporter.write_line(line)

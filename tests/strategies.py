@@ -6,7 +6,7 @@ edges of the law: 0, 1, S-1, S, S+1, 3S+2. Inputs are views with strides of thei
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
@@ -20,10 +20,14 @@ from torch import Tensor
 import ctx
 from ctx import reference
 
+F64 = torch.float64
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 COMPRESSORS = list(ctx.compression.COMPRESSORS)
 # Those that are functions of groups: the others choose by usage.
 POOLING = [name for name, kind in ctx.compression.COMPRESSORS.items() if not kind.by_usage]
+
+# Rotary positions have the most settings.
+POSITIONS = ["rotary", "rotary", "rotary", "relative", "alibi", None]
 
 # Largest error allowed, relative to the largest number expected: two ways of computing the same
 # thing round at different places; a rotated key that rounds the other way moves by one unit.
@@ -60,7 +64,8 @@ class Setting:
 
     def memory(self, module: ModuleType, dtype: torch.dtype, **changes: Any) -> Any:
         """The memory as `module` makes it, with the random parameters that the seed stands for."""
-        options = {"headroom": self.headroom, **self.options, **changes}
+        options = {"headroom": self.headroom, **self.options, **self.scheme(module, dtype)}
+        options.update(changes)
         if self.bias_per_head:
             options["compressed_bias"] = self.random([self.heads], torch.float64, 1).tolist()
         if self.compressor in ("mean", "max", "most_used"):
@@ -88,6 +93,22 @@ class Setting:
             for name, parameter in module.named_parameters():
                 parameter.copy_(parameters[name])
         return module
+
+    def scheme(self, module: ModuleType, dtype: torch.dtype) -> dict[str, Any]:
+        """What the position scheme needs besides its name, as `module` takes it."""
+        position = self.options["position"]
+        if position == "alibi":  # no power of two among them
+            return {"alibi_slopes": (0.5 * self.random([self.heads], F64, 30).abs()).tolist()}
+        if position != "relative":
+            return {}
+        made = ctx.positions.Relative(self.heads, self.head_dim, 2 + self.seed % 3 * 2)
+        made.to(reference.working_dtype(dtype))
+        with torch.no_grad():
+            for number, parameter in enumerate(made.parameters(), start=31):
+                parameter.copy_(0.5 * self.random(parameter.shape, F64, number))
+        if module is reference:
+            return {"relative": [operand.detach() for operand in made.operands()]}
+        return {"relative": made}
 
     @property
     def ratio(self) -> int:
@@ -155,13 +176,14 @@ def memories(
     compressor: str | None = None,
     bias: str | None = None,
     by_usage: bool = True,
+    positions: Sequence[str | None] = POSITIONS,
 ) -> Setting:
     """A Setting; the arguments fix parts of it. Not `by_usage`: its compressor is of POOLING."""
     kv_heads = draw(st.integers(1, 2))
     head_dim = draw(st.sampled_from([2, 4, 6, 8, 10]))
     rotary_dims = st.none() | st.sampled_from(range(2, head_dim + 1, 2))
     options = {
-        "position": draw(st.sampled_from(["rotary", "rotary", "rotary", None])),
+        "position": draw(st.sampled_from(positions)),
         "rotary_base": draw(st.sampled_from([10000.0, 20.0])),
         "rotary_dim": draw(rotary_dims),
         "rotary_interleaved": draw(st.booleans()),

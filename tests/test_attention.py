@@ -14,7 +14,15 @@ from torch.utils import _pytree as pytree
 
 import ctx
 from ctx import reference
-from strategies import COMPRESSORS, assert_close, assert_same_bits, cases, cuts, schedules
+from strategies import (
+    COMPRESSORS,
+    POOLING,
+    assert_close,
+    assert_same_bits,
+    cases,
+    cuts,
+    schedules,
+)
 
 F64 = torch.float64
 MEMORY = [
@@ -59,11 +67,12 @@ class Layer:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         return attn.to(dtype)
 
-    def expected(self, attn, x, new=None):
+    def expected(self, attn, x, new=None, return_usage=False):
         """What the reference gives for the module's parameters."""
         own = ("compressed_bias", "compression_kernel")
         options = {k: v for k, v in self.options.items() if k not in own}
-        weights = dict(attn.named_parameters())
+        weights = {**dict(attn.named_parameters()), "alibi_slopes": attn.alibi_slopes}
+        options.pop("relative_dim", None)
         kind = self.options["compressed_bias"]
         if kind != "learned":
             amount = 0.0 if kind == "none" else math.log(attn.schedule.ratio)
@@ -75,6 +84,7 @@ class Layer:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             new=new,
+            return_usage=return_usage,
             **options,
         )
 
@@ -89,8 +99,12 @@ def layers(draw, **options):
     head_dim = draw(st.sampled_from([2, 4, 6]))
     kv_heads = draw(st.integers(1, 2))
     drawn = {
-        "compression": draw(st.sampled_from(COMPRESSORS)),
-        "position": draw(st.sampled_from(["rotary", "rotary", None])),
+        "compression": (name := draw(st.sampled_from(COMPRESSORS))),
+        "memory_content": draw(
+            st.sampled_from(["kv", "kv", "hidden" if name in POOLING else "kv"])
+        ),
+        "position": draw(st.sampled_from(["rotary", "rotary", "relative", "alibi", None])),
+        "relative_dim": draw(st.sampled_from([2, 4, 6])),
         "rotary_dim": draw(st.sampled_from([None, 2])),
         "rotary_interleaved": draw(st.booleans()),
         "distance": draw(st.sampled_from(["slot", "token"])),
@@ -190,12 +204,18 @@ def test_gradients_equal_reference(data):
 
 
 @pytest.mark.parametrize(
-    "compression, kernel", [*((name, None) for name in COMPRESSORS), ("conv", 5)]
+    "compression, kernel, content",
+    [
+        *((name, None, "kv") for name in COMPRESSORS),
+        *((name, None, "hidden") for name in POOLING),
+        ("conv", 5, "kv"),
+        ("conv", 5, "hidden"),
+    ],
 )
 @pytest.mark.parametrize(
     "position, distance", [("rotary", "slot"), ("rotary", "token"), (None, "slot")]
 )
-def test_gradcheck(compression, kernel, position, distance):
+def test_gradcheck(compression, kernel, position, distance, content):
     """Inputs, projections, compressor parameters and bias, with and without a carried memory."""
     attn = ctx.CompressiveAttention(
         4,
@@ -208,6 +228,7 @@ def test_gradcheck(compression, kernel, position, distance):
         sinks=1,
         compression=compression,
         compression_kernel=kernel,
+        memory_content=content,
         position=position,
         distance=distance,
         dtype=F64,

@@ -20,8 +20,9 @@ from ctx.cli.trainer import Trainer
 PARTS = {"files": [], "digest": "d"}
 
 
-def trainer(**changed):
-    settings = {"steps": 30, "batch": 3, "length": 20, "warmup": 4, "threads": 1, "seed": 7}
+def trainer(update_every=1, update_every_after=0, **changed):
+    settings = {"steps": 30, "batch": 3, "length": 20, "warmup": 4, "threads": 1, "seed": 7,
+                "update_every": update_every, "update_every_after": update_every_after}  # fmt: skip
     small = {"embed_dim": 16, "num_layers": 2, "num_heads": 2, "window": 8, "compressed": 4,
              "segment": 8, "dropout": 0.1}  # fmt: skip
     text = (torch.arange(700) ** 2 % 251).to(torch.uint8)  # 11 steps long: the streams wrap around
@@ -59,6 +60,49 @@ def test_continues_bit_for_bit(tmp_path, stop, compression):
 
     assert got == expected
     assert equal(without_time(second.state()), without_time(whole.state()))
+
+
+@pytest.mark.parametrize("stop", [5, 6, 7, 8, 9, 11])
+def test_gathered_gradients_continue_bit_for_bit(tmp_path, stop):
+    """Updates of three steps each after the sixth: stopped before, behind and between them."""
+    made = {"update_every": 3, "update_every_after": 6}
+    whole = trainer(**made)
+    expected = [without_time(whole.train_step()) for _ in range(19)]
+    first = trainer(**made)
+    got = [without_time(first.train_step()) for _ in range(stop)]
+    assert bool(first.state()["gradients"]) == (stop in (7, 8, 11))
+    checkpoint.save(tmp_path / "c.pt", {**PARTS, **first.state()})
+    second = trainer(**made)
+    second.load(checkpoint.load(tmp_path / "c.pt"))
+    got += [without_time(second.train_step()) for _ in range(19 - stop)]
+    assert got == expected
+    assert equal(without_time(second.state()), without_time(whole.state()))
+
+
+def test_gathered_gradients_are_part_of_what_continues():
+    whole = trainer(update_every=3)
+    for _ in range(2):
+        whole.train_step()
+    state = copy.deepcopy(whole.state())
+    state["gradients"] = {}
+    forgetful = trainer(update_every=3)
+    expected = whole.train_step()["grad_norm"]
+    forgetful.load(state)
+    assert forgetful.train_step()["grad_norm"] != expected
+
+
+def test_a_checkpoint_from_before_gradients_were_gathered(tmp_path):
+    old = trainer()
+    old.train_step()
+    state = {**PARTS, **old.state()}
+    del state["gradients"]
+    for name in ("update_every", "update_every_after"):
+        del state["settings"][name]
+    checkpoint.save(tmp_path / "c.pt", state)
+    expected = without_time(old.train_step())
+    new = trainer()
+    new.load(checkpoint.load(tmp_path / "c.pt"))
+    assert without_time(new.train_step()) == expected
 
 
 def test_memory_is_part_of_what_continues():

@@ -33,6 +33,7 @@ MODEL = [
 TINY = [
     *MODEL,
     *["--batch", "4", "--length", "16", "--warmup", "2", "--threads", "1", "--held-out", "2000"],
+    *["--update-every", "3", "--update-every-after", "20"],
 ]
 SOURCE = Path(sysconfig.get_path("stdlib"), "argparse.py").read_bytes()
 
@@ -196,6 +197,16 @@ class TestEval:
         both, off = (line.split() for line in out.splitlines() if line[:4] in ("both", "CMem"))
         assert both[2] == off[2] and "16 tokens" in out
 
+    def test_sizes_per_layer(self, folder):
+        two = [*TINY, "--layers", 2, "--compressed", "8,0", "--ratio", "4,2"]
+        two += ["--memory-content", "hidden", "--compressor-grad", "aux"]
+        code, out, err = run("train", "text.py", *two, "--steps", 3, "--run", "layers", cwd=folder)
+        assert code == 0, err
+        assert "reach 40 tokens" in out
+        code, out, err = run("eval", "layers", "text.py", "--compressed", "2,1", cwd=folder)
+        assert code == 0 and "16 tokens" in out, err
+        assert run("generate", "layers", "--tokens", 5, cwd=folder)[0] == 0
+
 
 class TestGenerate:
     def test_streams_the_prompt_and_its_continuation(self, folder):
@@ -248,6 +259,17 @@ WRONG = {
     "kv heads": (["train", "text.py", "--kv-heads", "3"], "--kv-heads must divide"),
     "ratio": (["train", "text.py", "--ratio", "0"], "--ratio must be"),
     "window": (["train", "text.py", "--window", "-1"], "--window must be"),
+    "sizes": (["train", "text.py", "--window", "8,x"], "argument --window: invalid sizes value"),
+    "sizes per layer": (
+        ["train", "text.py", "--compressed", "8,0"],
+        "--compressed must be one int or --layers = 3 of them, got [8, 0]",
+    ),
+    "size of a layer": (
+        ["train", "text.py", "--window", "8,8,-1"],
+        "--window must be between 0 and 1073741824, got -1 in layer 2",
+    ),
+    "many layers": (["train", "text.py", "--layers", str(2**60)], "do not fit"),
+    "content": (["train", "text.py", "--memory-content", "x"], "--memory-content must be one of"),
     "compression": (["train", "text.py", "--compression", "zip"], "--compression must be one of"),
     "steps": (["train", "text.py", "--steps", "0"], "--steps must be at least 1, got 0"),
     "lr": (["train", "text.py", "--lr", "nan"], "--lr must be at least 0, got nan"),

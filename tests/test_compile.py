@@ -32,6 +32,14 @@ def attention(**options):
     return ctx.CompressiveAttention(32, 4, 2, **{**SIZES, **options})
 
 
+def relative():
+    return attention(position="relative", relative_dim=10)
+
+
+def alibi():
+    return attention(position="alibi", distance="token")
+
+
 def transformer():
     config = ctx.CompressiveTransformerConfig(
         vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, **SIZES
@@ -56,7 +64,7 @@ def gradients(module, y):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["streaming", "differentiable"])
-@pytest.mark.parametrize("make", [attention, transformer])
+@pytest.mark.parametrize("make", [attention, relative, alibi, transformer])
 def test_one_graph_for_every_position(make, grad):
     """50 steps of varying `seen` and length: at most two compilations, nothing left to Python."""
     module = make()
@@ -167,7 +175,7 @@ class Step(nn.Module):
             return self.module(x, memory)
 
 
-@pytest.mark.parametrize("make", [attention, transformer])
+@pytest.mark.parametrize("make", [attention, relative, alibi, transformer])
 def test_export_of_a_step(make):
     """Memory is input and output of the exported step; its decomposition gives the same stream."""
     module = make().eval().requires_grad_(False)

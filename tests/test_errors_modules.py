@@ -16,11 +16,11 @@ HUGE = 2**70
 NAN, INF = math.nan, math.inf
 
 
-def settings(where, make, table):
+def settings(where, make, table, note=""):
     """Entries of a table of (argument, value, type of the error, what it was)."""
     for argument, value, error, got in table:
         call = lambda argument=argument, value=value: make(**{argument: value})  # noqa: E731
-        yield f"{where}: {argument}={value!r}"[:90], Bad(where, argument, error, call, got)
+        yield f"{where}{note}: {argument}={value!r}"[:90], Bad(where, argument, error, call, got)
 
 
 def kv_memory(**options):
@@ -48,7 +48,10 @@ KV_MEMORY = [
     ("compressor", torch.nn.functional.relu, TypeError, "relu"),
     ("compressor", ctx.compression.Mean, TypeError, "Mean"),
     ("position", 3, ValueError, "3"),
-    ("position", "alibi", ValueError, "'alibi'"),
+    ("position", "absolute", ValueError, "'absolute'"),
+    ("position", ["rotary"], ValueError, "rotary"),
+    ("alibi_slopes", [0.5, 0.25], ValueError, "position='rotary'"),
+    ("relative", ctx.positions.Relative(2, 6, 8), ValueError, "position='rotary'"),
     ("rotary_base", "big", TypeError, "'big'"),
     ("rotary_base", None, TypeError, "None"),
     ("rotary_interleaved", None, TypeError, "None"),
@@ -75,6 +78,32 @@ KV_MEMORY = [
     ("device", 1.5, TypeError, r"1\.5"),
 ]
 
+KV_ALIBI = [
+    ("alibi_slopes", None, ValueError, "None"),
+    ("alibi_slopes", 3.0, TypeError, r"3\.0"),
+    ("alibi_slopes", "geometric", TypeError, "'geometric'"),
+    ("alibi_slopes", ["a"], TypeError, "'a'"),
+    ("alibi_slopes", [], ValueError, r"\[0\]"),
+    ("alibi_slopes", [0.5, 0.25, 0.125], ValueError, r"\[3\]"),
+    ("alibi_slopes", [0.5, INF], ValueError, "inf"),
+    ("alibi_slopes", torch.tensor([NAN, 0.0]), ValueError, "nan"),
+    ("alibi_slopes", torch.zeros(2, 2), ValueError, r"\[2, 2\]"),
+    ("alibi_slopes", torch.tensor(0.5), ValueError, r"\[\]"),
+    ("alibi_slopes", torch.zeros(2, dtype=torch.complex64), TypeError, "0"),
+    ("alibi_slopes", torch.zeros(2, device="meta"), TypeError, "meta"),
+    ("relative", ctx.positions.Relative(2, 6, 8), ValueError, "position='alibi'"),
+]
+
+KV_RELATIVE = [
+    ("relative", None, ValueError, "None"),
+    ("relative", [torch.zeros(2, 6)] * 5, TypeError, "list"),
+    ("relative", ctx.positions.Relative, TypeError, "type"),
+    ("relative", ctx.positions.Relative(3, 6, 8), ValueError, r"\[3, 6\]"),
+    ("relative", ctx.positions.Relative(2, 4, 8), ValueError, r"\[2, 4\]"),
+    ("relative", ctx.positions.Relative(2, 6, 8, device="meta"), ValueError, "meta"),
+    ("alibi_slopes", [0.5, 0.25], ValueError, "position='relative'"),
+]
+
 SCHEDULES = [
     *((name, -1, ValueError, "-1") for name in ("window", "compressed", "ratio", "sinks")),
     *((name, 0, ValueError, "0") for name in ("ratio", "segment")),
@@ -91,10 +120,11 @@ SCHEDULES = [
     ),
 ]
 
+WIDTHS = ("rotary_dim", "relative_dim")
 ATTENTION = [
     *(
         (name, value, TypeError, got)
-        for name in ("embed_dim", "num_heads", "num_kv_heads", "headroom", "rotary_dim")
+        for name in ("embed_dim", "num_heads", "num_kv_heads", "headroom", *WIDTHS)
         for value, got in ((4.0, r"4\.0"), ("4", "'4'"), (True, "True"))
     ),
     *((name, None, TypeError, "None") for name in ("embed_dim", "num_heads", "headroom")),
@@ -103,6 +133,8 @@ ATTENTION = [
     ("compression", None, TypeError, "None"),
     ("compression", ["conv"], TypeError, "conv"),
     ("position", 3, ValueError, "3"),
+    ("memory_content", "pairs", ValueError, "pairs"),
+    ("memory_content", None, ValueError, "None"),
     ("distance", None, ValueError, "None"),
     ("compressed_bias", [0.0], ValueError, r"0\.0"),
     ("compressor_grad", True, ValueError, "True"),
@@ -112,6 +144,7 @@ ATTENTION = [
     ("rotary_base", NAN, ValueError, "nan"),
     ("rotary_base", INF, ValueError, "inf"),
     ("rotary_dim", -2, ValueError, "-2"),
+    ("relative_dim", 0, ValueError, "0"),
     ("rotary_interleaved", "no", TypeError, "'no'"),
     ("bias", 1, TypeError, "1"),
     ("dtype", torch.int64, TypeError, "int64"),
@@ -132,7 +165,8 @@ INIT_MEMORY = [
 ]
 
 COMPRESSORS = [
-    *((name, 0, ValueError, "0") for name in ("kv_heads", "ratio", "head_dim", "value_dim")),
+    *((name, 0, ValueError, "0") for name in ("kv_heads", "ratio", "head_dim")),
+    ("value_dim", -1, ValueError, "-1"),
     *((name, 1.0, TypeError, r"1\.0") for name in ("kv_heads", "ratio", "head_dim", "value_dim")),
 ]
 
@@ -150,8 +184,17 @@ def compressor(**options):
 def settings_table():
     """Every entry of this file that is about a setting."""
     yield from settings("ctx.KVMemory", kv_memory, KV_MEMORY)
+    alibi = {"position": "alibi", "alibi_slopes": [0.5, 0.25]}
+    make = lambda **x: kv_memory(**{**alibi, **x})  # noqa: E731
+    yield from settings("ctx.KVMemory", make, KV_ALIBI, ", alibi")
+    relative = {"position": "relative", "relative": ctx.positions.Relative(2, 6, 8)}
+    make_relative = lambda **x: kv_memory(**{**relative, **x})  # noqa: E731
+    yield from settings("ctx.KVMemory", make_relative, KV_RELATIVE, ", relative")
     yield from settings("ctx.Schedule", lambda **x: ctx.Schedule(**{**SIZES, **x}), SCHEDULES)
     yield from settings("ctx.CompressiveAttention", attention, ATTENTION)
+    odd = lambda **x: attention(position="relative", **x)  # noqa: E731
+    table = [("relative_dim", 7, ValueError, "7"), ("relative_dim", -2, ValueError, "-2")]
+    yield from settings("ctx.CompressiveAttention", odd, table, ", relative")
     init = lambda **x: attention().init_memory(**{"batch_size": 2, **x})  # noqa: E731
     yield from settings("ctx.CompressiveAttention.init_memory", init, INIT_MEMORY)
     yield from settings("ctx.compression.Conv", compressor, COMPRESSORS)

@@ -30,6 +30,7 @@ SETTINGS = {
     "sinks": (0, "0"),
     "overlap": (1, "1"),
     "headroom": (6, "6"),
+    "position": ("alibi", '"alibi"'),
     "rotary_dim": (4, "4"),
     "rotary_base": (10000.000001, r"10000\.000001"),
     "rotary_interleaved": (1, "1"),

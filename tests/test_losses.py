@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import ctx
 from ctx import losses, reference
+from ctx.reference.attention import inputs_compressor
 from strategies import POOLING, assert_close, cases, schedules
 
 F64 = torch.float64
@@ -28,17 +29,34 @@ def attention(compression="conv", **options):
 def expected(attn, x, seen, counts):
     """The reference's loss of the tokens seen ... seen + counts[b] - 1 of every row."""
     weights = {k: v.detach() for k, v in attn.named_parameters() if "compressor" not in k}
-    parts = []
-    for name, heads in (("q_proj", 4), ("k_proj", 2), ("v_proj", 2)):
-        parts.append(x @ weights[f"{name}.weight"].T)
-        parts[-1] = parts[-1].unflatten(-1, (heads, 4)).transpose(1, 2)
+    heads = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
+
+    def part(name, inputs):  # [..., n, E]
+        made = inputs @ weights[f"{name}.weight"].T
+        return made.unflatten(-1, (heads[name], 4)).transpose(-2, -3)
+
+    parts = [part(name, x) for name in heads]
     own = dict(attn.compressor.named_parameters())
     compressor = partial(reference.COMPRESSORS[attn.compressor.name], **own)
+    project = None
+    if attn.memory_content == "hidden":
+        parts[1:] = x[:, None], x[:, None, :, :0]
+        compress = inputs_compressor(attn.compressor.name, own)
+
+        def compressor(keys, values):
+            slots = torch.stack([compress(group)[:, 0] for group in keys[0, 0][:, None]], 1)
+            return slots[:, None], values[..., 0, :]
+
+        compressor.overlap = attn.compressor.overlap
+
+        def project(inputs):
+            return part("k_proj", inputs), part("v_proj", inputs)
+
     law = reference.Schedule(*attn.schedule.numbers)
     errors = []
     for row, count in enumerate(counts):
         tokens = [part[row, :, : seen + count] for part in parts]
-        errors += reference.attention_reconstruction(*tokens, law, compressor, seen)
+        errors += reference.attention_reconstruction(*tokens, law, compressor, seen, project)
     return torch.stack(errors).mean() if errors else torch.zeros((), dtype=F64)
 
 
@@ -51,6 +69,7 @@ def test_reconstruction_equals_reference(compression, grad, data):
     drawn = data.draw(schedules())
     if compression == "conv":
         drawn["compression_kernel"] = drawn["ratio"] + data.draw(st.integers(0, 6))
+    drawn["memory_content"] = data.draw(st.sampled_from(["kv", "hidden"]))
     attn = attention(compression, aux_loss="reconstruction", **drawn)
     seen, length = data.draw(st.integers(0, 20)), data.draw(st.integers(1, 20))
     counts = data.draw(st.none() | st.lists(st.integers(0, length), min_size=2, max_size=2))
@@ -72,11 +91,15 @@ def test_reconstruction_equals_reference(compression, grad, data):
             assert_close(one, two, 1e-10)
 
 
+CONTENTS = pytest.mark.parametrize("content", ["kv", "hidden"])
+
+
+@CONTENTS
 @pytest.mark.parametrize("aux", losses.LOSSES)
 @pytest.mark.parametrize("compression", ["conv", "dilated", "gated"])
-def test_aux_reaches_the_compressor_only(compression, aux):
+def test_aux_reaches_the_compressor_only(compression, aux, content):
     """Parameter by parameter, with a carried memory, and the input too."""
-    attn = attention(compression, aux_loss=aux)
+    attn = attention(compression, aux_loss=aux, memory_content=content)
     with torch.no_grad():
         _, memory = attn(torch.randn(2, 17, 16, dtype=F64))
     x = torch.randn(2, 30, 16, dtype=F64, requires_grad=True)
@@ -90,11 +113,14 @@ def test_aux_reaches_the_compressor_only(compression, aux):
         assert reached == allowed, name
 
 
+@CONTENTS
 @pytest.mark.parametrize("compression", ["conv", "gated"])
 @pytest.mark.parametrize("mode", ["task", "aux"])
-def test_task_reaches_what_the_mode_says(mode, compression):
+def test_task_reaches_what_the_mode_says(mode, compression, content):
     """ "task": everything, W_k and W_v through the slots too. "aux": no compressor parameter."""
-    attn = attention(compression, compressor_grad=mode, aux_loss="reconstruction")
+    attn = attention(
+        compression, compressor_grad=mode, aux_loss="reconstruction", memory_content=content
+    )
     x = torch.randn(2, 40, 16, dtype=F64)
     y, _, aux = attn(x, return_aux=True)
     y.square().sum().backward()
@@ -168,8 +194,21 @@ def test_autoencoding_rebuilds_the_group_only(compression, kernel):
     assert_close(loss.detach(), sum(parts).detach(), 1e-12)  # it starts as a mean
 
 
-def test_training_on_it_lowers_it():
-    attn = attention(compressor_grad="aux", aux_loss="reconstruction")
+def test_autoencoding_of_inputs():
+    """Where inputs are remembered it is they that are rebuilt."""
+    attn = ctx.CompressiveAttention(
+        16, 4, 4, window=0, compressed=4, ratio=4, segment=4, compression="mean", dtype=F64,
+        aux_loss="autoencoding", memory_content="hidden",
+    )  # fmt: skip
+    x = torch.randn(1, 8, 16, dtype=F64)
+    groups = x.view(1, 2, 4, 16)
+    want = (groups - groups.mean(2, keepdim=True)).square().mean()
+    assert_close(attn(x, return_aux=True)[2].detach(), want, 1e-12)
+
+
+@CONTENTS
+def test_training_on_it_lowers_it(content):
+    attn = attention(compressor_grad="aux", aux_loss="reconstruction", memory_content=content)
     x = torch.randn(4, 60, 16, dtype=F64)
     optimizer = torch.optim.Adam(attn.compressor.parameters(), lr=1e-2)
     history = []
@@ -182,12 +221,15 @@ def test_training_on_it_lowers_it():
     assert history[-1] < 0.5 * history[0]
 
 
-@pytest.mark.parametrize("aux", losses.LOSSES)
-def test_whole_model(aux):
+@pytest.mark.parametrize(
+    "aux, content", [*((name, "kv") for name in losses.LOSSES), ("reconstruction", "hidden")]
+)
+def test_whole_model(aux, content):
     """The mean over layers; it compiles into the same graph."""
     config = ctx.CompressiveTransformerConfig(
-        vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, aux_loss=aux, **SIZES
-    )
+        vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, aux_loss=aux,
+        memory_content=content, **SIZES,
+    )  # fmt: skip
     model = ctx.CompressiveTransformer(config)
     tokens = torch.randint(0, 50, (2, 40))
     logits, memory, loss = model(tokens, return_aux=True)

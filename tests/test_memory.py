@@ -179,7 +179,7 @@ def test_reset_is_fresh(data):
 def turned(setting, x):
     """x [B, heads, T, D] with token t turned to t."""
     options = setting.options
-    if options["position"] is None:
+    if options["position"] != "rotary":
         return x
     rotary = reference.Rotary(
         options["rotary_base"], options["rotary_dim"], options["rotary_interleaved"]
@@ -187,12 +187,20 @@ def turned(setting, x):
     return rotary.rotate(x, list(range(x.shape[2])))
 
 
+def torch_mask(setting, mask, dtype):
+    """The mask, and what ALiBi takes from scores, as torch's own attention takes both."""
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill(mask.logical_not(), -torch.inf)
+    slopes = setting.scheme(ctx, dtype).get("alibi_slopes", [0.0] * setting.heads)
+    place = torch.arange(len(mask), dtype=dtype)
+    return added - torch.tensor(slopes, dtype=dtype)[:, None, None] * (place[:, None] - place)
+
+
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 @cases(60)
 @given(data=st.data())
 def test_no_slots_is_a_masked_window(dtype, data):
     """C = 0 is a sliding window; A + M >= length is full causal attention: torch agrees."""
-    setting = data.draw(memories({"compressed": 0}))
+    setting = data.draw(memories({"compressed": 0}, positions=["rotary", "rotary", "alibi", None]))
     law = setting.law()
     if law.sinks:  # slot distances close the gap behind the sinks
         setting.options["distance"] = "token"
@@ -210,7 +218,7 @@ def test_no_slots_is_a_masked_window(dtype, data):
         turned(setting, q),
         turned(setting, k),
         v,
-        mask,
+        torch_mask(setting, mask, dtype),
         scale=setting.options["scale"],
         enable_gqa=True,
     )
@@ -222,7 +230,7 @@ def test_no_slots_is_a_masked_window(dtype, data):
 @given(st.data())
 def test_full_window_is_causal_attention(data):
     """A + M >= length with a compressive memory standing by, unused."""
-    setting = data.draw(memories())
+    setting = data.draw(memories(positions=["rotary", "rotary", None]))
     law = setting.law()
     length = data.draw(st.integers(1, max(1, law.sinks + law.window)))
     room = dataclasses.replace(setting, schedule={**setting.schedule, "window": law.window + 1})
@@ -238,7 +246,8 @@ def test_full_window_is_causal_attention(data):
 @given(st.data())
 def test_identity_slots_are_window(data):
     """c = 1 with an identity compressor and token distance is a window of M + C tokens."""
-    setting = data.draw(memories({"ratio": 1}, compressor="mean", bias="none"))
+    schemes = ["rotary", "rotary", "alibi", None]  # relative positions tell slots from tokens
+    setting = data.draw(memories({"ratio": 1}, "mean", "none", schemes))
     setting.options["distance"] = "token"
     wide = dict(setting.schedule)
     wide["window"], wide["compressed"] = wide["window"] + wide["compressed"], 0

@@ -12,6 +12,7 @@ from ctx.cli.recall_results import RecallResult, as_json, table
 from ctx.cli.recall_settings import RecallSettings
 from ctx.cli.recall_task import CHANCE, KEYS, VALUES, RecallTask, Tally, bins
 from ctx.cli.recall_training import measure
+from ctx.compression import COMPRESSORS, Compressor, register
 from ctx.transformer import CompressiveTransformer
 from test_cli import run
 
@@ -99,7 +100,8 @@ def test_table_is_aligned_and_has_the_marks():
     window, exact, reach = settings.marks
     for mark in settings.marks:
         assert f"{mark} |" in lines[0]
-    assert "window only" in lines[2] and "CMem, conv" in lines[-2] and "1,234" in lines[2]
+    assert "window only" in lines[2] and f"CMem, {[*COMPRESSORS][-1]}" in lines[-2]
+    assert "1,234" in lines[2]
     assert f"a window of {window} tokens ends (between evictions: {exact})" in lines[-1]
     assert lines[-1].endswith(f"ends, {reach}; chance 3.1")
 
@@ -121,10 +123,8 @@ def test_all_models_may_hold_as_many_slots():
 
 @pytest.mark.parametrize("window, ratio", [(16, 4), (17, 4), (0, 3), (16, 1), (2, 7)])
 def test_marks_are_those_of_the_schedules(window, ratio):
-    settings = RecallSettings(window=window, ratio=ratio, length=200)
-    without, conv = (
-        one.config.schedule() for one in settings.contestants() if one.name != "CMem, mean"
-    )
+    settings = RecallSettings(window=window, ratio=ratio, length=200, compression="conv")
+    without, conv = (one.config.schedule() for one in settings.contestants())
     seen = [t - without.edge(t) for t in range(300)]
     assert settings.marks == (without.reach, max(seen), conv.reach)
     assert min(seen[200:]) >= without.reach
@@ -181,15 +181,9 @@ class TestCommand:
             (("--lr", "nan"), "--lr must be positive and finite, got nan"),
             (("--batch", str(2**62)), "--batch must be below 2**62, got"),
             (("--batch", str(10**12)), "these sizes do not fit"),
-            (
-                ("--compression", "mean,no"),
-                "--compression must be some of mean, max, conv, dilated, gated, most_used",
-            ),
-            (
-                ("--compression", ""),
-                "--compression must be some of mean, max, conv, dilated, gated, most_used",
-            ),
-            (("--compression", "max,max"), "--compression must be some of"),
+            (("--compression", "mean,no"), "--compression must be all or some of mean, max, conv"),
+            (("--compression", ""), "--compression must be all or some of mean, max, conv"),
+            (("--compression", "max,max"), "--compression must be all or some of"),
             (("--length", "3"), "--length must be at least 18, so that queries lie more than 47"),
         ],
     )
@@ -203,6 +197,26 @@ class TestCommand:
         (tmp_path / "file").write_text("")
         code, _, err = run("recall", *TINY, "--run", "file/run", cwd=tmp_path)
         assert code == 2 and err.startswith("ctx recall: cannot write file/run: ")
+
+
+def test_every_compressor_competes():
+    """Also one that is registered at run time; --compression picks some, in its own order."""
+
+    @register
+    class First(Compressor):
+        name = "first"
+
+        def forward(self, keys, values):
+            return keys[..., 0, :], values[..., 0, :]
+
+    try:
+        names = [one.name for one in RecallSettings().contestants()]
+        assert names == ["window only", *(f"CMem, {name}" for name in COMPRESSORS)]
+        assert names[-1] == "CMem, first"
+        some = RecallSettings(compression="first, mean").contestants()
+        assert [one.name for one in some] == ["window only", "CMem, first", "CMem, mean"]
+    finally:
+        del COMPRESSORS["first"]
 
 
 def test_a_length_that_is_just_enough():

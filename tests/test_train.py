@@ -94,6 +94,55 @@ def test_learning_rate_warms_up_and_falls():
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
+def updating(every, after, steps=100):
+    settings = TrainSettings(steps=steps, update_every=every, update_every_after=after)
+    return [step for step in range(steps) if settings.updates(step)]
+
+
+def test_updates_are_as_rare_as_asked_and_the_last_step_has_one():
+    assert updating(1, 0) == updating(1, 7) == updating(4, 100) == updating(4, 999)
+    assert updating(1, 0, 20) == list(range(20))
+    assert updating(4, 0, 12) == [3, 7, 11]
+    assert updating(4, 3, 15) == [0, 1, 2, 6, 10, 14]
+    assert updating(4, 3, 17) == [0, 1, 2, 6, 10, 14, 16]
+    assert updating(50, 0, 5) == [4]
+
+
+def test_one_update_takes_the_mean_of_its_gradients():
+    """Three steps at unchanged weights, clipped as one gradient."""
+    files = [Path(sysconfig.get_path("stdlib"), "argparse.py")]
+    corpus = load_corpus(files, 1000)
+    made = {"batch": 2, "length": 32, "steps": 7, "clip": 0.1}
+    rare = Trainer(model_config(SMALL), TrainSettings(update_every=3, **made), corpus)
+    often = Trainer(model_config(SMALL), TrainSettings(**made), corpus)
+    weights = [parameter.clone() for parameter in often.model.parameters()]
+    gradients = [torch.zeros_like(weight) for weight in weights]
+    memory = None
+    for step in range(3):
+        tokens, targets = often.streams.chunk(step)
+        logits, memory = often.model(tokens, memory)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        for total, one in zip(
+            gradients, torch.autograd.grad(loss, [*often.model.parameters()]), strict=True
+        ):
+            total += one / 3
+    metrics = [rare.train_step() for _ in range(2)]
+    assert all("grad_norm" not in line for line in metrics)
+    for parameter, weight in zip(rare.model.parameters(), weights, strict=True):
+        assert torch.equal(parameter, weight)
+    last = rare.train_step()
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    assert norm > 0.1 and last["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for parameter, gradient in zip(often.model.parameters(), gradients, strict=True):
+        parameter.grad = gradient * (0.1 / norm)
+    for group in often.optimizer.param_groups:
+        group["lr"] = often.settings.learning_rate(2)
+    often.optimizer.step()
+    for ours, theirs in zip(rare.model.parameters(), often.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert "grad_norm" in [rare.train_step() for _ in range(4)][-1]  # the last step of all
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     from ctx.cli.errors import CliError
 

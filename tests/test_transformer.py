@@ -45,6 +45,9 @@ CHOICES = [
     {"compressed": 0},
     {"window": 0, "segment": 5},
     {"segment": None, "rotary_dim": 4, "rotary_interleaved": True},
+    {"position": "relative", "num_kv_heads": 2, "sinks": 1},
+    {"position": "relative", "relative_dim": 10, "distance": "token", "compression": "gated"},
+    {"position": "alibi", "num_heads": 2, "sinks": 2},
 ]
 
 
@@ -425,6 +428,17 @@ class TestConfig:
             ({"embed_dim": 12}, ValueError, "rotary_dim must be even .* got 3"),
             ({"rotary_dim": 10}, ValueError, "rotary_dim must be even and at most .* = 8, got 10"),
             ({"rotary_base": math.inf}, ValueError, "rotary_base must be positive"),
+            (
+                {"position": "sinusoid"},
+                ValueError,
+                "position must be one of 'rotary', 'relative', 'alibi', None, got 'sinusoid'",
+            ),
+            ({"relative_dim": 0}, ValueError, "relative_dim must be at least 1, got 0"),
+            (
+                {"position": "relative", "relative_dim": 5},
+                ValueError,
+                "relative_dim must be even, got 5",
+            ),
             ({"window": -1}, ValueError, "window"),
             ({"ratio": 0}, ValueError, "ratio"),
             ({"segment": 0}, ValueError, "segment"),

@@ -37,12 +37,22 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
                                            double rotary_base,
                                            bool rotary_interleaved,
                                            const std::optional<at::Tensor>& compressed_bias,
+                                           const std::optional<at::Tensor>& alibi_slopes,
+                                           const std::vector<at::Tensor>& relative,
                                            double scale,
                                            int64_t headroom,
                                            at::ScalarType dtype,
+                                           const std::optional<at::ScalarType>& compressed_dtype,
                                            const at::Device& device) {
   ctx::MemoryOptions options;
-  options.attention = {schedule, distance, rotary_dim, rotary_base, rotary_interleaved, scale};
+  options.attention = {schedule,
+                       distance,
+                       rotary_dim,
+                       rotary_base,
+                       rotary_interleaved,
+                       scale,
+                       alibi_slopes,
+                       relative};
   options.batch_size = batch_size;
   options.kv_heads = kv_heads;
   options.head_dim = head_dim;
@@ -51,6 +61,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
   options.compressed_bias = compressed_bias;
   options.headroom = headroom;
   options.dtype = dtype;
+  options.compressed_dtype = compressed_dtype;
   options.device = device;
   return std::make_shared<ctx::KVMemory>(std::move(options));
 }
@@ -144,12 +155,22 @@ PYBIND11_MODULE(_C, m) {
            "rotary_base"_a,
            "rotary_interleaved"_a,
            "compressed_bias"_a,
+           "alibi_slopes"_a,
+           "relative"_a,
            "scale"_a,
            "headroom"_a,
            "dtype"_a,
+           "compressed_dtype"_a,
            "device"_a)
       .def("step",
            wrap_pybind_function_no_gil(&KVMemory::step),
+           "q"_a,
+           "k"_a,
+           "v"_a,
+           "lengths"_a = py::none(),
+           "reset_at"_a = py::none())
+      .def("step_with_mass",
+           wrap_pybind_function_no_gil(&KVMemory::step_with_mass),
            "q"_a,
            "k"_a,
            "v"_a,
@@ -162,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
            "lengths"_a = py::none(),
            "reset_at"_a = py::none())
       .def("attend", wrap_pybind_function_no_gil(&KVMemory::attend), "q"_a)
+      .def("attend_with_mass", wrap_pybind_function_no_gil(&KVMemory::attend_with_mass), "q"_a)
       .def("reset", wrap_pybind_function_no_gil(reset), "rows"_a = py::none())
       .def("rewind", wrap_pybind_function_no_gil(rewind_rows), "tokens"_a)
       .def("select", wrap_pybind_function_no_gil(select_rows), "rows"_a)
@@ -172,6 +194,7 @@ PYBIND11_MODULE(_C, m) {
       .def("save", wrap_pybind_function(save), "path"_a)
       .def("load", wrap_pybind_function(load), "path"_a)
       .def("set_parameters", wrap_pybind_function_no_gil(&KVMemory::set_parameters), "parameters"_a)
+      .def("set_relative", wrap_pybind_function_no_gil(&KVMemory::set_relative), "relative"_a)
       .def_property_readonly("seen", [](const KVMemory& memory) { return memory.seen(); })
       .def_property_readonly("tensors", [](const KVMemory& memory) { return memory.tensors(); })
       .def_property_readonly("nbytes", &KVMemory::nbytes);

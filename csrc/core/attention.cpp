@@ -17,6 +17,15 @@ void AttentionOptions::validate(int64_t head_dim) const {
   ops::parse_token_distance(distance, where);
   ops::parse_rotary(rotary_dim, rotary_base, rotary_interleaved, head_dim, where);
   CTX_CHECK_VALUE(std::isfinite(scale), where, "scale must be finite, got ", scale);
+  CTX_CHECK_VALUE((rotary_dim > 0) + alibi_slopes.has_value() + !relative.empty() <= 1,
+                  where,
+                  "position must be one of rotary_dim > 0, alibi_slopes and relative, got more");
+}
+
+std::string AttentionOptions::position() const {
+  if (!relative.empty()) return "relative";
+  if (alibi_slopes) return "alibi";
+  return rotary_dim > 0 ? "rotary" : "none";
 }
 
 namespace {
@@ -40,13 +49,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> most_used(const at::Tensor& q,
                                         tokens.k.size(3),
                                         tokens.v.size(3),
                                         /*headroom=*/64,
+                                        tokens.k.scalar_type(),
                                         /*used=*/true);
     for (int i = 0; i < ops::kStateTensors; ++i) {
-      copy[i] =
-          memory.empty()
-              ? at::zeros_symint(
-                    sizes[i], tokens.k.options().dtype(ops::state_type(i, tokens.k.scalar_type())))
-              : memory[i].detach().clone();
+      copy[i] = memory.empty()
+                    ? at::zeros_symint(sizes[i],
+                                       tokens.k.options().dtype(ops::state_type(
+                                           i, tokens.k.scalar_type(), tokens.k.scalar_type())))
+                    : memory[i].detach().clone();
     }
   }
   const at::Tensor k = tokens.k.detach(), v = tokens.v.detach();

@@ -53,6 +53,7 @@ void MemoryOptions::validate() const {
   positive("headroom", headroom);
   attention.validate(head_dim);
   ops::storage_of(dtype, where, "dtype");
+  ops::slot_storage_of(slot_dtype(), dtype, where, "compressed_dtype");
   ops::kernels_for(device.type());
   CTX_CHECK_VALUE(compressor.overlap >= 0 && compressor.overlap <= Schedule::kLimit,
                   where,
@@ -69,21 +70,44 @@ void MemoryOptions::validate() const {
                         value_dim == 0 ? head_dim : value_dim,
                         device,
                         where);
-  if (!compressed_bias) return;
-  CTX_CHECK_VALUE(compressed_bias->dim() == 1 &&
-                      (compressed_bias->size(0) == 1 ||
-                       (compressed_bias->size(0) > 0 && compressed_bias->size(0) % kv_heads == 0)),
+  const auto per_head = [&](const OptionalTensor& x, const char* name) {
+    if (!x) return;
+    CTX_CHECK_VALUE(x->defined() && x->dim() == 1 &&
+                        (x->size(0) == 1 || (x->size(0) > 0 && x->size(0) % kv_heads == 0)),
+                    where,
+                    name,
+                    " must be [H], H a multiple of ",
+                    kv_heads,
+                    ", got ",
+                    x->defined() ? x->sizes() : at::IntArrayRef{});
+    CTX_CHECK_VALUE(
+        x->device() == device, where, name, " must be on ", device, ", got ", x->device());
+  };
+  per_head(compressed_bias, "compressed_bias");
+  per_head(attention.alibi_slopes, "alibi_slopes");
+  if (attention.alibi_slopes) {
+    const Tensor& slopes = *attention.alibi_slopes;
+    ops::check_readable(slopes, "alibi_slopes", where);
+    CTX_CHECK_TYPE(at::isFloatingType(slopes.scalar_type()),
+                   where,
+                   "alibi_slopes must be floating point, got ",
+                   slopes.scalar_type());
+    CTX_CHECK_VALUE(slopes.isfinite().all().item<bool>(),
+                    where,
+                    "alibi_slopes must be finite, got ",
+                    slopes.isfinite().logical_not().sum().item<int64_t>(),
+                    " that are not");
+  }
+  if (attention.relative.empty()) return;
+  const Tensor& first = attention.relative[0];
+  const int64_t heads = first.defined() && first.dim() == 2 ? first.size(0) : 0;
+  CTX_CHECK_VALUE(heads > 0 && heads % kv_heads == 0,
                   where,
-                  "compressed_bias must be [H], H a multiple of ",
+                  "relative key_bias must be [H, D], H a multiple of ",
                   kv_heads,
                   ", got ",
-                  compressed_bias->sizes());
-  CTX_CHECK_VALUE(compressed_bias->device() == device,
-                  where,
-                  "compressed_bias must be on ",
-                  device,
-                  ", got ",
-                  compressed_bias->device());
+                  first.defined() ? first.sizes() : at::IntArrayRef{});
+  ops::check_relative(attention.relative, heads, head_dim, device, where);
 }
 
 KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
@@ -100,11 +124,13 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
                                       options_.head_dim,
                                       options_.value_dim,
                                       options_.headroom,
+                                      options_.slot_dtype(),
                                       /*used=*/options_.compressor.name == "most_used");
   const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
   const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int i = 0; i < ops::kStateTensors; ++i) {
-    tensors_[i] = at::zeros_symint(sizes[i], pairs.dtype(ops::state_type(i, options_.dtype)));
+    tensors_[i] = at::zeros_symint(
+        sizes[i], pairs.dtype(ops::state_type(i, options_.dtype, options_.slot_dtype())));
   }
 }
 
@@ -129,6 +155,23 @@ Tensor KVMemory::step(const Tensor& q,
                       const Tensor& v,
                       const OptionalTensor& lengths,
                       const OptionalTensor& reset_at) {
+  return std::get<0>(stepped(q, k, v, lengths, reset_at, false));
+}
+
+std::tuple<Tensor, Tensor> KVMemory::step_with_mass(const Tensor& q,
+                                                    const Tensor& k,
+                                                    const Tensor& v,
+                                                    const OptionalTensor& lengths,
+                                                    const OptionalTensor& reset_at) {
+  return stepped(q, k, v, lengths, reset_at, true);
+}
+
+std::tuple<Tensor, Tensor> KVMemory::stepped(const Tensor& q,
+                                             const Tensor& k,
+                                             const Tensor& v,
+                                             const OptionalTensor& lengths,
+                                             const OptionalTensor& reset_at,
+                                             bool with_mass) {
   constexpr const char* where = "ctx.KVMemory.step";
   check_tokens(tensors_, k, v, lengths, reset_at, where);
   const AttentionOptions& a = options_.attention;
@@ -136,14 +179,14 @@ Tensor KVMemory::step(const Tensor& q,
       tensors_, q, k.size(2), {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
   const Compressor& compressor = options_.compressor;
   at::NoGradGuard no_grad;
-  return std::get<0>(
-      calls::step_(q,
-                   {k, v, lengths, reset_at},
-                   tensors_,
-                   {compressor.parameters, compressor.name, custom_slots(k, v, lengths, reset_at)},
-                   options_.compressed_bias,
-                   a,
-                   /*with_mass=*/false));
+  return calls::step_(
+      q,
+      {k, v, lengths, reset_at},
+      tensors_,
+      {compressor.parameters, compressor.name, custom_slots(k, v, lengths, reset_at)},
+      options_.compressed_bias,
+      a,
+      with_mass);
 }
 
 void KVMemory::append(const Tensor& k,
@@ -215,6 +258,17 @@ void KVMemory::set_parameters(std::vector<Tensor> parameters) {
                   " tokens left of a group, got ",
                   changed.compressor.reads_left(schedule.ratio));
   changed.validate();
+  options_ = std::move(changed);
+}
+
+void KVMemory::set_relative(std::vector<Tensor> relative) {
+  MemoryOptions changed = options_;
+  changed.attention.relative = std::move(relative);
+  changed.validate();
+  CTX_CHECK_VALUE(changed.attention.position() == options_.attention.position(),
+                  "ctx.KVMemory.set_relative",
+                  "relative must be for a memory with relative positions, got one with ",
+                  options_.attention.position());
   options_ = std::move(changed);
 }
 

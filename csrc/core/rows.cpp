@@ -36,6 +36,7 @@ Snapshot geometry(const MemoryOptions& options) {
           {"sinks", s.sinks},
           {"overlap", s.overlap},
           {"headroom", options.headroom},
+          {"position", a.position()},
           {"rotary_dim", a.rotary_dim},
           {"rotary_base", a.rotary_base},
           {"rotary_interleaved", int64_t{a.rotary_interleaved}},
@@ -88,6 +89,7 @@ const Snapshot::mapped_type& find(const Snapshot& snapshot,
 const Tensor& find_tensor(const Snapshot& snapshot,
                           int index,
                           at::IntArrayRef sizes,
+                          at::ScalarType slots,
                           const char* where) {
   const char* name = ops::state_name(index);
   const auto& part = find(snapshot, name, where);
@@ -100,14 +102,17 @@ const Tensor& find_tensor(const Snapshot& snapshot,
   CTX_CHECK_VALUE(
       tensor->sizes() == sizes, where, name, " must be ", sizes, ", got ", tensor->sizes());
   ops::check_readable(*tensor, name, where);
-  const bool counts = ops::state_type(index, at::kFloat) == at::kLong;
+  const at::ScalarType type = ops::state_type(index, at::kFloat, slots);
+  const bool exact = !at::isFloatingType(type);
   const bool fits =
-      counts ? tensor->scalar_type() == at::kLong : at::isFloatingType(tensor->scalar_type());
+      exact ? tensor->scalar_type() == type : at::isFloatingType(tensor->scalar_type());
   CTX_CHECK_TYPE(fits,
                  where,
                  name,
                  " must be ",
-                 counts ? "int64" : "floating point",
+                 !exact              ? "floating point"
+                 : type == at::kLong ? "int64"
+                                     : "int8",
                  ", got ",
                  tensor->scalar_type());
   return *tensor;
@@ -224,6 +229,12 @@ KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
                    options.dtype,
                    ", got ",
                    other.dtype);
+    CTX_CHECK_TYPE(other.slot_dtype() == options.slot_dtype(),
+                   where,
+                   "memories must have one compressed_dtype = ",
+                   options.slot_dtype(),
+                   ", got ",
+                   other.slot_dtype());
     CTX_CHECK_VALUE(other.device == options.device,
                     where,
                     "memories must be on one device = ",
@@ -249,14 +260,21 @@ KVMemory KVMemory::to(at::ScalarType dtype, at::Device device) const {
   MemoryOptions options = options_;
   options.dtype = dtype;
   options.device = device;
+  if (dtype == at::kDouble) options.compressed_dtype = std::nullopt;
   for (Tensor& parameter : options.compressor.parameters) parameter = parameter.to(device);
   if (options.compressed_bias) options.compressed_bias = options.compressed_bias->to(device);
+  AttentionOptions& attention = options.attention;
+  if (attention.alibi_slopes) attention.alibi_slopes = attention.alibi_slopes->to(device);
+  for (Tensor& operand : attention.relative) operand = operand.to(device);
   options.validate();
   const c10::InferenceMode ordinary(false);
   Tensors tensors;
   for (int i = 0; i < ops::kStateTensors; ++i) {
-    const auto type = ops::state_type(i, dtype);
-    tensors[i] = tensors_[i].to(device, type, /*non_blocking=*/false, /*copy=*/true);
+    const auto type = ops::state_type(i, dtype, options.slot_dtype());
+    const Tensor same = ops::is_slots(i) && tensors_[i].scalar_type() != type
+                            ? ops::slots_as(tensors_[i], type)
+                            : tensors_[i];
+    tensors[i] = same.to(device, type, /*non_blocking=*/false, /*copy=*/true);
   }
   return {std::move(options), std::move(tensors)};
 }
@@ -302,7 +320,7 @@ void KVMemory::load_state_dict(const Snapshot& snapshot) {
   }
   Tensors tensors;
   for (int i = 0; i < ops::kStateTensors; ++i)
-    tensors[i] = find_tensor(snapshot, i, tensors_[i].sizes(), where);
+    tensors[i] = find_tensor(snapshot, i, tensors_[i].sizes(), options_.slot_dtype(), where);
   const Tensor seen_here = tensors[ops::kSeen].cpu().contiguous();
   const Tensor spare = tensors[ops::kRewindable].cpu().contiguous();
   for (int64_t b = 0; b < options_.batch_size; ++b) {

@@ -1,6 +1,6 @@
 // ctx::attend: attention over three spans as a functional operator, and its backward, which
-// recomputes the weights from the log-sum-exp instead of keeping them. Both are composites of
-// torch's own operators, for every device.
+// recomputes the weights from the log-sum-exp instead of keeping them. On the CPU both are kernels
+// of our own (spans.h); elsewhere, and for what those leave out, composites of torch's operators.
 #include "ops/attend.h"
 
 #include <ATen/Parallel.h>
@@ -12,6 +12,7 @@
 #include "core/check.h"
 #include "ops/rotary.h"
 #include "ops/settings.h"
+#include "ops/spans.h"
 
 namespace ctx::ops {
 namespace {
@@ -106,6 +107,11 @@ class Call {
       std::vector<Tensor> parts;
       for (int region = 0; region < kRegions; ++region) {
         if (tile.keys[region].size() > 0) parts.push_back(scores(region, tile));
+      }
+      if (parts.empty()) {  // a row of padding sees nothing
+        cut(out, tile).zero_();
+        cut(logsumexp, tile).fill_(-std::numeric_limits<double>::infinity());
+        return;
       }
       Tensor weights = parts.size() == 1 ? parts[0] : at::cat(parts, -1);
       const Tensor total = weights.logsumexp(-1);
@@ -523,7 +529,7 @@ void check_spans(const Tensor& q, const Tensor& position, const Spans& s, const 
       window_values, first_sink, first_slot, first_token, slot_positions, bias, slopes, relative, \
       compressed_relative, schedule, distance, rotary_dim, rotary_base, rotary_interleaved, scale
 
-Call make_call(CTX_ATTEND_PARAMETERS) {
+AttendCall check_call(CTX_ATTEND_PARAMETERS) {
   constexpr const char* where = "ctx.attend";
   const Spans spans{sink_keys,
                     sink_values,
@@ -539,13 +545,14 @@ Call make_call(CTX_ATTEND_PARAMETERS) {
   check_spans(q, position, spans, scores);
   const Clock clock{parse_schedule(schedule, where),
                     parse_token_distance({distance.data(), distance.size()}, where)};
-  return Call(q,
-              position,
-              spans,
-              scores,
-              clock,
-              parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where),
-              scale);
+  const Rotary turned = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
+  return {q, position, spans, bias, slopes, clock, turned, scale};
+}
+
+Call make_call(CTX_ATTEND_PARAMETERS) {
+  const AttendCall c = check_call(CTX_ATTEND_ARGUMENTS);
+  const Scores scores{bias, slopes, relative, compressed_relative};
+  return Call(q, position, c.spans, scores, c.clock, c.rotary, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS, bool with_mass) {
@@ -596,6 +603,46 @@ Gradients attend_backward(const Tensor& grad_out,
           bias ? g.bias.to(bias->scalar_type()) : at::zeros({0}, q.options()),
           relative_gradient(relative, {g.relative[kWindow], g.relative[kSinks]}, q),
           relative_gradient(compressed_relative, {g.relative[kCompressed]}, q)};
+}
+
+// What the kernels of spans.h leave to torch's operators: relative positions, and distances to slots
+// that are single tokens.
+bool is_composite(const OptionalTensor& slot_positions,
+                  const OptionalTensor& slopes,
+                  const OptionalTensor& relative,
+                  c10::string_view distance) {
+  return relative || (slopes && slot_positions && distance == "token");
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend_forward_cpu(CTX_ATTEND_PARAMETERS, bool with_mass) {
+  if (is_composite(slot_positions, slopes, relative, distance))
+    return attend_forward(CTX_ATTEND_ARGUMENTS, with_mass);
+  const auto precision = own_precision();
+  return spans_forward(check_call(CTX_ATTEND_ARGUMENTS), with_mass);
+}
+
+Gradients attend_backward_cpu(const Tensor& grad_out,
+                              const Tensor& grad_logsumexp,
+                              const Tensor& out,
+                              const Tensor& logsumexp,
+                              CTX_ATTEND_PARAMETERS) {
+  if (is_composite(slot_positions, slopes, relative, distance)) {
+    return attend_backward(grad_out, grad_logsumexp, out, logsumexp, CTX_ATTEND_ARGUMENTS);
+  }
+  const auto precision = own_precision();
+  const auto g =
+      spans_backward(check_call(CTX_ATTEND_ARGUMENTS), grad_out, grad_logsumexp, out, logsumexp);
+  const auto none = [&] { return at::zeros({0}, q.options()); };  // outputs share no memory
+  return {g.q,
+          g.keys[kSinks],
+          g.values[kSinks],
+          g.keys[kCompressed],
+          g.values[kCompressed],
+          g.keys[kWindow],
+          g.values[kWindow],
+          bias ? g.bias : none(),
+          none(),
+          none()};
 }
 
 Gradients attend_backward_meta(const Tensor& /*grad_out*/,
@@ -813,6 +860,11 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
 TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {
   m.impl("attend", attend_forward);
   m.impl("attend_backward", attend_backward);
+}
+
+TORCH_LIBRARY_IMPL(ctx, CPU, m) {
+  m.impl("attend", attend_forward_cpu);
+  m.impl("attend_backward", attend_backward_cpu);
 }
 
 TORCH_LIBRARY_IMPL(ctx, Meta, m) {

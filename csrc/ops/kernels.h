@@ -11,7 +11,10 @@
 
 namespace ctx {
 
-enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+// kInt8: of compressed slots only. A row is `width` multiples of its scale, which follows them as a
+// float32.
+enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
+constexpr int64_t kScaleBytes = 4;
 
 // A [B, heads, T, width] tensor whose last dimension is contiguous; strides count elements.
 struct Strided {
@@ -34,7 +37,8 @@ struct MemoryView {
   Clock clock;
   Rotary rotary;
   Storage storage = Storage::kFloat32;
-  int device = 0;  // index among devices of its kind
+  Storage compressed_storage = Storage::kFloat32;  // arithmetic is that of `storage`
+  int device = 0;                                  // index among devices of its kind
   int64_t batch = 0;
   int64_t kv_heads = 0;
   int64_t head_dim = 0;
@@ -146,6 +150,59 @@ struct RotateArgs {
   Strided out;
 };
 
+// One of the three spans of the differentiable path: keys and values already rotated to their
+// clocks, and the number of the first of them in each query's stream (ops/attend.h).
+struct Span {
+  int64_t size = 0;  // keys
+  Strided keys;
+  Strided values;
+  const int64_t* first = nullptr;  // [B, T]
+};
+
+// Attention over three spans (sinks, compressed, window) of tensors that stay as they are; every
+// query sees what the law shows to the token at its position. Numbers "in the arithmetic's type"
+// are float32, float64 for float64, and contiguous.
+struct SpansArgs {
+  Clock clock;
+  Rotary rotary;
+  Storage storage = Storage::kFloat32;
+  int device = 0;
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t tokens = 0;
+  int64_t head_dim = 0;
+  int64_t value_dim = 0;
+  double scale = 1.0;
+  const void* bias = nullptr;         // as in AttendArgs
+  const void* slopes = nullptr;       // as in AttendArgs
+  const int64_t* position = nullptr;  // [B, T]
+  Strided queries;                    // [B, H, T, D], un-rotated
+  Span spans[3];
+  Strided out;                // [B, H, T, Dv]; zero for a query that sees nothing
+  void* logsumexp = nullptr;  // [B, H, T] in the arithmetic's type; minus infinity for such a query
+  void* mass = nullptr;       // as in AttendArgs; null: not asked for
+};
+
+struct SpansBackwardArgs {
+  SpansArgs forward;  // with what it has put out
+  Strided grad_out;
+  const void* grad_logsumexp = nullptr;  // [B, H, T] in the arithmetic's type
+  Strided grad_queries;                  // written
+  // Sums over queries, in the arithmetic's type: [parts, B, Hkv, keys, width], rows padded to
+  // key_width and value_width (kSpanWidthStep), zero before. Each part takes its own share of the
+  // queries, so that threads need no lock and sums have a fixed order.
+  int64_t parts = 1;
+  int64_t key_width = 0;
+  int64_t value_width = 0;
+  void* grad_keys[3] = {nullptr};
+  void* grad_values[3] = {nullptr};
+  void* grad_bias = nullptr;  // [parts, B, H] in the arithmetic's type, zero before; null: none
+};
+
+// Kernels write whole vectors of the sums above.
+constexpr int64_t kSpanWidthStep = 16;
+
 // What a device offers; work is queued on the calling thread's current stream, where a device has
 // one. Arithmetic is float32, float64 for float64.
 struct Kernels {
@@ -161,6 +218,9 @@ struct Kernels {
   // Attends over sinks, slots and window; outputs of absent tokens (past lengths, before the
   // stream) are zero.
   void (*attend)(const AttendArgs&) = nullptr;
+  // The differentiable path; null on a device that leaves it to torch's operators.
+  void (*spans_forward)(const SpansArgs&) = nullptr;
+  void (*spans_backward)(const SpansBackwardArgs&) = nullptr;
 };
 
 // A call's places are cut into blocks of `ratio`, from the place of its first token on: the block

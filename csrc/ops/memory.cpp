@@ -42,6 +42,8 @@ struct Memory {
     const Tensor& keys = state[kWindowKeys];
     view.rotary = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, keys.size(3), where);
     view.storage = storage_of(keys.scalar_type(), where, "window_keys");
+    view.compressed_storage = slot_storage_of(
+        state[kCompressedKeys].scalar_type(), keys.scalar_type(), where, "compressed_keys");
     view.device = device_index(keys);
     view.batch = keys.size(0);
     view.kv_heads = keys.size(1);
@@ -360,6 +362,8 @@ class Reader {
 
   // Relative positions have no kernel: the rings are read in order, and torch's operators do it.
   void compose(const Block& block) {
+    const auto precision = own_precision();
+    const at::AutoDispatchBelowADInplaceOrView below;  // nothing is recorded
     const State& state = memory_.state;
     const Clock& clock = memory_.view.clock;
     const Schedule& s = clock.schedule;
@@ -383,14 +387,20 @@ class Reader {
         count_from(begun - s.compressed, s.compressed + s.max_new_groups(block.tokens));
     const Tensor made = groups.ge(0).logical_and(groups.lt(groups_of(s, last).unsqueeze(1)));
     Spans spans;
-    spans.sink_keys = state[kSinkKeys], spans.sink_values = state[kSinkValues];
+    const Tensor sinks =
+        at::arange(s.sinks, integers).unsqueeze(0).expand({memory_.view.batch, -1});
+    const Tensor begins = sinks.le(last.unsqueeze(1));
+    const bool some = s.sinks > 0;
+    spans.sink_keys = some ? read_ring(state[kSinkKeys], sinks, begins) : state[kSinkKeys];
+    spans.sink_values = some ? read_ring(state[kSinkValues], sinks, begins) : state[kSinkValues];
     spans.window_keys = read_ring(state[kWindowKeys], tokens, written);
     spans.window_values = read_ring(state[kWindowValues], tokens, written);
     const bool slots = s.compressed > 0;
-    spans.compressed_keys =
-        slots ? read_ring(state[kCompressedKeys], groups, made) : state[kCompressedKeys];
-    spans.compressed_values =
-        slots ? read_ring(state[kCompressedValues], groups, made) : state[kCompressedValues];
+    const auto read_slots = [&](const Tensor& ring) {
+      return slots_as(slots ? read_ring(ring, groups, made) : ring, q_.scalar_type());
+    };
+    spans.compressed_keys = read_slots(state[kCompressedKeys]);
+    spans.compressed_values = read_slots(state[kCompressedValues]);
     if (memory_.view.slot_positions != nullptr && clock.token_distance) {
       const Tensor ring = state[kSlotPositions].unsqueeze(-1);
       spans.slot_positions =

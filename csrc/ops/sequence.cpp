@@ -167,10 +167,11 @@ class Sequence {
     // A slot that the next token no longer sees may hold what was taken back since, even a NaN.
     const Tensor oldest = groups_of(law(), seen_).sub(law().compressed).clamp_min(0);
     const Tensor made = slots.ge(oldest.unsqueeze(1));
-    s.compressed_keys =
-        at::cat({read_ring(memory_[kCompressedKeys], slots, made), s.compressed_keys}, 2);
-    s.compressed_values =
-        at::cat({read_ring(memory_[kCompressedValues], slots, made), s.compressed_values}, 2);
+    const auto past_slots = [&](StateIndex index) {
+      return slots_as(read_ring(memory_[index], slots, made), type);
+    };
+    s.compressed_keys = at::cat({past_slots(kCompressedKeys), s.compressed_keys}, 2);
+    s.compressed_values = at::cat({past_slots(kCompressedValues), s.compressed_values}, 2);
     if (s.slot_positions.defined()) {
       const Tensor held = read_ring(memory_[kSlotPositions].unsqueeze(-1), slots, made);
       s.slot_positions = at::cat({held.squeeze(-1), s.slot_positions}, 2);

@@ -46,6 +46,22 @@ Storage storage_of(at::ScalarType dtype, const char* where, const char* name) {
   }
 }
 
+Storage slot_storage_of(at::ScalarType dtype,
+                        at::ScalarType pairs,
+                        const char* where,
+                        const char* name) {
+  if (dtype == at::kChar && pairs != at::kDouble) return Storage::kInt8;
+  CTX_CHECK_TYPE(
+      dtype == pairs || (pairs != at::kDouble && dtype != at::kDouble),
+      where,
+      name,
+      " must be ",
+      pairs == at::kDouble ? "float64 as the memory" : "float32, bfloat16, float16 or int8",
+      ", got ",
+      dtype);
+  return storage_of(dtype, where, name);
+}
+
 Schedule parse_schedule(at::IntArrayRef values, const char* where) {
   CTX_CHECK_VALUE(
       values.size() == 5 || values.size() == 6,

@@ -22,6 +22,12 @@ inline at::ScalarType arithmetic_type(at::ScalarType storage) {
 using OwnPrecision = c10::impl::ExcludeDispatchKeyGuard;
 inline OwnPrecision own_precision() { return OwnPrecision(c10::autocast_dispatch_keyset); }
 
+// The storage of compressed slots in a memory of such pairs: one with the same arithmetic, or int8.
+Storage slot_storage_of(at::ScalarType dtype,
+                        at::ScalarType pairs,
+                        const char* where,
+                        const char* name);
+
 // The storage of a dtype; throws TypeError for one that a memory cannot have.
 Storage storage_of(at::ScalarType dtype, const char* where, const char* name);
 

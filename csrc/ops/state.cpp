@@ -40,11 +40,33 @@ void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, co
       x.layout() == at::kStrided, where, name, " must be a dense tensor, got ", x.layout());
 }
 
+// What is added to scores, or multiplied with them.
+void check_operand(const Tensor& x, const char* name, at::Device device, const char* where) {
+  CTX_CHECK_VALUE(x.device() == device, where, name, " must be on ", device, ", got ", x.device());
+  CTX_CHECK_TYPE(at::isFloatingType(x.scalar_type()),
+                 where,
+                 name,
+                 " must be floating point, got ",
+                 x.scalar_type());
+}
+
 }  // namespace
 
 const char* state_name(int index) { return kNames[index]; }
 
-at::ScalarType state_type(int index, at::ScalarType pairs) {
+SymInt stored_width(const SymInt& width, at::ScalarType slots) {
+  return slots == at::kChar ? width + kScaleBytes : width;
+}
+
+Tensor slots_as(const Tensor& rows, at::ScalarType type) {
+  if (rows.scalar_type() != at::kChar) return rows.to(type);
+  const SymInt width = rows.sym_size(-1) - kScaleBytes;
+  const Tensor scale = rows.narrow_symint(-1, width, kScaleBytes).contiguous().view(at::kFloat);
+  return rows.narrow_symint(-1, 0, width).to(at::kFloat).mul(scale).to(type);
+}
+
+at::ScalarType state_type(int index, at::ScalarType pairs, at::ScalarType slots) {
+  if (is_slots(index)) return slots;
   if (index < kSeen) return pairs;
   return index == kUsage ? arithmetic_type(pairs) : at::kLong;
 }
@@ -57,14 +79,15 @@ std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& sched
                                                            const SymInt& head_dim,
                                                            const SymInt& value_dim,
                                                            const SymInt& headroom,
+                                                           at::ScalarType slots,
                                                            bool used) {
   const SymInt window = schedule.window_capacity(headroom);
   const SymInt compressed = schedule.compressed_capacity(headroom);
   return {{
       {batch, kv_heads, window, head_dim},
       {batch, kv_heads, window, value_dim},
-      {batch, kv_heads, compressed, head_dim},
-      {batch, kv_heads, compressed, value_dim},
+      {batch, kv_heads, compressed, stored_width(head_dim, slots)},
+      {batch, kv_heads, compressed, stored_width(value_dim, slots)},
       {batch, kv_heads, schedule.sinks, head_dim},
       {batch, kv_heads, schedule.sinks, value_dim},
       {batch},
@@ -97,6 +120,8 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                   least,
                   " tokens for this schedule, got ",
                   keys.sym_size(2));
+  const auto slots = state[kCompressedKeys].scalar_type();
+  slot_storage_of(slots, keys.scalar_type(), where, "compressed_keys");
   CTX_CHECK_VALUE(state[kUsage].dim() == 3,
                   where,
                   "usage must be [B, Hkv, capacity], got ",
@@ -107,9 +132,10 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                                  keys.sym_size(3),
                                  values.sym_size(3),
                                  headroom,
+                                 slots,
                                  counts_usage(state));
   for (int i = 0; i < kStateTensors; ++i) {
-    const auto type = state_type(i, keys.scalar_type());
+    const auto type = state_type(i, keys.scalar_type(), slots);
     CTX_CHECK_VALUE(state[i].sym_sizes() == c10::SymIntArrayRef(sizes[i]),
                     where,
                     kNames[i],
@@ -174,10 +200,6 @@ void check_pairs(at::TensorList state, const Tensor& k, const Tensor& v, const c
 
 void check_score_operands(const Tensor& q, const ScoreOperands& operands, const char* where) {
   const SymInt heads = q.sym_size(1);
-  const auto on_device = [&](const Tensor& x, const char* name) {
-    CTX_CHECK_VALUE(
-        x.device() == q.device(), where, name, " must be on ", q.device(), ", got ", x.device());
-  };
   const auto per_head = [&](const OptionalTensor& x, const char* name) {
     if (!x) return;
     CTX_CHECK_VALUE(x->dim() == 1 && (x->sym_size(0) == heads || x->sym_size(0) == 1),
@@ -187,21 +209,32 @@ void check_score_operands(const Tensor& q, const ScoreOperands& operands, const 
                     heads,
                     "], got ",
                     x->sym_sizes());
-    on_device(*x, name);
+    check_operand(*x, name, q.device(), where);
   };
   per_head(operands.bias, "compressed_bias");
   per_head(operands.slopes, "alibi_slopes");
   if (operands.relative.empty()) return;
+  check_relative(operands.relative, heads, q.sym_size(3), q.device(), where);
+}
+
+void check_relative(at::TensorList relative,
+                    const SymInt& heads,
+                    const SymInt& head_dim,
+                    at::Device device,
+                    const char* where) {
   constexpr std::array<const char*, 5> names = {"relative key_bias",
                                                 "relative position_bias",
                                                 "relative position_weight",
                                                 "relative compressed_position_bias",
                                                 "relative compressed_position_weight"};
-  CTX_CHECK_VALUE(operands.relative.size() == names.size(),
+  CTX_CHECK_VALUE(relative.size() == names.size(),
                   where,
                   "relative must be 0 or 5 tensors, got ",
-                  operands.relative.size());
-  const Tensor& weight = operands.relative[2];
+                  relative.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    CTX_CHECK_VALUE(relative[i].defined(), where, names[i], " must be a tensor, got none");
+  }
+  const Tensor& weight = relative[2];
   const SymInt width = weight.dim() == 3 ? weight.sym_size(2) : SymInt(0);
   CTX_CHECK_VALUE(width > 0 && width % 2 == 0,
                   where,
@@ -209,22 +242,16 @@ void check_score_operands(const Tensor& q, const ScoreOperands& operands, const 
                   " must be [H, D, P] with an even P, got ",
                   weight.sym_sizes());
   for (size_t i = 0; i < names.size(); ++i) {
-    std::vector<SymInt> sizes = {heads, q.sym_size(3)};
+    std::vector<SymInt> sizes = {heads, head_dim};
     if (i == 2 || i == 4) sizes.push_back(width);
-    const Tensor& x = operands.relative[i];
-    CTX_CHECK_VALUE(x.sym_sizes() == c10::SymIntArrayRef(sizes),
+    CTX_CHECK_VALUE(relative[i].sym_sizes() == c10::SymIntArrayRef(sizes),
                     where,
                     names[i],
                     " must be ",
                     c10::SymIntArrayRef(sizes),
                     ", got ",
-                    x.sym_sizes());
-    CTX_CHECK_TYPE(at::isFloatingType(x.scalar_type()),
-                   where,
-                   names[i],
-                   " must be floating point, got ",
-                   x.scalar_type());
-    on_device(x, names[i]);
+                    relative[i].sym_sizes());
+    check_operand(relative[i], names[i], device, where);
   }
 }
 

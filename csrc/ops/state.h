@@ -31,8 +31,13 @@ using State = std::array<at::Tensor, kStateTensors>;
 
 const char* state_name(int index);
 
-// The dtype of a tensor of a memory whose pairs have dtype `pairs`.
-at::ScalarType state_type(int index, at::ScalarType pairs);
+// The dtype of a tensor of a memory whose pairs have dtype `pairs` and whose slots `slots`.
+at::ScalarType state_type(int index, at::ScalarType pairs, at::ScalarType slots);
+inline bool is_slots(int index) { return index == kCompressedKeys || index == kCompressedValues; }
+
+// int8 slots are rows of `width` multiples of a scale, which stands behind them as a float32.
+c10::SymInt stored_width(const c10::SymInt& width, at::ScalarType slots);
+at::Tensor slots_as(const at::Tensor& rows, at::ScalarType type);  // [..., stored] -> [..., width]
 
 // Sizes of the tensors for a schedule and a headroom; `used`: a compressor chooses by usage.
 std::array<std::vector<c10::SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
@@ -41,6 +46,7 @@ std::array<std::vector<c10::SymInt>, kStateTensors> state_sizes(const Schedule& 
                                                                 const c10::SymInt& head_dim,
                                                                 const c10::SymInt& value_dim,
                                                                 const c10::SymInt& headroom,
+                                                                at::ScalarType slots,
                                                                 bool used);
 
 // Whether the memory is one whose compressor chooses by usage.
@@ -61,6 +67,13 @@ struct ScoreOperands {
   at::TensorList relative;
 };
 void check_score_operands(const at::Tensor& q, const ScoreOperands& operands, const char* where);
+
+// The five tensors of relative positions for queries of H heads of width D.
+void check_relative(at::TensorList relative,
+                    const c10::SymInt& heads,
+                    const c10::SymInt& head_dim,
+                    at::Device device,
+                    const char* where);
 
 // Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any).
 void check_queries(at::TensorList state,

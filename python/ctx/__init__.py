@@ -10,6 +10,7 @@ from ctx import (
     compression,
     losses,
     padding,
+    positions,
     reference,
     rows,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "compression",
     "losses",
     "padding",
+    "positions",
     "reference",
     "rows",
 ]

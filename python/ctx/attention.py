@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from ctx import _check
 from ctx.compression import COMPRESSORS, MostUsed, as_compressor, check_kernel, make_compressor
+from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
+from ctx.positions import Relative, alibi_slopes
 from ctx.schedule import Schedule
-from ctx.state import STATE, Memory, StateShape
+from ctx.state import STATE, Memory, StateShape, slot_dtypes
 
 __all__ = ["CompressiveAttention", "Memory"]
 
@@ -30,8 +33,9 @@ class CompressiveAttention(nn.Module):
     same numbers, however a stream is cut into calls.
 
     Source: Rae et al. 2019 (arXiv:1911.05507), section 3. Deviations: keys and values are stored
-    instead of hidden states, positions are rotary (Su et al. 2021, arXiv:2104.09864) instead of
-    Transformer-XL's, and ``dropout`` acts on the module's output, not on attention weights.
+    instead of layer inputs (``memory_content="hidden"`` stores these), positions are rotary (Su et
+    al. 2021, arXiv:2104.09864) unless the paper's are asked for, and ``dropout`` acts on the
+    module's output, not on attention weights.
 
     Args:
         embed_dim: width E of the input and output.
@@ -47,7 +51,15 @@ class CompressiveAttention(nn.Module):
             to slots as those do.
         compression_kernel: tokens that ``"conv"`` reads for a slot, those left of the group
             included; default ``ratio``.
-        position: ``"rotary"`` or None.
+        memory_content: ``"kv"`` remembers keys and values, and compresses each kv head's own;
+            ``"hidden"`` (the paper's) remembers the inputs, E numbers per token, projects them
+            with the current weights on every call (slower; the projections get a gradient through
+            the memory) and compresses them: the compressor sees one head of width E as keys, and
+            values of width 0.
+        position: ``"rotary"``; ``"relative"``, the paper's, adds a :class:`ctx.positions.Relative`
+            to the parameters; ``"alibi"`` adds the constants of :func:`ctx.positions.alibi_slopes`,
+            in the module's dtype; or None.
+        relative_dim: sines and cosines of ``"relative"``, even; default E, as Transformer-XL has.
         distance: ``"slot"`` or ``"token"``.
         compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
             log ratio).
@@ -80,7 +92,9 @@ class CompressiveAttention(nn.Module):
         sinks: int = 0,
         compression: str | nn.Module = "conv",
         compression_kernel: int | None = None,
+        memory_content: str = "kv",
         position: str | None = "rotary",
+        relative_dim: int | None = None,
         distance: str = "slot",
         compressed_bias: str = "learned",
         compressor_grad: str = "task",
@@ -106,6 +120,8 @@ class CompressiveAttention(nn.Module):
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
         if rotary_dim is not None:
             _check.integer(rotary_dim, "rotary_dim", _WHERE)
+        if relative_dim is not None:
+            _check.integer(relative_dim, "relative_dim", _WHERE)
         dropout = _check.number(dropout, "dropout", _WHERE)
         rotary_base = _check.number(rotary_base, "rotary_base", _WHERE)
         _check.flag(bias, "bias", _WHERE)
@@ -125,6 +141,7 @@ class CompressiveAttention(nn.Module):
             )
         if isinstance(compression, str):
             _one_of("compression", compression, tuple(COMPRESSORS))
+        _one_of("memory_content", memory_content, ("kv", "hidden"))
         _one_of("distance", distance, ("slot", "token"))
         _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
         _one_of("compressor_grad", compressor_grad, ("task", "aux"))
@@ -142,6 +159,9 @@ class CompressiveAttention(nn.Module):
             raise ValueError(
                 f"{_WHERE}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
             )
+        sinusoids = embed_dim if relative_dim is None else relative_dim
+        if sinusoids < 1 or (position == "relative" and sinusoids % 2):
+            raise ValueError(f"{_WHERE}: relative_dim must be even and positive, got {sinusoids}")
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         called = compression if isinstance(compression, str) else "a module"
@@ -159,35 +179,52 @@ class CompressiveAttention(nn.Module):
             rotary_interleaved,
         )
         self.dropout, self.headroom = dropout, headroom
+        self.memory_content = memory_content
+        #: What is remembered of a token: heads, key width, value width.
+        self._stored = (
+            (1, embed_dim, 0) if memory_content == "hidden" else (kv_heads, head_dim, head_dim)
+        )
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **made)
         self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
         if isinstance(compression, str):
+            heads, widths = self._stored[0], self._stored[1:]
             compression = make_compressor(
-                compression, kv_heads, ratio, head_dim, kernel=compression_kernel, **made
+                compression, heads, ratio, *widths, kernel=compression_kernel, **made
             )
         if not isinstance(compression, nn.Module):
             raise TypeError(
                 f"{_WHERE}: compression must be a name or a module, got {compression!r}"
             )
-        self.compressor = as_compressor(compression, kv_heads, ratio, head_dim, head_dim)
+        self.compressor = as_compressor(compression, self._stored[0], ratio, *self._stored[1:])
         self.schedule = schedule
-        if aux_loss is not None and self.compressor.by_usage:
-            raise ValueError(
-                f'{_WHERE}: aux_loss must be None for compression "most_used", got "{aux_loss}"'
-            )
+        for name, value, other in (
+            ("aux_loss", aux_loss, None),
+            ("memory_content", memory_content, "kv"),
+        ):
+            if self.compressor.by_usage and value != other:
+                raise ValueError(
+                    f"{_WHERE}: {name} must be {other!r} for compression 'most_used', got {value!r}"
+                )
         self.aux_loss = aux_loss
         if aux_loss == "autoencoding":
-            self.decoder = Decoder(kv_heads, ratio, head_dim, head_dim, **made)
+            self.decoder = Decoder(self._stored[0], ratio, *self._stored[1:], **made)
         start = torch.empty(num_heads, **made)
         if compressed_bias == "learned":
             self.compressed_bias: Tensor | None = nn.Parameter(start)
         else:
             start_or_none = start if compressed_bias == "log_ratio" else None
             self.register_buffer("compressed_bias", start_or_none, persistent=False)
+        self.relative: Relative | None = None
+        if position == "relative":
+            self.relative = Relative(num_heads, head_dim, sinusoids, **made)
+        self.alibi_slopes: Tensor | None
+        slopes = torch.empty(num_heads, **made) if position == "alibi" else None
+        self.register_buffer("alibi_slopes", slopes, persistent=False)
         self._reset_compression()
+        self._reset_positions()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
@@ -197,11 +234,19 @@ class CompressiveAttention(nn.Module):
         if self.aux_loss == "autoencoding":
             self.decoder.reset_parameters()
         self._reset_compression()
+        self._reset_positions()
 
     def _reset_compression(self) -> None:
         if self.compressed_bias is not None:
             with torch.no_grad():
                 self.compressed_bias.fill_(math.log(self.schedule.ratio))
+
+    def _reset_positions(self) -> None:
+        if self.relative is not None:
+            self.relative.reset_parameters()
+        if self.alibi_slopes is not None:
+            with torch.no_grad():
+                self.alibi_slopes.copy_(alibi_slopes(self.num_heads))
 
     @property
     def schedule(self) -> Schedule:
@@ -215,9 +260,7 @@ class CompressiveAttention(nn.Module):
         self._schedule = schedule
         self._state = StateShape.of(
             schedule,
-            self.num_kv_heads,
-            self.head_dim,
-            self.head_dim,
+            *self._stored,
             self.headroom,
             overlap=self.compressor.overlap,
             used=self.compressor.by_usage,
@@ -228,6 +271,7 @@ class CompressiveAttention(nn.Module):
         batch_size: int,
         *,
         dtype: torch.dtype | None = None,
+        compressed_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
         """An empty memory for ``batch_size`` streams.
@@ -236,10 +280,18 @@ class CompressiveAttention(nn.Module):
             A dict of tensors: ``window_keys`` [B, Hkv, capacity, D] and ``window_values``,
             ``compressed_keys`` and ``compressed_values``, ``sink_keys`` [B, Hkv, sinks, D] and
             ``sink_values``, of the parameters' dtype and device unless given, and ``seen`` int64
-            [B]. It can be saved, copied and flattened like any dict of tensors.
+            [B]. With ``memory_content="hidden"`` the inputs stand where keys do, [B, 1, capacity,
+            E], and values have width 0. It can be saved, copied and flattened like any dict of
+            tensors.
+
+        Args:
+            batch_size: rows B.
+            dtype: of pairs; default that of the parameters.
+            compressed_dtype: of compressed slots, as in :class:`ctx.KVMemory`; default ``dtype``.
+            device: default that of the parameters.
 
         Raises:
-            ValueError: ``batch_size`` is below 1.
+            ValueError, TypeError: ``batch_size`` is below 1, or a dtype is none that can be.
         """
         where = f"{_WHERE}.init_memory"
         if _check.integer(batch_size, "batch_size", where) < 1:
@@ -249,7 +301,15 @@ class CompressiveAttention(nn.Module):
         if device is not None:
             device = _check.device(device, where)
         weight = self.k_proj.weight
-        return self._state.zeros(batch_size, dtype or weight.dtype, device or weight.device)
+        dtype, device = dtype or weight.dtype, device or weight.device
+        if compressed_dtype is not None:
+            allowed = slot_dtypes(dtype)
+            if _check.dtype(compressed_dtype, where, "compressed_dtype") not in allowed:
+                names = ", ".join(map(str, allowed))
+                raise TypeError(
+                    f"{where}: compressed_dtype must be one of {names}, got {compressed_dtype}"
+                )
+        return self._state.zeros(batch_size, dtype, device, compressed_dtype)
 
     def forward(
         self,
@@ -260,6 +320,7 @@ class CompressiveAttention(nn.Module):
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
         return_aux: bool = False,
+        return_usage: bool = False,
     ) -> Any:
         """Attends from T new tokens per row to the memory and to themselves, and remembers them.
 
@@ -273,10 +334,14 @@ class CompressiveAttention(nn.Module):
                 packed batch), which sees nothing of what its row held before.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
+            return_usage: also return what share of its attention every query gives to sinks,
+                compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
+                padding, constant, in float32 (float64 for float64).
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
-            under grad, the one passed in otherwise; with ``return_aux`` the loss, too.
+            under grad, the one passed in otherwise; then the loss with ``return_aux``, then the
+            shares with ``return_usage``.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
@@ -288,12 +353,15 @@ class CompressiveAttention(nn.Module):
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
         q = self._heads(self.q_proj(x), self.num_heads)
-        k = self._heads(self.k_proj(x), self.num_kv_heads)
-        v = self._heads(self.v_proj(x), self.num_kv_heads)
-        dtype = q.dtype
+        dtype, hidden = q.dtype, self.memory_content == "hidden"
+        if hidden:
+            k, v = as_stored(x)
+        else:
+            k, v = self._pairs(x.unsqueeze(1))
         if memory is not None:
             kept = memory["window_keys"].dtype
-            q, k, v = q.to(kept), k.to(kept), v.to(kept)
+            k, v = k.to(kept), v.to(kept)
+            q = q if hidden else q.to(kept)
         if return_aux:
             if self.aux_loss is None or reset_at is not None:
                 got = "aux_loss=None" if self.aux_loss is None else "reset_at"
@@ -301,17 +369,25 @@ class CompressiveAttention(nn.Module):
                     f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
                 )
             aux = self._auxiliary(q, k, v, lengths, memory)
-        if torch.is_grad_enabled():
-            out, memory = self._differentiable(q, k, v, lengths, reset_at, memory)
+        if hidden:
+            out, usage, memory = self._projecting(
+                q, k, v, lengths, reset_at, memory, x.dtype, return_usage
+            )
+        elif torch.is_grad_enabled():
+            out, usage, memory = self._differentiable(
+                q, k, v, lengths, reset_at, memory, return_usage
+            )
         else:
-            out, memory = self._streaming(q, k, v, lengths, reset_at, memory)
+            out, usage, memory = self._streaming(q, k, v, lengths, reset_at, memory, return_usage)
         y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
         y = nn.functional.dropout(y, self.dropout, self.training)
         if mask is not None:
             y = from_right_padded(y, mask)
+            if return_usage:
+                usage = from_right_padded(usage.transpose(1, 2), mask).transpose(1, 2)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
-        return (y, memory, aux) if return_aux else (y, memory)
+        return (y, memory, *([aux] if return_aux else []), *([usage] if return_usage else []))
 
     def check(
         self,
@@ -362,24 +438,50 @@ class CompressiveAttention(nn.Module):
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
-    def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
-        rotary = (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
-        numbers = (*self.schedule.numbers, self.compressor.overlap)
-        return (numbers, self.distance, *rotary)
+    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, 1, n, E] to un-rotated keys and values [B, Hkv, n, D]."""
+        k, v = self.k_proj(x[:, 0]), self.v_proj(x[:, 0])
+        return self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
 
-    def _scores(self) -> tuple[Any, ...]:
+    def _constant_pairs(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """:meth:`_pairs` of inputs of any dtype, by constant weights."""
+        made = []
+        for projection in (self.k_proj, self.v_proj):
+            weights = {name: w.detach() for name, w in projection.named_parameters()}
+            y = torch.func.functional_call(projection, weights, (x[:, 0].to(dtype),))
+            made.append(self._heads(y, self.num_kv_heads).to(x.dtype))
+        return made[0], made[1]
+
+    def _rotary(self) -> tuple[int, float, bool]:
+        return (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
+
+    def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
+        numbers = (*self.schedule.numbers, self.compressor.overlap)
+        return (numbers, self.distance, *self._rotary())
+
+    def _stored_settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
+        """:meth:`_settings` of what is stored: inputs are not rotated."""
+        numbers, distance, width, base, interleaved = self._settings()
+        width = width if self.memory_content == "kv" else 0
+        return (numbers, distance, width, base, interleaved)
+
+    def _scores(self, with_mass: bool = False) -> tuple[Any, ...]:
         """What operators that attend take last: operands of the scores, settings, scale, mass."""
-        operands = (self.compressed_bias, None, [])
-        return (*operands, *self._settings(), self.head_dim**-0.5, False)
+        relative = [] if self.relative is None else self.relative.operands()
+        operands = (self.compressed_bias, self.alibi_slopes, relative)
+        return (*operands, *self._settings(), self.head_dim**-0.5, with_mass)
 
     def _auxiliary(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
     ) -> Tensor:
         state = [] if memory is None else [memory[name] for name in STATE]
-        evicted = evictions(q, k, v, lengths, state, self.schedule, self._settings())
+        evicted = evictions(q, k, v, lengths, state, self.schedule, self._stored_settings())
         if self.aux_loss == "autoencoding":
             return auto_encoding(evicted, self.compressor, self.decoder)
-        return attention_reconstruction(evicted, self.compressor)
+        project = None
+        if self.memory_content == "hidden":
+            project = partial(self._constant_pairs, dtype=q.dtype)
+        return attention_reconstruction(evicted, self.compressor, project=project)
 
     def _streaming(
         self,
@@ -389,7 +491,8 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         memory: Memory | None,
-    ) -> tuple[Tensor, Memory]:
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
         if memory is None:
             memory = self._state.zeros(q.shape[0], k.dtype, k.device)
         state = [memory[name] for name in STATE]
@@ -400,10 +503,10 @@ class CompressiveAttention(nn.Module):
             )
             made = [*self.compressor.slots(keys, values), block]
         compressor = (self.compressor.operands(), self.compressor.engine_name, made)
-        out, _ = torch.ops.ctx.step_(
-            q, k, v, lengths, reset_at, *state, *compressor, *self._scores()
+        out, mass = torch.ops.ctx.step_(
+            q, k, v, lengths, reset_at, *state, *compressor, *self._scores(with_mass)
         )
-        return out, memory
+        return out, mass, memory
 
     def _differentiable(
         self,
@@ -413,7 +516,8 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         memory: Memory | None,
-    ) -> tuple[Tensor, Memory]:
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
         state = [] if memory is None else [memory[name] for name in STATE]
         settings, rows = self._settings(), (lengths, reset_at)
         keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
@@ -436,11 +540,11 @@ class CompressiveAttention(nn.Module):
         constants = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
-        out, _ = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, positions, *self._scores()
+        out, mass = torch.ops.ctx.attend_sequence(
+            q, k, v, *rows, state, *slots, positions, *self._scores(with_mass)
         )
         if self.compressor.by_usage:
-            return out, memory
+            return out, mass, memory
         with torch.no_grad():
             compressor = (
                 [operand.detach() for operand in self.compressor.operands()],
@@ -448,7 +552,51 @@ class CompressiveAttention(nn.Module):
                 [] if self.compressor.native else [*constants, block],
             )
             torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *compressor, *settings)
-        return out, memory
+        return out, mass, memory
+
+    def _projecting(
+        self,
+        q: Tensor,
+        hidden: Tensor,  # [B, 1, T, E], as stored
+        none: Tensor,  # [B, 1, T, 0]
+        lengths: Tensor | None,
+        reset_at: Tensor | None,
+        memory: Memory | None,
+        dtype: torch.dtype,
+        with_mass: bool,
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """A call over a memory of inputs, under grad and without."""
+
+        def project(x: Tensor) -> tuple[Tensor, Tensor]:
+            return self._pairs(x.to(dtype))
+
+        state = [] if memory is None else [memory[name] for name in STATE]
+        settings, rows = self._stored_settings(), (lengths, reset_at)
+        groups, empty, block = torch.ops.ctx.due_groups(hidden, none, *rows, state, *settings)
+        slots = self.compressor.slots(groups, empty)
+        made = [slot.detach() for slot in slots]
+        if self.compressor_grad == "aux":
+            slots = (made[0], made[1])
+        pairs: list[Tensor] = []
+        if memory is not None:
+            pairs = pairs_of(memory, self.schedule, self.distance, self._rotary(), project)
+        # A slot is rounded as the memory will, so that it never matters which call made it.
+        slots = project(slots[0].to(hidden.dtype))
+        out, mass = torch.ops.ctx.attend_sequence(
+            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(with_mass)
+        )
+        copied = torch.is_grad_enabled()
+        with torch.no_grad():
+            if memory is None:
+                memory = self._state.zeros(q.shape[0], hidden.dtype, hidden.device)
+            elif copied:
+                memory = {name: tensor.clone() for name, tensor in memory.items()}
+            state = [memory[name] for name in STATE]
+            compressor = ("custom", [*made, block])
+            torch.ops.ctx.append_(
+                hidden.detach(), none.detach(), *rows, *state, [], *compressor, *settings
+            )
+        return out, mass, memory
 
     def extra_repr(self) -> str:
         return (

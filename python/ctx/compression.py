@@ -7,7 +7,7 @@ network for all heads, here every kv head compresses its own (un-rotated) keys a
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class Compressor(nn.Module):
         kv_heads: key/value heads Hkv, >= 1.
         ratio: tokens per slot c, >= 1.
         head_dim: key width D, >= 1.
-        value_dim: value width Dv, >= 1; default ``head_dim``.
+        value_dim: value width Dv; default ``head_dim``. 0 where there are no values (a memory of
+            layer inputs): then none of the parameters ``value_*`` is made.
 
     Raises:
         ValueError: a size is below 1.
@@ -65,9 +66,11 @@ class Compressor(nn.Module):
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
         for name, size in sizes.items():
-            if _check.integer(size, name, f"ctx.compression.{type(self).__name__}") < 1:
+            least = 0 if name == "value_dim" else 1
+            if _check.integer(size, name, f"ctx.compression.{type(self).__name__}") < least:
                 raise ValueError(
-                    f"ctx.compression.{type(self).__name__}: {name} must be at least 1, got {size}"
+                    f"ctx.compression.{type(self).__name__}: {name} must be at least {least}, "
+                    f"got {size}"
                 )
         self.kv_heads, self.ratio, self.head_dim, self.value_dim = (
             kv_heads,
@@ -76,6 +79,8 @@ class Compressor(nn.Module):
             value_dim,
         )
         for name, shape in self.parameter_shapes().items():
+            if value_dim == 0 and name.startswith("value_"):
+                continue
             self.register_parameter(
                 name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             )
@@ -97,7 +102,16 @@ class Compressor(nn.Module):
 
     def operands(self) -> list[Tensor]:
         """The parameters as the engine takes them; none for a compressor that it does not know."""
-        return [getattr(self, name) for name in self.parameter_shapes()] if self.native else []
+        if not self.native:
+            return []
+        return [self._operand(name, shape) for name, shape in self.parameter_shapes().items()]
+
+    def _operand(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if self.value_dim > 0 or name.startswith("key_"):
+            return cast(Tensor, getattr(self, name))
+        # Makes values of width 0: it is only looked at.
+        like: Tensor = getattr(self, f"key_{name.removeprefix('value_')}")
+        return like if like.shape == shape else like.new_empty(shape)
 
     @property
     def engine_name(self) -> str:
@@ -278,7 +292,7 @@ class Conv(Native):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         with torch.no_grad():
-            for name in ("key_weight", "value_weight"):
+            for name in ("key_weight", "value_weight")[: 2 if self.value_dim else 1]:
                 own = self.get_parameter(name)[:, self.overlap :]
                 own.diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
 
@@ -339,6 +353,8 @@ class Dilated(Native):
         super().reset_parameters()
         with torch.no_grad():
             for name, width in (("key", self.head_dim), ("value", self.value_dim)):
+                if width == 0:
+                    continue
                 first = self.get_parameter(f"{name}_first")[:, 1]
                 first[..., :width].diagonal(dim1=-2, dim2=-1).fill_(1.0)
                 first[..., width:].diagonal(dim1=-2, dim2=-1).fill_(-1.0)

@@ -12,6 +12,7 @@ call may hold none or several (the paper has one for each call).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +122,11 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: flo
 
 
 def attention_reconstruction(
-    evicted: Evictions, compressor: Compressor, scale: float | None = None
+    evicted: Evictions,
+    compressor: Compressor,
+    scale: float | None = None,
+    *,
+    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """What the queries of a segment get from slots, against what they get from the tokens.
 
@@ -132,6 +137,8 @@ def attention_reconstruction(
         evicted: what :func:`evictions` found in a call.
         compressor: makes the slots.
         scale: of the scores; default D^-1/2.
+        project: where layer inputs are remembered: makes constant-weight keys [B, Hkv, n, D] and
+            values [B, Hkv, n, Dv] of inputs [B, 1, n, E].
 
     Returns:
         A scalar; zero where the call has no boundary.
@@ -139,14 +146,20 @@ def attention_reconstruction(
     boundaries, groups = evicted.keys.shape[2:4]
     scale = evicted.queries.shape[-1] ** -0.5 if scale is None else scale
     flat = [x.flatten(2, 3) for x in (evicted.keys, evicted.values)]
-    slots = [
-        x.reshape(*x.shape[:2], boundaries, groups, x.shape[3])
-        for x in compressor.slots(flat[0], flat[1])
-    ]
-    queries = evicted.queries.to(evicted.keys.dtype)
+    made = compressor.slots(flat[0], flat[1])
     own = [x[..., compressor.overlap :, :] for x in (evicted.keys, evicted.values)]
-    exact = [x.flatten(3, 4) for x in own]
-    visible = evicted.due[..., None].expand(-1, -1, -1, own[0].shape[4]).flatten(2)
+    ratio = own[0].shape[4]
+    tokens = [x.flatten(2, 4) for x in own]
+    if project is not None:
+        made, tokens = project(made[0]), [*project(tokens[0])]
+
+    def each(x: Tensor, count: int) -> Tensor:
+        return x.reshape(*x.shape[:2], boundaries, count, x.shape[3])
+
+    slots = [each(x, groups) for x in made]
+    exact = [each(x, groups * ratio) for x in tokens]
+    queries = evicted.queries.to(evicted.keys.dtype)
+    visible = evicted.due[..., None].expand(-1, -1, -1, ratio).flatten(2)
     want = _attend(queries, exact[0], exact[1], visible, scale)
     got = _attend(queries, slots[0], slots[1], evicted.due, scale)
     error = (got - want).square().mean((1, -1))  # [B, N, S]
@@ -161,7 +174,7 @@ class Decoder(nn.Module):
         kv_heads: int,
         ratio: int,
         head_dim: int,
-        value_dim: int,
+        value_dim: int,  # 0: there are no values
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -171,23 +184,26 @@ class Decoder(nn.Module):
         shapes = [(kv_heads, width, ratio * width) for width in (head_dim, value_dim)]
         self.ratio = ratio
         self.key_weight = nn.Parameter(torch.empty(shapes[0], **made))  # type: ignore[arg-type]
-        self.value_weight = nn.Parameter(torch.empty(shapes[1], **made))  # type: ignore[arg-type]
+        self.value_weight: nn.Parameter | None = None
+        if value_dim > 0:  # inputs of a layer have none
+            self.value_weight = nn.Parameter(torch.empty(shapes[1], **made))  # type: ignore[arg-type]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Starts by repeating the slot, which is the best a mean can do."""
         with torch.no_grad():
-            for weight in (self.key_weight, self.value_weight):
+            for weight in self.parameters():
                 eye = torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
                 weight.copy_(eye.repeat(1, self.ratio).expand_as(weight))
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Slots [B, Hkv, G, D] and [B, Hkv, G, Dv] -> groups [B, Hkv, G, c, D] and [.., Dv]."""
-        rebuilt = [
-            (x @ weight.to(x.dtype)).reshape(*x.shape[:3], self.ratio, x.shape[3])
-            for x, weight in ((keys, self.key_weight), (values, self.value_weight))
-        ]
-        return rebuilt[0], rebuilt[1]
+        return self._rebuilt(keys, self.key_weight), self._rebuilt(values, self.value_weight)
+
+    def _rebuilt(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return x[:, :, :, None].expand(-1, -1, -1, self.ratio, -1)
+        return (x @ weight.to(x.dtype)).reshape(*x.shape[:3], self.ratio, x.shape[3])
 
 
 def auto_encoding(evicted: Evictions, compressor: Compressor, decoder: Decoder) -> Tensor:
@@ -203,7 +219,11 @@ def auto_encoding(evicted: Evictions, compressor: Compressor, decoder: Decoder) 
     rebuilt = decoder(*compressor.slots(groups[0], groups[1]))
     own = [x[..., compressor.overlap :, :] for x in groups]
     error = sum(
-        ((got - want).square().mean((1, 3, 4)) for got, want in zip(rebuilt, own, strict=True)),
+        (
+            (got - want).square().mean((1, 3, 4))
+            for got, want in zip(rebuilt, own, strict=True)
+            if want.shape[4] > 0
+        ),
         start=torch.zeros((), device=groups[0].device, dtype=groups[0].dtype),
     )
     return _average(error.reshape(evicted.due.shape), evicted.due, evicted.boundaries)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ctx import _C, _check
 from ctx.compression import as_compressor, make_compressor
-from ctx.rows import Rows, as_counts, as_rows
+from ctx.positions import Relative, check_position, slope_values
+from ctx.rows import Rows, as_counts, as_rows, resize
 from ctx.schedule import Schedule
 from ctx.state import STATE
 
@@ -48,12 +49,34 @@ def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | No
 
 
 def rotary_width(position: str | None, rotary_dim: int | None, head_dim: int, where: str) -> int:
-    """Channels that are rotated: 0 without positions."""
-    if position not in ("rotary", None):
-        raise ValueError(f'{where}: position must be "rotary" or None, got {position!r}')
-    if position is None:
+    """Channels that are rotated: 0 under other schemes."""
+    if check_position(position, where) != "rotary":
         return 0
     return head_dim if rotary_dim is None else rotary_dim
+
+
+def position_operands(
+    position: str | None,
+    alibi_slopes: Sequence[float] | Tensor | None,
+    relative: Relative | None,
+    where: str,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The slopes and the tensors of relative positions, which must come with their scheme and
+    with no other.
+    """
+    check_position(position, where)
+    given = {"alibi_slopes": ("alibi", alibi_slopes), "relative": ("relative", relative)}
+    for name, (scheme, value) in given.items():
+        if (value is None) == (position == scheme):
+            must = "be given with" if value is None else "come with"
+            got = "None" if value is None else f"position={position!r}"
+            raise ValueError(f'{where}: {name} must {must} position="{scheme}", got {got}')
+    if relative is not None and not isinstance(relative, Relative):
+        raise TypeError(
+            f"{where}: relative must be a ctx.positions.Relative, got {type(relative).__name__}"
+        )
+    slopes = None if alibi_slopes is None else slope_values(alibi_slopes, where)
+    return slopes, [] if relative is None else relative.operands()
 
 
 class KVMemory:
@@ -78,7 +101,12 @@ class KVMemory:
             ``"conv"``, ``"dilated"``, ``"gated"``, ``"most_used"``), a module of
             :mod:`ctx.compression`, or any module that maps groups to slots as one of those does.
             Parameters are used as they are at the time of each call.
-        position: ``"rotary"`` or None.
+        position: ``"rotary"``, ``"relative"`` (Transformer-XL's), ``"alibi"`` or None. Keys are
+            stored as the scheme wants them, so a stored state belongs to it.
+        alibi_slopes: one number per query head, for ``"alibi"`` and required there;
+            :func:`ctx.positions.alibi_slopes` gives those of the paper.
+        relative: a :class:`ctx.positions.Relative`, for ``"relative"`` and required there. Its
+            parameters are used as they are at the time of each call. Slower than the other schemes.
         rotary_base: base of the angles.
         rotary_dim: first channels of each key that are rotated, even; default all.
         rotary_interleaved: pair channels (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
@@ -90,6 +118,9 @@ class KVMemory:
         headroom: tokens that can be written before the first of them attends (longer calls are
             walked in blocks), and that :meth:`rewind` can take back.
         dtype: float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
+        compressed_dtype: what compressed slots are stored as: float32, bfloat16, float16, or int8
+            (each slot's key and value as multiples of a 127th of its largest number, with that
+            scale, float32, behind it); default ``dtype``, and nothing else with float64.
         device: where the memory lives.
 
     Raises:
@@ -106,6 +137,8 @@ class KVMemory:
         *,
         compressor: str | nn.Module = "mean",
         position: str | None = "rotary",
+        alibi_slopes: Sequence[float] | Tensor | None = None,
+        relative: Relative | None = None,
         rotary_base: float = 10000.0,
         rotary_dim: int | None = None,
         rotary_interleaved: bool = False,
@@ -114,6 +147,7 @@ class KVMemory:
         scale: float | None = None,
         headroom: int = 64,
         dtype: torch.dtype = torch.float32,
+        compressed_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if not isinstance(schedule, Schedule):
@@ -141,6 +175,8 @@ class KVMemory:
             raise ValueError(f"{where}: scale must be finite and not zero, got {scale}")
         headroom = _check.integer(headroom, "headroom", where)
         dtype, device = _check.dtype(dtype, where), _check.device(device, where)
+        if compressed_dtype is not None:
+            compressed_dtype = _check.dtype(compressed_dtype, where, "compressed_dtype")
         if isinstance(compressor, str):
             compressor = make_compressor(
                 compressor,
@@ -157,14 +193,18 @@ class KVMemory:
             )
         compressor = as_compressor(compressor, kv_heads, schedule.ratio, head_dim, value_dim)
         bias = bias_values(compressed_bias, schedule.ratio)
+        slopes, operands_of_positions = position_operands(position, alibi_slopes, relative, where)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.schedule = schedule
         self.compressor = compressor
+        self.relative = relative
         self._settings: dict[str, Any] = {
             "kv_heads": kv_heads,
             "head_dim": head_dim,
             "value_dim": value_dim,
             "position": position,
+            "alibi_slopes": slopes,
+            "relative": relative,
             "rotary_base": rotary_base,
             "rotary_dim": rotary_dim,
             "rotary_interleaved": rotary_interleaved,
@@ -172,9 +212,11 @@ class KVMemory:
             "compressed_bias": "none" if bias is None else bias,
             "scale": scale,
             "headroom": headroom,
+            "compressed_dtype": compressed_dtype,
         }
         operands = compressor.operands()
         self._places = [operand.data_ptr() for operand in operands]
+        self._relative_places = [operand.data_ptr() for operand in operands_of_positions]
         self._native = _C.KVMemory(
             schedule._law,
             batch_size,
@@ -190,9 +232,12 @@ class KVMemory:
             rotary_base,
             rotary_interleaved,
             None if bias is None else bias.to(device, wide),
+            None if slopes is None else slopes.to(device, wide),
+            [operand.detach() for operand in operands_of_positions],
             0.0 if scale is None else scale,
             headroom,
             dtype,
+            compressed_dtype,
             device,
         )
 
@@ -203,7 +248,9 @@ class KVMemory:
         v: Tensor,
         lengths: Tensor | None = None,
         reset_at: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        return_mass: bool = False,
+    ) -> Any:
         """Appends T tokens to every row and returns what each query attends to. One operator call.
 
         Args:
@@ -216,17 +263,22 @@ class KVMemory:
                 right); default all.
             reset_at: bool [B, T], true where a token is the first of a new stream, which sees
                 nothing of what its row held before; default nowhere.
+            return_mass: also return what share of its attention each query gives to sinks,
+                compressed slots and window.
 
         Returns:
-            [B, H, T, Dv], a fresh tensor; zero at padding.
+            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_mass`` the shares, too:
+            [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
 
         Raises:
             ValueError, TypeError: an argument does not fit the memory; nothing has been written
                 then.
         """
-        self._read_compressor()
+        _check.flag(return_mass, "return_mass", "ctx.KVMemory.step")
+        self._read_parameters()
+        step = self._native.step_with_mass if return_mass else self._native.step
         try:
-            return self._native.step(q, k, v, lengths, reset_at)
+            return step(q, k, v, lengths, reset_at)
         except TypeError:  # where it is about the binding, its words are a C++ signature
             given = {"q": q, "k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
             _check.tensors("ctx.KVMemory.step", ("lengths", "reset_at"), **given)
@@ -245,7 +297,7 @@ class KVMemory:
             ValueError, TypeError: an argument does not fit the memory, or the compressor is
                 ``"most_used"``, which needs the queries; nothing has been written then.
         """
-        self._read_compressor()
+        self._read_parameters()
         try:
             self._native.append(k, v, lengths, reset_at)
         except TypeError:
@@ -253,21 +305,25 @@ class KVMemory:
             _check.tensors("ctx.KVMemory.append", ("lengths", "reset_at"), **given)
             raise
 
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, *, return_mass: bool = False) -> Any:
         """The second half of :meth:`step`: queries of the last T tokens appended; writes nothing,
         and does not count as usage.
 
         Args:
             q: [B, H, T, D] with T at most ``rewindable`` of every row.
+            return_mass: as in :meth:`step`.
 
         Returns:
-            [B, H, T, Dv].
+            [B, H, T, Dv]; with ``return_mass`` the shares [B, H, T, 3], too.
 
         Raises:
             ValueError, TypeError: ``q`` does not fit the memory.
         """
+        _check.flag(return_mass, "return_mass", "ctx.KVMemory.attend")
+        self._read_parameters()
+        attend = self._native.attend_with_mass if return_mass else self._native.attend
         try:
-            return self._native.attend(q)
+            return attend(q)
         except TypeError:
             _check.tensors("ctx.KVMemory.attend", q=q)
             raise
@@ -303,11 +359,42 @@ class KVMemory:
         """
         return self._with(self._native.select(as_rows(rows, "ctx.KVMemory.select")))
 
+    def resized(self, *, compressed: int | None = None, window: int | None = None) -> KVMemory:
+        """A new memory of other sizes that holds the same streams, as if it had had them all along;
+        see :func:`ctx.rows.resized`.
+
+        Args:
+            compressed: slots of the compressive memory: fewer (the newest stay), or more while none
+                has been dropped; default as it is.
+            window: exact tokens, while that makes no group due earlier or later; default as it is.
+
+        Raises:
+            ValueError, TypeError: the streams do not have what such a memory shows; the message
+                names the size.
+        """
+        where = "ctx.KVMemory.resized"
+        asked = {"compressed": compressed, "window": window}
+        sizes = {name: _check.integer(n, name, where) for name, n in asked.items() if n is not None}
+        schedule = self.schedule.resized(**sizes)
+        keys = self.tensors["window_keys"]
+        overlap = keys.shape[2] - self.schedule._law.window_capacity(self._settings["headroom"])
+        held = resize(self.tensors, self.schedule, schedule, overlap, where)
+        other = KVMemory(
+            schedule,
+            keys.shape[0],
+            **self._settings,
+            compressor=self.compressor,
+            dtype=keys.dtype,
+            device=keys.device,
+        )
+        other.load_state_dict({**other.state_dict(), **held})
+        return other
+
     @staticmethod
     def merge(memories: Sequence[KVMemory]) -> KVMemory:
         """A new memory of the rows of several, one after the other.
 
-        The compressor, its bias and the scale are the first one's.
+        The compressor, its bias, the scale and what positions are made of are the first one's.
 
         Args:
             memories: a list or tuple.
@@ -341,18 +428,22 @@ class KVMemory:
     ) -> KVMemory:
         """A new memory that holds the same, in another dtype or on another device.
 
-        The compressor is shared; where it has parameters on another device, move it first.
+        Slots whose ``compressed_dtype`` was given keep it, but in a float64 memory. The compressor
+        and ``relative`` are shared; where they have parameters on another device, move them first.
         """
         keys = self._native.tensors[0]
         dtype = keys.dtype if dtype is None else _check.dtype(dtype, "ctx.KVMemory.to")
         device = keys.device if device is None else _check.device(device, "ctx.KVMemory.to")
-        return self._with(self._native.to(dtype, device))
+        other = self._with(self._native.to(dtype, device))
+        if dtype == torch.float64:
+            other._settings = {**self._settings, "compressed_dtype": None}
+        return other
 
     def state_dict(self) -> dict[str, Tensor | int | float | str]:
         """What the memory holds, as plain tensors, numbers and names (``ctx/snapshot.h``).
 
-        The tensors alias the memory. The compressor's parameters, the bias and the scale belong to
-        the model and are not in it.
+        The tensors alias the memory. The compressor's parameters, the bias, the scale, slopes and
+        the tensors of relative positions belong to the model and are not in it.
         """
         return self._native.state_dict()
 
@@ -421,8 +512,14 @@ class KVMemory:
         """Bytes of all tensors. Constant."""
         return self._native.nbytes
 
-    def _read_compressor(self) -> None:
+    def _read_parameters(self) -> None:
         """Hands over parameters that were replaced; those changed in place are seen anyway."""
+        if self.relative is not None:
+            relative = self.relative.operands()
+            places = [operand.data_ptr() for operand in relative]
+            if places != self._relative_places:
+                self._native.set_relative([operand.detach() for operand in relative])
+                self._relative_places = places
         operands = self.compressor.operands()
         places = [operand.data_ptr() for operand in operands]
         if places != self._places:
@@ -442,12 +539,12 @@ class KVMemory:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        keys = self.tensors["window_keys"]
+        pairs, slots = (self.tensors[f"{part}_keys"].dtype for part in ("window", "compressed"))
         return {
             "schedule": self.schedule,
             "compressor": self.compressor,
-            "settings": self._settings,
-            "dtype": keys.dtype,
+            "settings": {**self._settings, "compressed_dtype": None if slots == pairs else slots},
+            "dtype": pairs,
             "state": self.state_dict(),
         }
 

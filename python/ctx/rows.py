@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ctx import _check
-from ctx.state import COUNTS, STATE, Memory
+from ctx.schedule import Schedule
+from ctx.state import COUNTS, RINGS, SLOTS, STATE, Memory, StateShape, ring_positions
 
-__all__ = ["clone", "merge", "reset", "rewind", "select"]
+__all__ = ["clone", "merge", "reset", "resized", "rewind", "select"]
 
 _SIZES = {
     "seen": "[B]",
@@ -186,6 +187,138 @@ def clone(memory: Nested) -> Nested:
     return twin
 
 
+def resized(
+    memory: Nested,
+    old: Schedule | Sequence[Schedule],
+    new: Schedule | Sequence[Schedule],
+    *,
+    overlap: int = 0,
+) -> Nested:
+    """A new memory of other sizes that holds the same streams, as if it had had them all along.
+
+    What a memory holds is a function of the sizes and of the tokens seen, so a running memory can
+    be carried over exactly where it still has everything: to fewer compressed slots always (the
+    newest stay), to more while no slot has been dropped, and to another window while that makes
+    nothing due earlier or later than it was. Rows can be rewound as far as both windows agree.
+
+    Args:
+        memory: of a layer or a model; left as it is.
+        old: the schedule it was made with, or one per layer (``model.schedules``).
+        new: the schedule of the result; ratio, segment and sinks as in ``old``.
+        overlap: tokens before a group that the compressor reads, too.
+
+    Raises:
+        ValueError, TypeError: ``memory`` is not of ``old``, or does not have what ``new`` shows;
+            the message names the size. Or the compressor is ``"most_used"``: what got attention
+            depends on the sizes.
+    """
+    where = "ctx.rows.resized"
+    layers = _layers(memory, where)
+    overlap = _check.integer(overlap, "overlap", where)
+    pairs = zip(_each(old, "old", layers, where), _each(new, "new", layers, where), strict=True)
+    made = [
+        resize(layer, before, after, overlap, where)
+        for layer, (before, after) in zip(layers, pairs, strict=True)
+    ]
+    rest = iter(made)
+    whole: Nested = _map(lambda layer: next(rest), memory)
+    return whole
+
+
+def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str) -> Memory:
+    """:func:`resized` of one layer."""
+    if layer["usage"].shape[2]:
+        raise ValueError(
+            f"{where}: compression must be one whose slots follow from the tokens alone, "
+            'got "most_used"'
+        )
+    for name in ("ratio", "segment", "sinks"):
+        was, asked = getattr(old, name), getattr(new, name)
+        if asked != was:
+            raise ValueError(f"{where}: {name} must stay as it is = {was}, got {asked}")
+    keys, values = layer["window_keys"], layer["window_values"]
+    headroom = keys.shape[2] - old._law.max_window - overlap
+    if headroom < 1:
+        raise ValueError(
+            f"{where}: window_keys must hold more than {old._law.max_window + overlap} tokens for "
+            f"{old}, got {keys.shape[2]}"
+        )
+    widths = (keys.shape[1], keys.shape[3], values.shape[3], headroom)
+    shapes = [StateShape.of(one, *widths, overlap=overlap) for one in (old, new)]
+    shapes[0].check(layer, len(keys), keys.device, where, "memory")
+
+    seen = layer["seen"].tolist()
+    groups = [_groups(old, count - 1) for count in seen]
+    for row, (count, made) in enumerate(zip(seen, groups, strict=True)):
+        asked = _groups(new, count - 1)
+        if asked != made:
+            raise ValueError(
+                f"{where}: window must leave {made} groups compressed, as there are in row {row}, "
+                f"got {new.window}, which makes them {asked}"
+            )
+        if made > old.compressed < new.compressed:
+            raise ValueError(
+                f"{where}: compressed must be at most {old.compressed} in row {row}, which has "
+                f"dropped all but that many of {made} slots, got {new.compressed}"
+            )
+    rewindable = [
+        _agreeing(old, new, count, most)
+        for count, most in zip(seen, layer["rewindable"].tolist(), strict=True)
+    ]
+    slots = layer["compressed_keys"].dtype
+    result = shapes[1].zeros(len(keys), keys.dtype, keys.device, slots)
+    for name in ("sink_keys", "sink_values", "seen"):
+        result[name].copy_(layer[name])
+    result["rewindable"].copy_(torch.tensor(rewindable))
+    newest = {"window": layer["seen"] - 1, "compressed": torch.tensor(groups).to(keys.device) - 1}
+    oldest = {"window": old.sinks, "compressed": 0}
+    for region, names in RINGS.items():
+        for name in names:
+            _refill(result[name], layer[name], newest[region], oldest[region])
+    return result
+
+
+def _groups(schedule: Schedule, t: int) -> int:
+    """n(t) of the law, and none before the first token."""
+    return schedule.groups(t) if t >= 0 else 0
+
+
+def _agreeing(old: Schedule, new: Schedule, seen: int, most: int) -> int:
+    """How many tokens can be taken back so that both schedules have the same groups throughout."""
+    for count in range(1, most + 1):
+        if _groups(old, seen - 1 - count) != _groups(new, seen - 1 - count):
+            return count - 1
+    return most
+
+
+def _refill(ring: Tensor, source: Tensor, newest: Tensor, oldest: int) -> None:
+    """Fills a ring with what another ring of other capacity holds of the same positions."""
+    capacity = source.shape[2]
+    if ring.shape[2] == 0 or capacity == 0:
+        return
+    positions = ring_positions(newest, ring.shape[2])
+    held = (positions >= oldest) & (positions > newest[:, None] - capacity)
+    wide = (len(ring), 1, ring.shape[2], *[1] * (ring.dim() - 3))
+    index = positions.remainder(capacity).reshape(wide).expand_as(ring)
+    ring.copy_(source.gather(2, index).masked_fill(held.logical_not().reshape(wide), 0))
+
+
+def _each(schedules: Any, name: str, layers: Sequence[Memory], where: str) -> list[Schedule]:
+    """One schedule per layer, of one or of several."""
+    several = isinstance(schedules, (list, tuple))
+    found = list(schedules) if several else [schedules] * len(layers)
+    for schedule in found:
+        if not isinstance(schedule, Schedule):
+            got = type(schedule).__name__
+            raise TypeError(f"{where}: {name} must be a ctx.Schedule or one per layer, got {got}")
+    if len(found) != len(layers):
+        raise ValueError(
+            f"{where}: {name} must be one schedule or {len(layers)}, one per layer, "
+            f"got {len(found)}"
+        )
+    return found
+
+
 def _kind(tensor: Tensor) -> str:
     return f"[B, {', '.join(map(str, tensor.shape[1:]))}] {tensor.dtype} on {tensor.device}"
 
@@ -218,7 +351,8 @@ def _layers(memory: Any, where: str) -> list[Memory]:
             if tensor.dim() != rank or tensor.shape[:1] != rows:
                 got = f"{list(tensor.shape)} beside seen {list(memory['seen'].shape)}"
                 raise ValueError(f"{where}: {name} must be {sizes}, got {got}")
-            if (tensor.dtype == torch.int64) != (name in COUNTS):
+            packed = name in SLOTS and tensor.dtype == torch.int8
+            if (tensor.dtype == torch.int64) != (name in COUNTS) and not packed:
                 kind = "int64" if name in COUNTS else "floating point"
                 raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
         return [memory]

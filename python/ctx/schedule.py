@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ctx import _C
+
+__all__ = ["SIZES", "Schedule", "Sizes", "as_sizes", "schedules_of"]
+
+#: A size of every layer, or one for each.
+Sizes = int | Sequence[int]
+#: Names of the five settings, in their order.
+SIZES = ("window", "compressed", "ratio", "segment", "sinks")
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.segment is None:
             object.__setattr__(self, "segment", self.ratio)
-        for name in ("window", "compressed", "ratio", "segment", "sinks"):
+        for name in SIZES:
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise TypeError(f"ctx.Schedule: {name} must be an integer, got {value!r}")
@@ -90,3 +99,38 @@ class Schedule:
     def resized(self, **sizes: int) -> Schedule:
         """The same schedule with other sizes, e.g. ``resized(compressed=0)``."""
         return replace(self, **sizes)
+
+
+def as_sizes(value: Any, name: str, layers: int, where: str) -> Any:
+    """A list or tuple as the tuple of one size per layer; anything else as it is.
+
+    Raises:
+        ValueError: there are not as many as layers.
+    """
+    if not isinstance(value, (list, tuple)):
+        return value
+    if len(value) != layers:
+        raise ValueError(
+            f"{where}: {name} must be one int or num_layers = {layers} of them, got {list(value)}"
+        )
+    return tuple(value)
+
+
+def schedules_of(layers: int, sizes: dict[str, Any]) -> tuple[Schedule, ...]:
+    """The schedule of every layer, of sizes by name that are one for all or a tuple.
+
+    Raises:
+        ValueError, TypeError: what :class:`Schedule` raises, and of which layer it is.
+    """
+    if not any(isinstance(size, tuple) for size in sizes.values()):
+        return (Schedule(**sizes),) * layers
+    schedules = []
+    for layer in range(layers):
+        mine = {
+            name: size[layer] if isinstance(size, tuple) else size for name, size in sizes.items()
+        }
+        try:
+            schedules.append(Schedule(**mine))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} in layer {layer}") from None
+    return tuple(schedules)

@@ -32,15 +32,53 @@ STATE = (
     "usage",
     "slot_positions",
 )
+#: The regions that are rings, and the tensors in which an entry is one position of the region.
+RINGS = {
+    "window": ("window_keys", "window_values", "usage"),
+    "compressed": ("compressed_keys", "compressed_values", "slot_positions"),
+}
 COUNTS = ("seen", "rewindable", "slot_positions")
 
 
-def dtype_of(name: str, pairs: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor of a memory whose pairs have dtype `pairs`."""
+SLOTS = ("compressed_keys", "compressed_values")
+#: int8 slots are rows of multiples of a scale, which stands behind them as a float32.
+SCALE_BYTES = 4
+
+
+def dtype_of(name: str, pairs: torch.dtype, slots: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor of a memory whose pairs have dtype `pairs` and whose slots `slots`."""
     if name in COUNTS:
         return torch.int64
+    if name in SLOTS:
+        return slots
     wide = torch.float64 if pairs == torch.float64 else torch.float32
     return wide if name == "usage" else pairs
+
+
+def slot_dtypes(pairs: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What slots may be stored as beside such pairs."""
+    if pairs in (torch.float32, torch.bfloat16, torch.float16):
+        return (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+    return (pairs,)
+
+
+def slots_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compressed slots [..., stored width] as the numbers [..., width] that they stand for."""
+    if rows.dtype != torch.int8:
+        return rows.to(dtype)
+    width = rows.shape[-1] - SCALE_BYTES
+    scale = rows[..., width:].contiguous().view(torch.float32)
+    return (rows[..., :width].to(torch.float32) * scale).to(dtype)
+
+
+def ring_positions(newest: Tensor, capacity: int) -> Tensor:
+    """The position that stands at every index of a ring once `newest` is written, [B, capacity].
+
+    It is the largest position up to `newest` [B] whose remainder is the index; below zero where
+    nothing has been written.
+    """
+    index = torch.arange(capacity, device=newest.device)
+    return newest[:, None] - (newest[:, None] - index).remainder(max(capacity, 1))
 
 
 @dataclass(frozen=True)
@@ -70,24 +108,34 @@ class StateShape:
         """The shapes that a schedule, a headroom and a compressor need."""
         window = schedule._law.window_capacity(headroom) + overlap
         compressed = schedule._law.compressed_capacity(headroom)
-        return cls(kv_heads, head_dim, value_dim, window, compressed, schedule.sinks, used)
+        sizes = (window, compressed, schedule.sinks)
+        return cls(kv_heads, head_dim, value_dim, *sizes, used)
 
-    def sizes(self, rows: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor for so many rows."""
+    def sizes(self, rows: int, slots: torch.dtype) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor for so many rows, and slots of this dtype."""
         lengths = (self.window, self.compressed, self.sinks)
         widths = (self.head_dim, self.value_dim)
         pairs = [(rows, self.kv_heads, length, width) for length in lengths for width in widths]
+        if slots == torch.int8:
+            pairs[2:4] = [(*size[:3], size[3] + SCALE_BYTES) for size in pairs[2:4]]
         choosing = [
             (rows, self.kv_heads, length if self.used else 0)
             for length in (self.window, self.compressed)
         ]
         return dict(zip(STATE, [*pairs, (rows,), (rows,), *choosing], strict=True))
 
-    def zeros(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> Memory:
-        """An empty memory."""
+    def zeros(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        slots: torch.dtype | None = None,
+    ) -> Memory:
+        """An empty memory; slots of another dtype where it is given."""
+        slots = slots or dtype
         return {
-            name: torch.zeros(size, device=device, dtype=dtype_of(name, dtype))
-            for name, size in self.sizes(rows).items()
+            name: torch.zeros(size, device=device, dtype=dtype_of(name, dtype, slots))
+            for name, size in self.sizes(rows, slots).items()
         }
 
     def check(self, memory: Any, rows: int, device: torch.device, where: str, of: str) -> None:
@@ -107,11 +155,16 @@ class StateShape:
                 f"{where}: {of} must have as many rows as memory = {held[0]}, got {rows}"
             )
         dtype = memory["window_keys"].dtype
-        for name, size in self.sizes(rows).items():
-            tensor, kind = memory[name], dtype_of(name, dtype)
+        slots = memory["compressed_keys"].dtype
+        if slots not in slot_dtypes(dtype):
+            allowed = ", ".join(map(str, slot_dtypes(dtype)))
+            raise TypeError(f"{where}: compressed_keys must be one of {allowed}, got {slots}")
+        for name, size in self.sizes(rows, slots).items():
+            tensor, kind = memory[name], dtype_of(name, dtype, slots)
             if tuple(tensor.shape) != size:
                 raise ValueError(f"{where}: {name} must be {list(size)}, got {list(tensor.shape)}")
-            if tensor.dtype != kind or not (name in COUNTS or kind.is_floating_point):
+            floating = name not in COUNTS and kind != torch.int8
+            if tensor.dtype != kind or (floating and not kind.is_floating_point):
                 raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
             if tensor.device != device:
                 raise ValueError(f"{where}: {name} must be on {device}, got {tensor.device}")

@@ -17,7 +17,8 @@ from ctx.attention import CompressiveAttention
 from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
-from ctx.schedule import Schedule
+from ctx.positions import POSITIONS, Relative
+from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
 
@@ -25,7 +26,8 @@ __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemor
 ModelMemory = list[dict[str, Tensor]]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "position": ("rotary", None),
+    "memory_content": ("kv", "hidden"),
+    "position": POSITIONS,
     "distance": ("slot", "token"),
     "compressed_bias": ("none", "log_ratio", "learned"),
     "compressor_grad": ("task", "aux"),
@@ -44,7 +46,9 @@ class CompressiveTransformerConfig:
         vocab_size: number of different tokens; 256 for bytes.
         embed_dim: width of the residual stream.
         num_layers, num_heads, num_kv_heads: blocks, query heads, key/value heads (None: num_heads).
-        window, compressed, ratio, segment, sinks: the memory, as in `ctx.Schedule`.
+        window, compressed, ratio, segment, sinks: the memory, as in `ctx.Schedule`; each is one
+            int, or a list or tuple of `num_layers` ints, first layer first (kept as a tuple).
+            `compressed=0` switches the compressive memory off, be it of one layer.
         compression ... rotary_interleaved, headroom: as in `ctx.CompressiveAttention`.
         mlp: "swiglu" or "gelu".
         mlp_dim: inner width of the MLP; None: 4 x embed_dim, and 2/3 of that for "swiglu".
@@ -62,14 +66,16 @@ class CompressiveTransformerConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int | None = None
-    window: int
-    compressed: int
-    ratio: int
-    segment: int | None = None
-    sinks: int = 0
+    window: Sizes
+    compressed: Sizes
+    ratio: Sizes
+    segment: Sizes | None = None
+    sinks: Sizes = 0
     compression: str = "conv"
     compression_kernel: int | None = None
+    memory_content: str = "kv"
     position: str | None = "rotary"
+    relative_dim: int | None = None
     distance: str = "slot"
     compressed_bias: str = "learned"
     compressor_grad: str = "task"
@@ -87,7 +93,13 @@ class CompressiveTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "ctx.CompressiveTransformerConfig"
-        optional = ("num_kv_heads", "mlp_dim", "rotary_dim", "compression_kernel")
+        optional = (
+            "num_kv_heads",
+            "mlp_dim",
+            "rotary_dim",
+            "relative_dim",
+            "compression_kernel",
+        )
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "headroom", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -131,24 +143,52 @@ class CompressiveTransformerConfig:
                 f"{where}: rotary_dim must be even and at most embed_dim / num_heads = {head_dim}, "
                 f"got {rotary_dim}"
             )
-        self.schedule()
-        check_kernel(
-            self.compression, self.ratio, self.compression_kernel, where, "compression_kernel"
-        )
-        if self.aux_loss is not None and COMPRESSORS[self.compression].by_usage:
-            raise ValueError(
-                f"{where}: aux_loss must be None for compression {self.compression!r}, "
-                f"got {self.aux_loss!r}"
+        relative_dim = self.embed_dim if self.relative_dim is None else self.relative_dim
+        if self.position == "relative" and relative_dim % 2:
+            raise ValueError(f"{where}: relative_dim must be even, got {relative_dim}")
+        for name in SIZES:
+            sizes = as_sizes(getattr(self, name), name, self.num_layers, where)
+            object.__setattr__(self, name, sizes)
+        each = any(isinstance(getattr(self, name), tuple) for name in SIZES)
+        self._schedules(self.num_layers if each else 1)  # refuses what is out of range
+
+        for ratio in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
+            check_kernel(
+                self.compression, ratio, self.compression_kernel, where, "compression_kernel"
             )
+        chooses = COMPRESSORS[self.compression].by_usage
+        for name, other in (("aux_loss", None), ("memory_content", "kv")):
+            if chooses and getattr(self, name) != other:
+                raise ValueError(
+                    f"{where}: {name} must be {other!r} for compression {self.compression!r}, "
+                    f"got {getattr(self, name)!r}"
+                )
+
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The memory's sizes as the law reads them, one for each layer."""
+        return self._schedules(self.num_layers)
+
+    def _schedules(self, layers: int) -> tuple[Schedule, ...]:
+        return schedules_of(layers, {name: getattr(self, name) for name in SIZES})
 
     def schedule(self) -> Schedule:
-        """The memory's sizes as the law reads them."""
-        sizes = (self.window, self.compressed, self.ratio, self.segment, self.sinks)
-        return Schedule(*sizes)  # type: ignore[arg-type]  # segment: None means ratio
+        """The schedule that all layers have.
+
+        Raises:
+            ValueError: they have not all the same; `schedules` has each.
+        """
+        first, *others = self.schedules()
+        if any(other != first for other in others):
+            raise ValueError(
+                "ctx.CompressiveTransformerConfig.schedule: schedules must be one for all layers, "
+                f"got {len({first, *others})} different ones: use schedules()"
+            )
+        return first
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name; `from_dict` is the way back."""
-        return dataclasses.asdict(self)
+        """Plain values by name, sizes per layer as lists; `from_dict` is the way back."""
+        values = dataclasses.asdict(self)
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CompressiveTransformerConfig:
@@ -168,10 +208,11 @@ class CompressiveTransformerConfig:
             )
         return cls(**settings)
 
-    def attention(self) -> dict[str, Any]:
-        """The keyword arguments of each layer's `ctx.CompressiveAttention`."""
-        elsewhere = ("vocab_size", "num_layers", "mlp", "mlp_dim", "norm", "tied")
-        return {name: value for name, value in self.to_dict().items() if name not in elsewhere}
+    def attention(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments of a layer's `ctx.CompressiveAttention`."""
+        elsewhere = ("vocab_size", "num_layers", "mlp", "mlp_dim", "norm", "tied", *SIZES)
+        kept = {name: value for name, value in self.to_dict().items() if name not in elsewhere}
+        return kept | dict(zip(SIZES, self.schedules()[layer].numbers, strict=True))
 
 
 def _norm(config: CompressiveTransformerConfig) -> nn.Module:
@@ -207,10 +248,10 @@ class _MLP(nn.Module):
 class _Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: CompressiveTransformerConfig) -> None:
+    def __init__(self, config: CompressiveTransformerConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = _norm(config)
-        self.attention = CompressiveAttention(**config.attention())
+        self.attention = CompressiveAttention(**config.attention(layer))
         self.mlp_norm = _norm(config)
         self.mlp = _MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -222,14 +263,20 @@ class _Block(nn.Module):
         lengths: Tensor | None,
         reset_at: Tensor | None,
         return_aux: bool,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        return_usage: bool,
+    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """x and the memory after the tokens, and what was asked for besides, loss first."""
         rows = {"lengths": lengths, "reset_at": reset_at}
-        y, memory, *aux = self.attention(
-            self.attention_norm(x), memory, **rows, return_aux=return_aux
+        y, memory, *asked = self.attention(
+            self.attention_norm(x),
+            memory,
+            **rows,
+            return_aux=return_aux,
+            return_usage=return_usage,
         )
         x = x + y  # dropped out by the layer itself
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x, memory, aux[0] if aux else None
+        return x, memory, asked
 
 
 class CompressiveTransformer(nn.Module):
@@ -249,7 +296,7 @@ class CompressiveTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(_Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config)
         self.head: nn.Linear | None = None
         if not config.tied:
@@ -269,6 +316,8 @@ class CompressiveTransformer(nn.Module):
                 )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, Relative):
+                module.reset_parameters(std)
             elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
         nn.init.normal_(self.embedding.weight, std=std)
@@ -279,13 +328,24 @@ class CompressiveTransformer(nn.Module):
         return [cast(_Block, block).attention for block in self.blocks]
 
     @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The law that each layer follows."""
+        return self.config.schedules()
+
+    @property
     def schedule(self) -> Schedule:
-        """The law that every layer follows."""
+        """The law that every layer follows, where it is one; see `config.schedule`."""
         return self.config.schedule()
 
-    def init_memory(self, batch_size: int) -> ModelMemory:
-        """An empty memory for `batch_size` streams: one dict of tensors per layer."""
-        return [layer.init_memory(batch_size) for layer in self.layers]
+    def init_memory(
+        self, batch_size: int, *, compressed_dtype: torch.dtype | None = None
+    ) -> ModelMemory:
+        """An empty memory for `batch_size` streams: one dict of tensors per layer.
+
+        `compressed_dtype`, e.g. `torch.int8`, is what compressed slots are stored as.
+        """
+        settings = {"compressed_dtype": compressed_dtype}
+        return [layer.init_memory(batch_size, **settings) for layer in self.layers]
 
     def forward(
         self,
@@ -296,6 +356,7 @@ class CompressiveTransformer(nn.Module):
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
         return_aux: bool = False,
+        return_usage: bool = False,
     ) -> Any:
         """Continues every row's stream by T tokens.
 
@@ -308,11 +369,14 @@ class CompressiveTransformer(nn.Module):
                 packed batch), which sees nothing of what its row held before.
             return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
                 layers; not together with `reset_at`.
+            return_usage: also return what share of its attention every query gives to sinks,
+                compressed slots and window in every layer, for inspection: [layers, B, H, T, 3],
+                adding up to one, zero at padding, constant.
 
         Returns:
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
             after the last: a new one under grad, the one passed (streamed into in place) without;
-            with `return_aux` the loss, too.
+            then the loss with `return_aux`, then the shares with `return_usage`.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
@@ -324,27 +388,37 @@ class CompressiveTransformer(nn.Module):
                 reset_at, _ = to_right_padded(reset_at, mask)
         if lengths is not None:
             lengths = lengths.clone()  # a layer's own counter would change before the next layer
-        hidden, memory, aux = self._hidden(tokens, memory, lengths, reset_at, return_aux)
+        hidden, memory, aux, usage = self._hidden(
+            tokens, memory, lengths, reset_at, return_aux, return_usage
+        )
         logits = self._logits(hidden)
         if mask is not None:
             logits = from_right_padded(logits, mask)
+            usage = [from_right_padded(u.transpose(1, 2), mask).transpose(1, 2) for u in usage]
         elif lengths is not None:
             padding = mask_of(lengths, tokens.shape[1]).logical_not()
             logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
-        return (logits, memory, torch.stack(aux).mean()) if return_aux else (logits, memory)
+        asked = [torch.stack(aux).mean()] if return_aux else []
+        asked += [torch.stack(usage)] if return_usage else []
+        return (logits, memory, *asked)
 
     def with_memory(
         self,
         *,
-        window: int | None = None,
-        compressed: int | None = None,
-        segment: int | None = None,
-        sinks: int | None = None,
+        window: Sizes | None = None,
+        compressed: Sizes | None = None,
+        segment: Sizes | None = None,
+        sinks: Sizes | None = None,
     ) -> CompressiveTransformer:
         """The same model over a memory of other sizes: a second module that shares every parameter.
 
-        Sizes that are not given stay as they are; `compressed=0` switches the compressive memory
-        off. A memory belongs to the sizes that it was made with.
+        Sizes are one int or one for each layer; those that are not given stay as they are, and
+        `compressed=0` switches the compressive memory off. A memory belongs to the sizes that it
+        was made with; `ctx.rows.resized(memory, model.schedules, twin.schedules)` carries a running
+        one over.
+
+        Raises:
+            ValueError, TypeError: a size is out of range, or there are not `num_layers` of them.
         """
         sizes = {
             "window": window,
@@ -355,8 +429,8 @@ class CompressiveTransformer(nn.Module):
         changed: dict[str, Any] = {name: n for name, n in sizes.items() if n is not None}
         twin: CompressiveTransformer = _share(self)
         twin.config = dataclasses.replace(self.config, **changed)
-        for layer in twin.layers:
-            layer.schedule = twin.schedule
+        for layer, schedule in zip(twin.layers, twin.schedules, strict=True):
+            layer.schedule = schedule
         return twin
 
     def generate(
@@ -460,7 +534,8 @@ class CompressiveTransformer(nn.Module):
         self, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
     ) -> Tensor:
         """Streams the tokens and returns what stands behind the last of every row, [B, E]."""
-        block = max(64, self.schedule.segment)  # a long prompt is read at constant memory, too
+        # A long prompt is read at constant memory, too.
+        block = max(64, *(schedule.segment for schedule in self.schedules))
         newest: Tensor | None = None
         for first in range(0, tokens.shape[1], block):
             chunk = tokens[:, first : first + block]
@@ -482,17 +557,21 @@ class CompressiveTransformer(nn.Module):
         lengths: Tensor | None = None,
         reset_at: Tensor | None = None,
         return_aux: bool = False,
-    ) -> tuple[Tensor, ModelMemory, list[Tensor]]:
+        return_usage: bool = False,
+    ) -> tuple[Tensor, ModelMemory, list[Tensor], list[Tensor]]:
+        """What the last block gives, the memory, and of each layer its loss and its shares."""
         x: Tensor = self.dropout(self.embedding(tokens))
         states: ModelMemory = []
         losses: list[Tensor] = []
+        usage: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             held = None if memory is None else memory[i]
-            x, state, aux = block(x, held, lengths, reset_at, return_aux)
+            x, state, asked = block(x, held, lengths, reset_at, return_aux, return_usage)
             states.append(state)
-            if aux is not None:
-                losses.append(aux)
-        return x, states, losses
+            if return_usage:
+                usage.append(asked.pop())
+            losses += asked
+        return x, states, losses, usage
 
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.embedding.weight if self.head is None else self.head.weight

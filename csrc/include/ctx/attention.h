@@ -34,7 +34,10 @@ struct AttentionOptions {
   //   u [H, D], v [H, D], W [H, D, P], compressed v [H, D], compressed W [H, D, P]; P even
   std::vector<at::Tensor> relative = {};
 
-  // Throws ValueError naming the first setting that is out of range.
+  // "rotary", "alibi", "relative" or "none": the scheme that the above amounts to.
+  CTX_API std::string position() const;
+
+  // Throws ValueError naming the first setting that is out of range, or two schemes at once.
   CTX_API void validate(int64_t head_dim) const;
 };
 
@@ -50,7 +53,8 @@ struct AttentionOptions {
 //   reset_at        bool [B, T]: true where a token is the first of a new stream
 //   returns [B, H, T, Dv]; zero at padding
 //
-// Gradients reach q, k, v, the compressor's parameters and the bias. Throws ValueError for shapes,
+// Gradients reach q, k, v, the compressor's parameters, the bias and the tensors of relative
+// positions. Throws ValueError for shapes,
 // dtypes or devices that do not belong together.
 CTX_API at::Tensor compressive_attention(const at::Tensor& q,
                                          const at::Tensor& k,

@@ -37,6 +37,12 @@ struct MemoryOptions {
   at::ScalarType dtype = at::kFloat;  // float32, float64, bfloat16 or float16; arithmetic is
                                       // float32 (float64 for float64)
   at::Device device = at::kCPU;
+  // What compressed slots are stored as; absent: dtype. float32, bfloat16, float16, or int8: a row
+  // is multiples of a 127th of its largest number, with that scale (float32, 4 bytes) behind it. A
+  // float64 memory has float64 slots.
+  std::optional<at::ScalarType> compressed_dtype = std::nullopt;
+
+  at::ScalarType slot_dtype() const { return compressed_dtype.value_or(dtype); }
 
   // Throws ValueError or TypeError naming the first setting that is out of range.
   CTX_API void validate() const;
@@ -74,6 +80,15 @@ class CTX_API KVMemory {
                   const std::optional<at::Tensor>& lengths = std::nullopt,
                   const std::optional<at::Tensor>& reset_at = std::nullopt);
 
+  // As step, and the weight that each query gives to sinks, compressed slots and window,
+  // [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
+  std::tuple<at::Tensor, at::Tensor> step_with_mass(
+      const at::Tensor& q,
+      const at::Tensor& k,
+      const at::Tensor& v,
+      const std::optional<at::Tensor>& lengths = std::nullopt,
+      const std::optional<at::Tensor>& reset_at = std::nullopt);
+
   // The first half of step: appends, evicts and compresses. Refused with a ValueError where the
   // compressor chooses by usage, which needs the queries.
   void append(const at::Tensor& k,
@@ -85,8 +100,7 @@ class CTX_API KVMemory {
   // rewindable() of each. Returns [B, H, T, Dv]. Writes nothing, and does not count as usage.
   at::Tensor attend(const at::Tensor& q) const;
 
-  // As attend, and the weight that each query gives to sinks, compressed slots and window,
-  // [B, H, T, 3] in float32 (float64 for float64), which add up to one.
+  // As attend, and the weights of the regions as step_with_mass gives them.
   std::tuple<at::Tensor, at::Tensor> attend_with_mass(const at::Tensor& q) const;
 
   // Every row begins a new stream, or those rows do: int64 [N] in 0 ... B - 1, or bool [B]. Throws
@@ -108,7 +122,8 @@ class CTX_API KVMemory {
   static KVMemory merge(const std::vector<const KVMemory*>& memories);
 
   // A new memory that holds the same, in the same or another dtype and on the same or another
-  // device. The compressor's parameters are shared as long as they need not move.
+  // device; slots whose dtype was chosen keep it, but in a float64 memory. The compressor's
+  // parameters and what scores are made of are shared as long as they need not move.
   KVMemory clone() const;
   KVMemory to(at::ScalarType dtype, at::Device device) const;
 
@@ -128,8 +143,8 @@ class CTX_API KVMemory {
   // How many of them can be taken back, int64 [B]. Aliases the memory's own tensor.
   const at::Tensor& rewindable() const { return tensors_[7]; }
 
-  // window keys [B, Hkv, Wcap, D] and values [.., Dv], compressed keys [B, Hkv, Ccap, D] and
-  // values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]; and, empty unless the
+  // window keys [B, Hkv, Wcap, D] and values [.., Dv], compressed keys [B, Hkv, Ccap, D] (int8: D
+  // + 4) and values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]; and, empty unless the
   // compressor chooses by usage, usage [B, Hkv, Wcap] and slot positions [B, Hkv, Ccap]. They alias
   // the memory: operators of `torch.ops.ctx` work on them directly.
   const Tensors& tensors() const { return tensors_; }
@@ -143,8 +158,18 @@ class CTX_API KVMemory {
   // MemoryOptions::validate throws.
   void set_parameters(std::vector<at::Tensor> parameters);
 
+  // Other tensors for the relative positions of a memory that has them. Throws what
+  // MemoryOptions::validate throws.
+  void set_relative(std::vector<at::Tensor> relative);
+
  private:
   KVMemory(MemoryOptions options, Tensors tensors);
+  std::tuple<at::Tensor, at::Tensor> stepped(const at::Tensor& q,
+                                             const at::Tensor& k,
+                                             const at::Tensor& v,
+                                             const std::optional<at::Tensor>& lengths,
+                                             const std::optional<at::Tensor>& reset_at,
+                                             bool with_mass);
   std::tuple<at::Tensor, at::Tensor> attended(const at::Tensor& q, bool with_mass) const;
   std::vector<at::Tensor> custom_slots(const at::Tensor& k,
                                        const at::Tensor& v,

@@ -13,21 +13,17 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 namespace {
 
 template <typename T>
-void append_token(const AppendArgs& args, int64_t b, int64_t i, std::vector<Acc<T>>& scratch) {
+void append_token(const AppendArgs& args, int64_t b, int64_t i, Acc<T>* key) {
   const MemoryView& m = args.memory;
   const int64_t t = args.block.first(b) + i;
   const int64_t source = args.block.offset + i;
   const bool sink = t < m.clock.schedule.sinks;
   const int64_t capacity = sink ? m.clock.schedule.sinks : m.window_capacity;
   const int64_t index = sink ? t : t % m.window_capacity;
-  scratch.resize(m.rotary.dim + m.head_dim);
-  Acc<T>* cosine = scratch.data();
-  Acc<T>* sine = cosine + m.rotary.dim / 2;
-  Acc<T>* key = cosine + m.rotary.dim;
-  rotary_table(m.rotary, static_cast<double>(t), cosine, sine);
+  const RotaryTable<Acc<T>> table = rotary_table<Acc<T>>(m.rotary, static_cast<double>(t));
   for (int64_t h = 0; h < m.kv_heads; ++h) {
     load_row(row<T>(args.keys, b, h, source), key, m.head_dim);
-    rotate_row(m.rotary, cosine, sine, Acc<T>(1), key);
+    rotate_row(m.rotary, table, Acc<T>(1), key);
     void* keys = sink ? m.sink_keys : m.window_keys;
     void* values = sink ? m.sink_values : m.window_values;
     store_row(key, ring_row<T>(keys, m.kv_heads, capacity, m.head_dim, b, h, index), m.head_dim);
@@ -44,15 +40,16 @@ void append_token(const AppendArgs& args, int64_t b, int64_t i, std::vector<Acc<
 void append(const AppendArgs& args) {
   const int64_t tokens = args.block.tokens;
   const int64_t work = args.memory.kv_heads * (args.memory.head_dim + args.memory.value_dim) +
-                       40 * args.memory.rotary.dim;
+                       4 * args.memory.rotary.dim;
   dispatch(args.memory.storage, [&](auto type) {
     using T = decltype(type);
     at::parallel_for(0, args.memory.batch * tokens, grain(work), [&](int64_t begin, int64_t end) {
-      std::vector<Acc<T>> scratch;
+      thread_local std::vector<Acc<T>> key;  // kept from step to step
+      key.resize(args.memory.head_dim);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / tokens;
         const int64_t i = task % tokens;
-        if (i < args.block.count(b)) append_token<T>(args, b, i, scratch);
+        if (i < args.block.count(b)) append_token<T>(args, b, i, key.data());
       }
     });
   });

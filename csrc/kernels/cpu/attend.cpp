@@ -1,311 +1,233 @@
 // One softmax over sinks, compressed slots and window. A region is a ring, so what a query sees of
-// it is at most two contiguous pieces; they are walked in blocks of keys with a running maximum and
-// sum (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), each key
-// read once for all query heads that share it.
+// it is at most two contiguous pieces; they are walked in blocks, each block read once for all
+// query heads that share it and for some neighbouring tokens.
 #include <ATen/Parallel.h>
 
-#include <limits>
-#include <vector>
-
-#include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/rotary.h"
+#include "kernels/cpu/plan.h"
+#include "kernels/cpu/scores.h"
+#include "kernels/cpu/softmax.h"
 #include "kernels/cpu/table.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kBlock = 64;  // keys whose scores are held at once
-
-enum Region : int64_t { kSinks = 0, kCompressed = 1, kWindow = 2, kRegions = 3 };
-
-// Queries rotated to the three clocks: [regions, B, tokens, H, D], scaled. Made once for all tasks
-// of a block.
-template <typename A>
-class RotatedQueries {
- public:
-  RotatedQueries(const AttendArgs& args, std::vector<A>& storage) : args_(args), storage_(storage) {
-    storage_.resize(kRegions * args.memory.batch * args.block.tokens * args.heads *
-                    args.memory.head_dim);
-  }
-
-  A* at(int64_t region, int64_t b, int64_t i, int64_t h) const {
-    const int64_t token = (region * args_.memory.batch + b) * args_.block.tokens + i;
-    return storage_.data() + (token * args_.heads + h) * args_.memory.head_dim;
-  }
-
-  template <typename T>
-  void fill(int64_t b, int64_t i) {
-    const MemoryView& m = args_.memory;
-    const int64_t t = args_.block.first(b) + i;
-    const double clocks[kRegions] = {static_cast<double>(m.clock.sink_query(t)),
-                                     static_cast<double>(m.clock.group_query(t)),
-                                     static_cast<double>(t)};
-    thread_local std::vector<A> table;
-    table.resize(m.rotary.dim);
-    for (int64_t region = 0; region < kRegions; ++region) {
-      rotary_table(m.rotary, clocks[region], table.data(), table.data() + m.rotary.dim / 2);
-      for (int64_t h = 0; h < args_.heads; ++h) {
-        A* query = at(region, b, i, h);
-        load_row(row<T>(args_.queries, b, h, args_.block.offset + i), query, m.head_dim);
-        rotate_row(m.rotary, table.data(), table.data() + m.rotary.dim / 2, A(1), query);
-        scale_row(static_cast<A>(args_.scale), query, m.head_dim);
-      }
-    }
-  }
-
- private:
-  const AttendArgs& args_;
-  std::vector<A>& storage_;
-};
-
-// The query heads of one kv head at one token.
 template <typename T>
 class Attention {
  public:
   using A = Acc<T>;
 
-  Attention(const AttendArgs& args, const RotatedQueries<A>& queries)
-      : args_(args), m_(args.memory), queries_(queries), share_(args.heads / m_.kv_heads) {
-    const int64_t wide = std::is_same_v<T, A> ? 0 : std::max(m_.head_dim, m_.value_dim);
-    buffer_.resize(share_ * (kBlock + m_.value_dim + 2 + kRegions) + wide);
-    scores_ = buffer_.data();
-    sums_ = scores_ + share_ * kBlock;
-    largest_ = sums_ + share_ * m_.value_dim;
-    total_ = largest_ + share_;
-    mass_ = total_ + share_;
-    row_ = mass_ + share_ * kRegions;
+  Attention(const AttendArgs& args, const Plan& plan, const RotatedQueries<A>& queries, A* states)
+      : args_(args), m_(args.memory), plan_(plan), queries_(queries), states_(states) {}
+
+  // Attends to one part of what a tile sees; a tile of one part is done then.
+  void attend(const Tile& tile, int64_t part) const {
+    const Rows rows = plan_.rows(tile);
+    if (part == 0) store_absent(tile, rows);
+    if (rows.count() == 0) return;
+    const Ranges all = plan_.common(rows);
+    const int64_t parts = plan_.parts(slots_of(all));
+    if (part >= parts) return;
+    Softmax<A> state = softmax(tile, rows, part);
+    state.clear();
+    walk(state, rows, part_of(all, part, parts));
+    if (part == parts - 1) walk_rest(state, rows, all);
+    if (parts == 1) store(state, rows);
   }
 
-  void run(int64_t b, int64_t kv, int64_t i) {
-    b_ = b, kv_ = kv, i_ = i;
-    const int64_t t = args_.block.first(b) + i;
-    if (t < 0 || i >= args_.block.count(b)) return store_zeros();
-    t_ = t;
-    std::fill_n(sums_, share_ * m_.value_dim, A(0));
-    std::fill_n(largest_, share_, -std::numeric_limits<A>::infinity());
-    std::fill_n(total_, share_, A(0));
-    std::fill_n(mass_, share_ * kRegions, A(0));
-    const Schedule& schedule = m_.clock.schedule;
-    const int64_t n = schedule.groups(t);
-    span(kSinks, m_.sink_keys, m_.sink_values, schedule.sinks, 0, schedule.visible_sinks(t));
-    keep_mass(kSinks);
-    if (m_.compressed_capacity > 0) {
-      span(kCompressed,
-           m_.compressed_keys,
-           m_.compressed_values,
-           m_.compressed_capacity,
-           n - schedule.slots(t),
-           n);
+  // Merges the parts of a tile, in their order.
+  void merge(const Tile& tile) const {
+    const Rows rows = plan_.rows(tile);
+    if (rows.count() == 0) return;
+    const int64_t parts = plan_.parts(slots_of(plan_.common(rows)));
+    if (parts == 1) return;
+    Softmax<A> state = softmax(tile, rows, 0);
+    for (int64_t part = 1; part < parts; ++part) state.merge(softmax(tile, rows, part));
+    store(state, rows);
+  }
+
+  // Adds the weights that a tile's queries gave to the window. They are known once all is summed
+  // up, so the scores are made a second time.
+  void count_usage(const Tile& tile) const {
+    const Rows rows = plan_.rows(tile);
+    if (rows.count() == 0) return;
+    const Softmax<A> state = softmax(tile, rows, 0);
+    const Ring<T> ring(m_, kWindow, rows.b, rows.kv);
+    A* usage = static_cast<A*>(m_.usage) + (rows.b * m_.kv_heads + rows.kv) * m_.window_capacity;
+    for (int64_t i = rows.tokens.begin; i < rows.tokens.end; ++i) {
+      const Rows one = plan_.token(rows, i);
+      const int64_t first_row = (i - rows.tokens.begin) * rows.share;
+      Range left = plan_.visible(one)[kWindow];
+      while (left.size() > 0) {
+        const Piece<T> piece = ring.piece(left);
+        A* scores = scores_of(one);
+        score_piece(args_, queries_, kWindow, one, piece, scores);
+        for (int64_t r = 0; r < one.count(); ++r)
+          state.add_shares(first_row + r, scores + r * kBlock, piece.count, usage + piece.index);
+        left.begin += piece.count;
+      }
     }
-    keep_mass(kCompressed);
-    span(kWindow, m_.window_keys, m_.window_values, m_.window_capacity, schedule.edge(t), t + 1);
-    keep_mass(kWindow);
-    store();
-    if (args_.count_usage) count_usage(schedule.edge(t), t + 1);
   }
 
  private:
-  // Slots begin ... end - 1 of a ring, as at most two contiguous pieces.
-  void span(Region region, void* keys, void* values, int64_t capacity, int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t index = begin % capacity;
-      const int64_t count = std::min({end - begin, capacity - index, kBlock});
-      block(region,
-            ring_row<T>(keys, m_.kv_heads, capacity, m_.head_dim, b_, kv_, index),
-            ring_row<T>(values, m_.kv_heads, capacity, m_.value_dim, b_, kv_, index),
-            begin,
-            count);
-      begin += count;
-    }
+  Softmax<A> softmax(const Tile& tile, const Rows& rows, int64_t part) const {
+    const int64_t size = Softmax<A>::size(plan_.most_rows(), m_.value_dim);
+    A* memory = states_ + (tile.index * plan_.most_parts() + part) * size;
+    return {memory, rows.count(), rows.share, m_.value_dim};
   }
 
-  // Scores of slots begin ... begin + count - 1 of a region, whose keys lie together.
-  void score(Region region, const T* keys, int64_t begin, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) {
-      const A* key = widen(keys + j * m_.head_dim, m_.head_dim);
-      for (int64_t r = 0; r < share_; ++r) {
-        scores_[r * kBlock + j] =
-            dot(queries_.at(region, b_, i_, kv_ * share_ + r), key, m_.head_dim);
+  static A* scores_of(const Rows& rows) {
+    thread_local std::vector<A> memory;  // kept from step to step
+    const size_t size = rows.count() * kBlock;
+    if (memory.size() < size) memory.resize(size);
+    return memory.data();
+  }
+
+  // All rows attend to ranges that all of them see.
+  void walk(Softmax<A> state, const Rows& rows, const Ranges& ranges) const {
+    for (int64_t index = 0; index < kRegions; ++index) {
+      const Range left = ranges[index];
+      if (left.size() <= 0) continue;
+      const auto region = static_cast<Region>(index);
+      if (region != kCompressed) {
+        walk_ring<T>(state, region, rows, left);
+      } else {
+        dispatch_slots<T>(m_.compressed_storage,
+                          [&](auto type) { walk_ring<decltype(type)>(state, region, rows, left); });
       }
     }
-    const auto per_head = [&](const void* values, int64_t r) {
-      return values == nullptr ? A(0) : static_cast<const A*>(values)[kv_ * share_ + r];
-    };
-    for (int64_t r = 0; r < share_; ++r) {
-      A* scores = scores_ + r * kBlock;
-      const A bias = per_head(region == kCompressed ? args_.bias : nullptr, r);
-      for (int64_t j = 0; j < count; ++j) scores[j] += bias;
-      if (args_.slopes == nullptr) continue;
-      const A slope = per_head(args_.slopes, r);
-      for (int64_t j = 0; j < count; ++j)
-        scores[j] -= slope * static_cast<A>(distance(region, begin + j));
+  }
+
+  template <typename S>
+  void walk_ring(Softmax<A>& state, Region region, const Rows& rows, Range left) const {
+    const Ring<S> ring(m_, region, rows.b, rows.kv);
+    while (left.size() > 0) {
+      const Piece<S> piece = ring.piece(left);
+      attend_piece(state, region, rows, piece);
+      left.begin += piece.count;
     }
   }
 
-  // How far slot `number` of a region is from the query.
-  double distance(Region region, int64_t number) const {
-    switch (region) {
-      case kSinks:
-        return static_cast<double>(m_.clock.sink_query(t_) - number);
-      case kCompressed: {
-        if (m_.clock.token_distance && m_.slot_positions != nullptr) {
-          const int64_t head = b_ * m_.kv_heads + kv_;
-          const int64_t index = head * m_.compressed_capacity + number % m_.compressed_capacity;
-          return static_cast<double>(t_ - m_.slot_positions[index]);
-        }
-        return static_cast<double>(m_.clock.group_query(t_)) - m_.clock.group_key(number);
+  // What a token sees and not all of its tile do: slots that leave within the tile, and the tile's
+  // own tokens.
+  void walk_rest(const Softmax<A>& state, const Rows& rows, const Ranges& all) const {
+    if (rows.tokens.size() == 1) return;
+    for (int64_t i = rows.tokens.begin; i < rows.tokens.end; ++i) {
+      const Rows one = plan_.token(rows, i);
+      Ranges before = plan_.visible(one);
+      Ranges behind = before;
+      for (int64_t region = 0; region < kRegions; ++region) {
+        before[region].end = std::min(before[region].end, all[region].begin);
+        behind[region].begin = std::max(behind[region].begin, all[region].end);
       }
-      default:
-        return static_cast<double>(t_ - number);
+      const Softmax<A> own = state.part((i - rows.tokens.begin) * rows.share, rows.share);
+      walk(own, one, before);
+      walk(own, one, behind);
     }
   }
 
-  void block(Region region, const T* keys, const T* values, int64_t begin, int64_t count) {
-    score(region, keys, begin, count);
-    for (int64_t r = 0; r < share_; ++r) {
-      A* scores = scores_ + r * kBlock;
-      A largest = largest_[r];
-      for (int64_t j = 0; j < count; ++j) largest = std::max(largest, scores[j]);
-      // All scores minus infinity so far (a bias may be): their weights are zero, not NaN.
-      const A reference = std::isinf(largest) && largest < 0 ? A(0) : largest;
-      const A shrink = exp_row_value(largest_[r] - reference);
-      A total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int64_t j = 0; j < count; ++j) total += scores[j] = exp_row_value(scores[j] - reference);
-      total_[r] = total_[r] * shrink + total;
-      if (shrink != A(1)) {
-        scale_row(shrink, sums_ + r * m_.value_dim, m_.value_dim);
-        scale_row(shrink, mass_ + r * kRegions, kRegions);
-      }
-      largest_[r] = largest;
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      const A* value = widen(values + j * m_.value_dim, m_.value_dim);
-      for (int64_t r = 0; r < share_; ++r)
-        axpy(scores_[r * kBlock + j], value, sums_ + r * m_.value_dim, m_.value_dim);
-    }
-  }
-
-  // What has been summed up so far and is no earlier region's.
-  void keep_mass(Region region) {
-    for (int64_t r = 0; r < share_; ++r) {
-      A* mass = mass_ + r * kRegions;
-      A before = 0;
-      for (int64_t earlier = 0; earlier < region; ++earlier) before += mass[earlier];
-      mass[region] = total_[r] - before;
+  template <typename S>
+  void attend_piece(Softmax<A>& state,
+                    Region region,
+                    const Rows& rows,
+                    const Piece<S>& piece) const {
+    A* scores = scores_of(rows);
+    score_piece(args_, queries_, region, rows, piece, scores);
+    for (int64_t r = 0; r < rows.count(); ++r)
+      state.weigh(r, region, scores + r * kBlock, piece.count);
+    apply_scales(piece.values, piece.value_stride, m_.value_dim, piece.count, rows.count(), scores);
+    // Some values at a time, and as many keys of what most likely comes next are asked for.
+    constexpr int64_t kGroup = 16;
+    const S* next = piece.keys + piece.count * piece.key_stride;
+    for (int64_t j = 0; j < piece.count; j += kGroup) {
+      const int64_t count = std::min(kGroup, piece.count - j);
+      prefetch(next + j * piece.key_stride,
+               count * piece.key_stride * static_cast<int64_t>(sizeof(S)));
+      by_rows(rows.count(), [&](auto number, int64_t r) {
+        add_rows<decltype(number)::value>(scores + r * kBlock + j,
+                                          piece.values + j * piece.value_stride,
+                                          count,
+                                          m_.value_dim,
+                                          piece.value_stride,
+                                          state.sums + r * state.width);
+      });
     }
   }
 
-  // Weights are known once all is summed up: the window's scores are made a second time.
-  void count_usage(int64_t begin, int64_t end) {
-    const int64_t head = b_ * m_.kv_heads + kv_;
-    A* usage = static_cast<A*>(m_.usage) + head * m_.window_capacity;
-    while (begin < end) {
-      const int64_t index = begin % m_.window_capacity;
-      const int64_t count = std::min({end - begin, m_.window_capacity - index, kBlock});
-      const T* keys =
-          ring_row<T>(m_.window_keys, m_.kv_heads, m_.window_capacity, m_.head_dim, b_, kv_, index);
-      score(kWindow, keys, begin, count);
-      for (int64_t r = 0; r < share_; ++r) {
-        const A share = A(1) / (total_[r] * static_cast<A>(share_));
-        for (int64_t j = 0; j < count; ++j)
-          usage[index + j] += exp_row_value(scores_[r * kBlock + j] - largest_[r]) * share;
-      }
-      begin += count;
-    }
-  }
-
-  // The row itself where it is stored in the arithmetic's type, a widened copy elsewhere.
-  const A* widen(const T* source, int64_t n) {
-    if constexpr (std::is_same_v<T, A>) {
-      return source;
-    } else {
-      load_row(source, row_, n);
-      return row_;
-    }
-  }
-
-  T* out(int64_t r) const {
-    return row<T>(args_.out, b_, kv_ * share_ + r, args_.block.offset + i_);
-  }
-
-  void store() {
-    for (int64_t r = 0; r < share_; ++r) {
-      A* sum = sums_ + r * m_.value_dim;
-      scale_row(A(1) / total_[r], sum, m_.value_dim);
-      store_row(sum, out(r), m_.value_dim);
+  void store(Softmax<A>& state, const Rows& rows) const {
+    for (int64_t r = 0; r < rows.count(); ++r) {
+      const A share = A(1) / state.total(r);
+      A* sums = state.sums + r * state.width;
+      scale_row(share, sums, m_.value_dim);
+      const int64_t head = rows.kv * rows.share + r % rows.share;
+      const int64_t i = rows.tokens.begin + r / rows.share;
+      store_row(sums, row<T>(args_.out, rows.b, head, args_.block.offset + i), m_.value_dim);
       if (args_.mass == nullptr) continue;
       for (int64_t region = 0; region < kRegions; ++region)
-        mass_out(r)[region] = mass_[r * kRegions + region] / total_[r];
+        mass(rows.b, head, i)[region] = state.totals[r * kRegions + region] * share;
     }
   }
 
-  void store_zeros() {
-    for (int64_t r = 0; r < share_; ++r) {
-      std::fill_n(out(r), m_.value_dim, T(0));
-      if (args_.mass != nullptr) std::fill_n(mass_out(r), int64_t{kRegions}, A(0));
+  // Zeros for the tokens of a tile that are not the stream's.
+  void store_absent(const Tile& tile, const Rows& rows) const {
+    for (int64_t i = tile.begin; i < tile.end; ++i) {
+      if (i >= rows.tokens.begin && i < rows.tokens.end) continue;
+      for (int64_t head = tile.kv * rows.share; head < (tile.kv + 1) * rows.share; ++head) {
+        std::fill_n(row<T>(args_.out, tile.b, head, args_.block.offset + i), m_.value_dim, T(0));
+        if (args_.mass != nullptr) std::fill_n(mass(tile.b, head, i), int64_t{kRegions}, A(0));
+      }
     }
   }
 
-  A* mass_out(int64_t r) const {
-    const int64_t head = b_ * args_.heads + kv_ * share_ + r;
-    const int64_t token = head * args_.call_tokens + args_.block.offset + i_;
+  A* mass(int64_t b, int64_t head, int64_t i) const {
+    const int64_t token = (b * args_.heads + head) * args_.call_tokens + args_.block.offset + i;
     return static_cast<A*>(args_.mass) + token * kRegions;
   }
 
   const AttendArgs& args_;
   const MemoryView& m_;
+  const Plan& plan_;
   const RotatedQueries<A>& queries_;
-  int64_t share_;
-  int64_t b_ = 0;
-  int64_t kv_ = 0;
-  int64_t i_ = 0;
-  int64_t t_ = 0;
-  std::vector<A> buffer_;
-  A* scores_;
-  A* sums_;
-  A* largest_;
-  A* total_;
-  A* mass_;
-  A* row_;
+  A* states_;  // of every part of every tile
 };
 
 template <typename T>
-void attend_rows(const AttendArgs& args) {
+void attend_block(const AttendArgs& args) {
+  using A = Acc<T>;
+  if (args.block.tokens == 0) return;
   const MemoryView& m = args.memory;
-  const int64_t tokens = args.block.tokens;
-  thread_local std::vector<Acc<T>> storage;  // the calling thread's: kept from step to step
-  RotatedQueries<Acc<T>> queries(args, storage);
-  at::parallel_for(
-      0, m.batch * tokens, grain(args.heads * m.head_dim * 6), [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task)
-          queries.template fill<T>(task / tokens, task % tokens);
-      });
-  const int64_t slots = m.clock.schedule.sinks + m.compressed_capacity + m.window_capacity;
-  const int64_t work = slots * (args.heads / m.kv_heads) * (m.head_dim + m.value_dim);
-  if (args.count_usage) {  // in the order of the tokens: queries of one head add to the same sums
-    at::parallel_for(
-        0, m.batch * m.kv_heads, grain(work * tokens), [&](int64_t begin, int64_t end) {
-          Attention<T> attention(args, queries);
-          for (int64_t task = begin; task < end; ++task) {
-            for (int64_t i = 0; i < tokens; ++i)
-              attention.run(task / m.kv_heads, task % m.kv_heads, i);
-          }
-        });
-    return;
-  }
-  at::parallel_for(0, m.batch * m.kv_heads * tokens, grain(work), [&](int64_t begin, int64_t end) {
-    Attention<T> attention(args, queries);
-    for (int64_t task = begin; task < end; ++task) {
-      attention.run(task / (m.kv_heads * tokens), task / tokens % m.kv_heads, task % tokens);
-    }
+  thread_local std::vector<A> query_memory, state_memory;  // kept from step to step
+  RotatedQueries<A> queries(args, query_memory);
+  queries.template fill<T>();
+  const Plan plan(args);
+  const int64_t size = Softmax<A>::size(plan.most_rows(), m.value_dim);
+  const size_t needed = plan.tiles() * plan.most_parts() * size;
+  if (state_memory.size() < needed) state_memory.resize(needed);
+  const Attention<T> attention(args, plan, queries, state_memory.data());
+
+  const int64_t parts = plan.most_parts();
+  at::parallel_for(0, plan.tiles() * parts, grain(plan.work()), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      attention.attend(plan.tile(task / parts), task % parts);
   });
+  if (parts > 1) {
+    at::parallel_for(0, plan.tiles(), grain(parts * size / 8), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) attention.merge(plan.tile(task));
+    });
+  }
+  if (args.count_usage) {  // in the order of the tokens: queries of one head add to the same sums
+    const int64_t tiles = plan.tiles() / (m.batch * m.kv_heads);
+    at::parallel_for(
+        0, m.batch * m.kv_heads, grain(plan.work() * tiles), [&](int64_t begin, int64_t end) {
+          for (int64_t task = begin * tiles; task < end * tiles; ++task)
+            attention.count_usage(plan.tile(task));
+        });
+  }
 }
 
 }  // namespace
 
 void attend(const AttendArgs& args) {
-  dispatch(args.memory.storage, [&](auto type) { attend_rows<decltype(type)>(args); });
+  dispatch(args.memory.storage, [&](auto type) { attend_block<decltype(type)>(args); });
 }
 
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY

@@ -8,6 +8,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/rotary.h"
+#include "kernels/cpu/slots.h"
 #include "kernels/cpu/table.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
@@ -22,9 +23,8 @@ class Chooser {
       : args_(args),
         m_(args.memory),
         schedule_(m_.clock.schedule),
-        half_(m_.rotary.dim / 2),
-        row_(m_.head_dim),
-        tables_(2 * m_.rotary.dim) {}
+        row_(std::max(m_.head_dim, m_.value_dim)),
+        table_(m_.rotary.dim) {}
 
   // Head h of row b; all groups that are due leave at one boundary.
   void run(int64_t b, int64_t h) {
@@ -76,41 +76,43 @@ class Chooser {
     args_.chosen_positions[slot] = token;
   }
 
-  // The token's pair becomes slot g: where slots are as far as their tokens, as it is.
+  // The token's pair becomes slot g; under the distance "token" its key stays where it is.
   void copy(int64_t b, int64_t h, int64_t g, int64_t token) {
     const int64_t from = token % m_.window_capacity;
     const int64_t to = g % m_.compressed_capacity;
-    const T* key =
-        ring_row<T>(m_.window_keys, m_.kv_heads, m_.window_capacity, m_.head_dim, b, h, from);
-    T* slot =
-        ring_row<T>(m_.compressed_keys, m_.kv_heads, m_.compressed_capacity, m_.head_dim, b, h, to);
-    if (m_.clock.token_distance || m_.rotary.dim == 0) {
-      std::copy_n(key, m_.head_dim, slot);
-    } else {
-      load_row(key, row_.data(), m_.head_dim);
+    const auto window = [&](void* ring, int64_t width) {
+      return ring_row<T>(ring, m_.kv_heads, m_.window_capacity, width, b, h, from);
+    };
+    load_row(window(m_.window_keys, m_.head_dim), row_.data(), m_.head_dim);
+    if (!m_.clock.token_distance && m_.rotary.dim > 0) {
       turn(static_cast<double>(token), A(-1));
       turn(static_cast<double>(g), A(1));
-      store_row(row_.data(), slot, m_.head_dim);
     }
-    std::copy_n(
-        ring_row<T>(m_.window_values, m_.kv_heads, m_.window_capacity, m_.value_dim, b, h, from),
-        m_.value_dim,
-        ring_row<T>(
-            m_.compressed_values, m_.kv_heads, m_.compressed_capacity, m_.value_dim, b, h, to));
+    store(m_.compressed_keys, m_.head_dim, b, h, to);
+    load_row(window(m_.window_values, m_.value_dim), row_.data(), m_.value_dim);
+    store(m_.compressed_values, m_.value_dim, b, h, to);
     *ring_row<int64_t>(m_.slot_positions, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = token;
   }
 
+  void store(void* ring, int64_t width, int64_t b, int64_t h, int64_t index) const {
+    dispatch_slots<T>(m_.compressed_storage, [&](auto type) {
+      using S = decltype(type);
+      const int64_t stored = stored_width<S>(width);
+      S* target = ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, b, h, index);
+      store_slot(row_.data(), target, width);
+    });
+  }
+
   void turn(double position, A direction) {
-    rotary_table(m_.rotary, position, tables_.data(), tables_.data() + half_);
-    rotate_row(m_.rotary, tables_.data(), tables_.data() + half_, direction, row_.data());
+    const RotaryTable<A> table = make_rotary_table(m_.rotary, position, table_.data());
+    rotate_row(m_.rotary, table, direction, row_.data());
   }
 
   const CompressArgs& args_;
   const MemoryView& m_;
   const Schedule& schedule_;
-  int64_t half_;
   std::vector<A> row_;
-  std::vector<A> tables_;
+  std::vector<A> table_;
   std::vector<A> used_;
   std::vector<int64_t> tokens_;
 };

@@ -8,91 +8,130 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/pooling.h"
 #include "kernels/cpu/rotary.h"
+#include "kernels/cpu/slots.h"
 #include "kernels/cpu/table.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 namespace {
 
+// The angles that due groups need, made once for all heads: [B, groups, tokens read + 1, rotary dim],
+// of the tokens and then of the slot.
+template <typename A>
+class GroupAngles {
+ public:
+  GroupAngles(const CompressArgs& args, int64_t groups, std::vector<A>& storage)
+      : m_(args.memory),
+        groups_(groups),
+        left_(m_.clock.schedule.overlap),
+        read_(m_.clock.schedule.ratio + left_),
+        storage_(storage) {
+    const size_t size = m_.batch * groups_ * (read_ + 1) * m_.rotary.dim;
+    if (storage_.size() < size) storage_.resize(size);
+  }
+
+  // `number` counts a row's due groups, i the tokens read, and then its slot.
+  RotaryTable<A> at(int64_t b, int64_t number, int64_t i) const {
+    const A* table = memory(b, number, i);
+    return {table, table + m_.rotary.dim / 2};
+  }
+
+  void fill(int64_t b, int64_t number, int64_t group) {
+    const int64_t first = m_.clock.schedule.first_token(group) - left_;
+    for (int64_t i = 0; i < read_; ++i)
+      make_rotary_table(m_.rotary, static_cast<double>(first + i), memory(b, number, i));
+    make_rotary_table(m_.rotary, m_.clock.group_key(group), memory(b, number, read_));
+  }
+
+ private:
+  A* memory(int64_t b, int64_t number, int64_t i) const {
+    return storage_.data() + ((b * groups_ + number) * (read_ + 1) + i) * m_.rotary.dim;
+  }
+
+  const MemoryView& m_;
+  int64_t groups_;
+  int64_t left_;
+  int64_t read_;
+  std::vector<A>& storage_;
+};
+
+// Makes neighbouring slots of one head.
 template <typename T, typename P>
 class GroupCompressor {
  public:
   using A = Acc<T>;
 
-  explicit GroupCompressor(const CompressArgs& args)
+  GroupCompressor(const CompressArgs& args, const GroupAngles<A>& angles, std::vector<A>& storage)
       : args_(args),
         m_(args.memory),
+        angles_(angles),
         c_(m_.clock.schedule.ratio),
-        read_(c_ + m_.clock.schedule.overlap),
-        half_(m_.rotary.dim / 2) {
-    const int64_t wide = std::max(m_.head_dim, m_.value_dim);
+        read_(c_ + m_.clock.schedule.overlap) {
+    const int64_t wide = padded<A>(std::max(m_.head_dim, m_.value_dim));
     const int64_t hidden = args.kind == CompressorKind::kDilated ? 2 * wide : 0;
-    tables_.resize((read_ + 1) * m_.rotary.dim);
-    buffer_.resize(read_ * (m_.head_dim + m_.value_dim) + wide + std::max(wide, hidden) + c_ +
-                   2 * read_ * hidden);
-    keys_ = buffer_.data();
-    values_ = keys_ + read_ * m_.head_dim;
-    slot_ = values_ + read_ * m_.value_dim;
-    row_ = slot_ + wide;
-    weights_ = row_ + std::max(wide, hidden);
+    const size_t size = kGroups * read_ * (m_.head_dim + m_.value_dim) + kGroups * wide + wide +
+                        hidden + c_ + 2 * read_ * hidden;
+    if (storage.size() < size) storage.resize(size);
+    keys_ = storage.data();
+    values_ = keys_ + kGroups * read_ * m_.head_dim;
+    slots_ = values_ + kGroups * read_ * m_.value_dim;
+    row_ = slots_ + kGroups * wide;
+    weights_ = row_ + wide + hidden;
     hidden_[0] = weights_ + c_;
     hidden_[1] = hidden_[0] + read_ * hidden;
   }
 
-  void run(int64_t b, int64_t g) {
-    const int64_t first = m_.clock.schedule.first_token(g) - (read_ - c_);
-    for (int64_t i = 0; i < read_; ++i) table(i, static_cast<double>(first + i));
-    table(read_, m_.clock.group_key(g));
-    const int64_t target = g % m_.compressed_capacity;
-    const bool given = args_.kind == CompressorKind::kGiven;
-    if (given) {
-      const int64_t start = -args_.block.origin[b];
-      given_ = group_block(m_.clock.schedule, start, g) - args_.slot_block[b];
+  // Groups first ... first + count - 1 of row b; `number` counts the row's due groups.
+  void run(int64_t b, int64_t h, int64_t number, int64_t first, int64_t count) {
+    for (int64_t g = 0; g < count && args_.kind != CompressorKind::kGiven; ++g)
+      read_group(b, h, number + g, first + g, g);
+    make(b, h, first, count, 0);
+    for (int64_t g = 0; g < count; ++g) {
+      A* slot = slots_ + g * padded<A>(m_.head_dim);
+      rotate_row(m_.rotary, angles_.at(b, number + g, read_), A(1), slot);
+      store(slot, m_.compressed_keys, m_.head_dim, b, h, first + g);
     }
-    for (int64_t h = 0; h < m_.kv_heads; ++h) {
-      for (int64_t i = 0; i < read_ && !given; ++i) read(b, h, first + i, i);
-      make(b, h, keys_, m_.head_dim, 0);
-      rotate_row(m_.rotary, cosine(read_), sine(read_), A(1), slot_);
-      store_row(
-          slot_,
-          ring_row<T>(
-              m_.compressed_keys, m_.kv_heads, m_.compressed_capacity, m_.head_dim, b, h, target),
-          m_.head_dim);
-      make(b, h, values_, m_.value_dim, 1);
-      store_row(slot_,
-                ring_row<T>(m_.compressed_values,
-                            m_.kv_heads,
-                            m_.compressed_capacity,
-                            m_.value_dim,
-                            b,
-                            h,
-                            target),
-                m_.value_dim);
+    make(b, h, first, count, 1);
+    for (int64_t g = 0; g < count; ++g) {
+      const A* slot = slots_ + g * padded<A>(m_.value_dim);
+      store(slot, m_.compressed_values, m_.value_dim, b, h, first + g);
     }
   }
 
  private:
-  A* cosine(int64_t i) { return tables_.data() + i * m_.rotary.dim; }
-  A* sine(int64_t i) { return cosine(i) + half_; }
-  void table(int64_t i, double position) { rotary_table(m_.rotary, position, cosine(i), sine(i)); }
+  void store(const A* slot, void* ring, int64_t width, int64_t b, int64_t h, int64_t group) const {
+    const int64_t index = group % m_.compressed_capacity;
+    dispatch_slots<T>(m_.compressed_storage, [&](auto type) {
+      using S = decltype(type);
+      const int64_t stored = stored_width<S>(width);
+      S* target = ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, b, h, index);
+      store_slot(slot, target, width);
+    });
+  }
 
-  // Token t of head h, un-rotated, as row i; what is before the stream is zero.
-  void read(int64_t b, int64_t h, int64_t t, int64_t i) {
-    A* key = keys_ + i * m_.head_dim;
-    A* value = values_ + i * m_.value_dim;
-    if (t < 0) {
-      std::fill_n(key, m_.head_dim, A(0));
-      std::fill_n(value, m_.value_dim, A(0));
-      return;
+  // The pairs of a group and left of it, as its g-th here; keys are rotated back, and what is before
+  // the stream is zero.
+  void read_group(int64_t b, int64_t h, int64_t number, int64_t group, int64_t g) {
+    const Schedule& schedule = m_.clock.schedule;
+    const int64_t first = schedule.first_token(group) - (read_ - c_);
+    for (int64_t i = 0; i < read_; ++i) {
+      A* key = keys_ + (g * read_ + i) * m_.head_dim;
+      A* value = values_ + (g * read_ + i) * m_.value_dim;
+      const int64_t t = first + i;
+      if (t < 0) {
+        std::fill_n(key, m_.head_dim, A(0));
+        std::fill_n(value, m_.value_dim, A(0));
+        continue;
+      }
+      const bool sink = t < schedule.sinks;
+      const int64_t capacity = sink ? schedule.sinks : m_.window_capacity;
+      const int64_t index = t % capacity;
+      const auto ring = [&](void* rows, int64_t width) {
+        return ring_row<T>(rows, m_.kv_heads, capacity, width, b, h, index);
+      };
+      load_row(ring(sink ? m_.sink_keys : m_.window_keys, m_.head_dim), key, m_.head_dim);
+      rotate_row(m_.rotary, angles_.at(b, number, i), A(-1), key);
+      load_row(ring(sink ? m_.sink_values : m_.window_values, m_.value_dim), value, m_.value_dim);
     }
-    const bool sink = t < m_.clock.schedule.sinks;
-    void* keys = sink ? m_.sink_keys : m_.window_keys;
-    void* values = sink ? m_.sink_values : m_.window_values;
-    const int64_t capacity = sink ? m_.clock.schedule.sinks : m_.window_capacity;
-    const int64_t index = t % capacity;
-    load_row(ring_row<T>(keys, m_.kv_heads, capacity, m_.head_dim, b, h, index), key, m_.head_dim);
-    rotate_row(m_.rotary, cosine(i), sine(i), A(-1), key);
-    load_row(
-        ring_row<T>(values, m_.kv_heads, capacity, m_.value_dim, b, h, index), value, m_.value_dim);
   }
 
   // Parameters of head h; `size` elements per head.
@@ -102,49 +141,55 @@ class GroupCompressor {
   }
 
   // side: 0 for keys, 1 for values.
-  void make(int64_t b, int64_t h, const A* x, int64_t width, int side) {
+  void make(int64_t b, int64_t h, int64_t first, int64_t count, int side) {
+    const A* x = side == 0 ? keys_ : values_;
+    const int64_t width = side == 0 ? m_.head_dim : m_.value_dim;
+    if (args_.kind == CompressorKind::kConv) {
+      const P* weight = parameter(side, h, read_ * width * width);
+      convolve(x, weight, parameter(2 + side, h, width), count, read_, width, width, slots_);
+      return;
+    }
+    for (int64_t g = 0; g < count; ++g)
+      make_one(
+          b, h, first + g, g, x + g * read_ * width, width, side, slots_ + g * padded<A>(width));
+  }
+
+  void make_one(int64_t b,
+                int64_t h,
+                int64_t group,
+                int64_t g,
+                const A* x,
+                int64_t width,
+                int side,
+                A* slot) {
     switch (args_.kind) {
       case CompressorKind::kMean:
-        return pool_mean(x, c_, width, slot_);
+        return pool_mean(x, c_, width, slot);
       case CompressorKind::kMax:
-        return pool_max(x, c_, width, slot_);
-      case CompressorKind::kConv:
-        return convolve(x,
-                        parameter(side, h, read_ * width * width),
-                        parameter(2 + side, h, width),
-                        read_,
-                        width,
-                        width,
-                        slot_,
-                        row_);
+        return pool_max(x, c_, width, slot);
       case CompressorKind::kDilated:
-        return make_dilated(h, x, width, side);
+        return make_dilated(h, x, width, side, slot);
       case CompressorKind::kGated:
-        return gate(keys_,
+        return gate(keys_ + g * read_ * m_.head_dim,
                     x,
                     parameter(2 * side, h, m_.head_dim),
                     parameter(2 * side + 1, h, c_),
                     c_,
                     m_.head_dim,
                     width,
-                    slot_,
+                    slot,
                     row_,
                     weights_);
       case CompressorKind::kGiven:
-        if (given_ < 0 || given_ >= args_.slots) {  // a block that is not the call's
-          std::fill_n(slot_, width, A(0));
-          return;
-        }
-        std::copy_n(
-            row<A>(side == 0 ? args_.slot_keys : args_.slot_values, b, h, given_), width, slot_);
-        return;
+        return take_given(b, h, group, width, side, slot);
+      case CompressorKind::kConv:
       case CompressorKind::kMostUsed:  // choose.cpp
         return;
     }
   }
 
   // Dilations 1, 2, 4, ...: each layer has as many rows fewer, and c are left.
-  void make_dilated(int64_t h, const A* x, int64_t width, int64_t side) {
+  void make_dilated(int64_t h, const A* x, int64_t width, int64_t side, A* slot) {
     const int64_t hidden = 2 * width;
     const int64_t layers = dilated_layers(c_);
     const int index = static_cast<int>(3 * side);
@@ -155,36 +200,32 @@ class GroupCompressor {
       const int64_t dilation = int64_t{1} << layer;
       const P* weight = deeper + (layer - 1) * 2 * hidden * hidden;
       rows -= dilation;
-      dilate(hidden_[(layer - 1) % 2],
-             weight,
-             rows,
-             dilation,
-             hidden,
-             hidden,
-             hidden_[layer % 2],
-             row_);
+      const A* from = hidden_[(layer - 1) % 2];
+      dilate(from, weight, rows, dilation, hidden, hidden, hidden_[layer % 2], row_);
     }
-    convolve(hidden_[(layers - 1) % 2],
-             parameter(index + 2, h, c_ * hidden * width),
-             static_cast<const P*>(nullptr),
-             c_,
-             hidden,
-             width,
-             slot_,
-             row_);
+    const P* last = parameter(index + 2, h, c_ * hidden * width);
+    const P* none = nullptr;
+    convolve(hidden_[(layers - 1) % 2], last, none, 1, c_, hidden, width, slot);
+  }
+
+  void take_given(int64_t b, int64_t h, int64_t group, int64_t width, int side, A* slot) const {
+    const int64_t start = -args_.block.origin[b];
+    const int64_t given = group_block(m_.clock.schedule, start, group) - args_.slot_block[b];
+    if (given < 0 || given >= args_.slots) {  // a block that is not the call's
+      std::fill_n(slot, width, A(0));
+      return;
+    }
+    std::copy_n(row<A>(side == 0 ? args_.slot_keys : args_.slot_values, b, h, given), width, slot);
   }
 
   const CompressArgs& args_;
   const MemoryView& m_;
+  const GroupAngles<A>& angles_;
   int64_t c_;
   int64_t read_;  // tokens of a group and left of it
-  int64_t half_;
-  int64_t given_ = 0;  // which of the given slots
-  std::vector<A> tables_;
-  std::vector<A> buffer_;
   A* keys_;
   A* values_;
-  A* slot_;
+  A* slots_;
   A* row_;
   A* weights_;
   A* hidden_[2];
@@ -192,25 +233,39 @@ class GroupCompressor {
 
 template <typename T, typename P>
 void compress_rows(const CompressArgs& args) {
+  using A = Acc<T>;
   const MemoryView& m = args.memory;
-  const Schedule& schedule = m.clock.schedule;
-  const int64_t most = std::min(m.compressed_capacity, schedule.max_new_groups(args.block.tokens));
-  bool due = false;
-  for (int64_t b = 0; b < m.batch && !due; ++b) {
-    const DueGroups groups = due_groups(m, args.block, b);
-    due = groups.first < groups.last;
+  int64_t most = 0;
+  for (int64_t b = 0; b < m.batch; ++b) {
+    const DueGroups due = due_groups(m, args.block, b);
+    most = std::max(most, due.last - due.first);
   }
-  if (!due) return;
+  if (most == 0) return;
+  const int64_t read = m.clock.schedule.ratio + m.clock.schedule.overlap;
+  thread_local std::vector<A> angle_memory;  // kept from step to step
+  GroupAngles<A> angles(args, most, angle_memory);
+  at::parallel_for(
+      0, m.batch * most, grain((read + 1) * m.rotary.dim * 4), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const DueGroups due = due_groups(m, args.block, task / most);
+          const int64_t number = task % most;
+          if (due.first + number < due.last) angles.fill(task / most, number, due.first + number);
+        }
+      });
+  const int64_t tiles = (most + kGroups - 1) / kGroups;
+  const int64_t wide = m.head_dim + m.value_dim;
   const bool matrices = args.kind == CompressorKind::kConv || args.kind == CompressorKind::kDilated;
-  const int64_t work = (schedule.ratio + schedule.overlap) * m.kv_heads *
-                       (m.head_dim + m.value_dim + 40) * (matrices ? m.head_dim : 1);
-  at::parallel_for(0, m.batch * most, grain(work), [&](int64_t begin, int64_t end) {
-    GroupCompressor<T, P> compressor(args);
+  const int64_t work = kGroups * read * wide * (matrices ? m.head_dim + 4 : 4);
+  at::parallel_for(0, m.batch * m.kv_heads * tiles, grain(work), [&](int64_t begin, int64_t end) {
+    thread_local std::vector<A> memory;  // kept from step to step
+    GroupCompressor<T, P> compressor(args, angles, memory);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / most;
-      const DueGroups groups = due_groups(m, args.block, b);
-      const int64_t g = groups.first + task % most;
-      if (g < groups.last) compressor.run(b, g);
+      const int64_t b = task / tiles / m.kv_heads;
+      const DueGroups due = due_groups(m, args.block, b);
+      const int64_t number = task % tiles * kGroups;
+      const int64_t count = std::min(kGroups, due.last - due.first - number);
+      if (count > 0)
+        compressor.run(b, task / tiles % m.kv_heads, number, due.first + number, count);
     }
   });
 }

@@ -1,11 +1,14 @@
-// What compressors make of one group's tokens, one head at a time: rows of numbers in, one row out.
+// What compressors make of groups of tokens, one head at a time: rows of numbers in, rows out.
 #pragma once
 
 #include <limits>
 
+#include "kernels/cpu/blocks.h"
 #include "kernels/cpu/vec.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+inline constexpr int64_t kGroups = 8;  // of a head that are made together
 
 template <typename A>
 void pool_mean(const A* x, int64_t c, int64_t width, A* slot) {
@@ -26,21 +29,35 @@ void pool_max(const A* x, int64_t c, int64_t width, A* slot) {
   }
 }
 
-// slot = sum_i x_i W_i (+ bias); x [k, inner], weight [k, inner, width] of one head.
+// slot = sum_i x_i W_i (+ bias) for some groups of a head, which read its weight [k, inner, width]
+// once; x [groups, k, inner], slots [groups, padded width].
 template <typename A, typename P>
 void convolve(const A* x,
               const P* weight,
               const P* bias,
+              int64_t groups,
               int64_t k,
               int64_t inner,
               int64_t width,
-              A* slot,
-              A* parameter_row) {
-  std::fill_n(slot, width, A(0));
-  if (bias != nullptr) load_row(bias, slot, width);
-  for (int64_t id = 0; id < k * inner; ++id) {
-    load_row(weight + id * width, parameter_row, width);
-    axpy(x[id], parameter_row, slot, width);
+              A* slots) {
+  for (int64_t g = 0; g < groups; ++g) {
+    A* slot = slots + g * padded<A>(width);
+    std::fill_n(slot, padded<A>(width), A(0));
+    if (bias != nullptr) load_row(bias, slot, width);
+  }
+  A factors[kGroups * kBlock];
+  for (int64_t j = 0; j < k * inner; j += kBlock) {
+    const int64_t count = std::min(kBlock, k * inner - j);
+    for (int64_t g = 0; g < groups; ++g)
+      std::copy_n(x + g * k * inner + j, count, factors + g * kBlock);
+    by_rows(groups, [&](auto number, int64_t g) {
+      add_rows<decltype(number)::value>(factors + g * kBlock,
+                                        weight + j * width,
+                                        count,
+                                        width,
+                                        width,
+                                        slots + g * padded<A>(width));
+    });
   }
 }
 

@@ -14,18 +14,17 @@ template <typename T>
 void rotate_tokens(const RotateArgs& args, int64_t begin, int64_t end) {
   using A = Acc<T>;
   std::vector<A> scratch(args.rotary.dim + args.head_dim);
-  A* cosine = scratch.data();
-  A* sine = cosine + args.rotary.dim / 2;
-  A* buffer = cosine + args.rotary.dim;
+  RotaryTable<A> table;
+  A* buffer = scratch.data() + args.rotary.dim;
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t b = 0; b < args.batch; ++b) {
       const double position = args.positions[b * args.tokens + t];
       if (b == 0 || position != args.positions[(b - 1) * args.tokens + t]) {
-        rotary_table(args.rotary, position, cosine, sine);
+        table = make_rotary_table(args.rotary, position, scratch.data());
       }
       for (int64_t h = 0; h < args.heads; ++h) {
         load_row(row<T>(args.in, b, h, t), buffer, args.head_dim);
-        rotate_row(args.rotary, cosine, sine, A(1), buffer);
+        rotate_row(args.rotary, table, A(1), buffer);
         store_row(buffer, row<T>(args.out, b, h, t), args.head_dim);
       }
     }
@@ -35,7 +34,7 @@ void rotate_tokens(const RotateArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void rotate(const RotateArgs& args) {
-  const int64_t work = args.batch * args.heads * args.head_dim + 40 * args.rotary.dim;
+  const int64_t work = args.batch * args.heads * args.head_dim + 4 * args.rotary.dim;
   dispatch(args.storage, [&](auto type) {
     at::parallel_for(0, args.tokens, grain(work), [&](int64_t begin, int64_t end) {
       rotate_tokens<decltype(type)>(args, begin, end);

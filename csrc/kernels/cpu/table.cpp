@@ -7,6 +7,12 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 #define CTX_STRING(x) #x
 #define CTX_NAME(x) CTX_STRING(x)
 
-const Kernels kTable = {CTX_NAME(CTX_CPU_CAPABILITY), &rotate, &append, &compress, &attend};
+const Kernels kTable = {CTX_NAME(CTX_CPU_CAPABILITY),
+                        &rotate,
+                        &append,
+                        &compress,
+                        &attend,
+                        &spans_forward,
+                        &spans_backward};
 
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY

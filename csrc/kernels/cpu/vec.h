@@ -81,25 +81,4 @@ inline void scale_row(A a, A* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] *= a;
 }
 
-inline double exp_row_value(double x) { return std::exp(x); }
-
-// e^x for x <= 0: Cephes' expf, without branches so that a row of them vectorises; error below 2
-// units in the last place.
-inline float exp_row_value(float x) {
-  const float clamped = std::max(x, -87.0f);
-  const float n = std::nearbyint(clamped * 1.44269504f);
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &exponent, sizeof(power));
-  return x < -87.0f ? 0.0f : p * power;
-}
-
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY

@@ -26,6 +26,7 @@ _PARTS: dict[str, Any] = {
     "step": int,  # steps done = index of the next chunk of the streams
     "weights": dict,
     "optimizer": dict,
+    "gradients": dict,  # by parameter, summed since the last update; empty right behind one
     "memory": (list, type(None)),
     "rng": torch.Tensor,
     "seconds": float,  # spent in training so far
@@ -79,6 +80,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CliError(
             f"{path} must be a checkpoint of version {VERSION}, got version {state.get('version')}"
         )
+    state.setdefault("gradients", {})  # before updates could wait, none ever did
     for name, kind in _PARTS.items():
         if name not in state or not isinstance(state[name], kind):
             raise CliError(f"{path} must be a checkpoint of ctx, got one without {name}")

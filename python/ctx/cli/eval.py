@@ -14,7 +14,7 @@ from ctx.cli.evaluation import evaluate, table
 from ctx.cli.limits import check_fits
 from ctx.cli.loading import load_model, set_threads
 from ctx.cli.progress import Progress
-from ctx.cli.settings import in_options
+from ctx.cli.settings import in_options, sizes
 
 __all__ = ["add_parser", "run"]
 
@@ -27,9 +27,10 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder or a checkpoint")
     parser.add_argument("file", type=Path, metavar="FILE", help="a UTF-8 text")
-    parser.add_argument("--window", type=int, metavar="N", help="other sizes than trained with")
-    parser.add_argument("--compressed", type=int, metavar="N")
-    parser.add_argument("--segment", type=int, metavar="N")
+    parser.add_argument("--window", type=sizes, metavar="N[,N...]",
+                        help="other sizes than trained with; or one per layer")  # fmt: skip
+    parser.add_argument("--compressed", type=sizes, metavar="N[,N...]")
+    parser.add_argument("--segment", type=sizes, metavar="N[,N...]")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
 
 

@@ -20,7 +20,8 @@ __all__ = ["Result", "evaluate", "stream", "table"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One line of the table; the memory's bytes are those of one stream."""
+    """One line of the table; the memory's bytes are those of one stream, the reach is that of the
+    layer that reaches furthest."""
 
     name: str
     bits_per_byte: float
@@ -52,15 +53,17 @@ def stream(
     *,
     forget: bool = False,
 ) -> Result:
-    """Streams a text through a model in inference mode, a segment per call.
+    """Streams a text through a model in inference mode, a segment (the longest of its layers) per
+    call.
 
     A long text is read in up to 16 rows side by side, each many times longer than the reach, so
     that starting with an empty memory does not show. `forget` empties the memory at every segment.
     """
     if len(text) < 2:
         raise CliError(f"the text must have at least 2 bytes, got {len(text)}")
-    schedule = model.schedule
-    rows = max(1, min(16, len(text) // (16 * (schedule.reach + schedule.segment))))
+    segment = max(schedule.segment for schedule in model.schedules)
+    reach = max(schedule.reach for schedule in model.schedules)
+    rows = max(1, min(16, len(text) // (16 * (reach + segment))))
     size = len(text) // rows
     lines = text[: rows * size].view(rows, size)
     was_training = model.training
@@ -69,8 +72,8 @@ def stream(
     memory: ModelMemory | None = None
     began = time.perf_counter()
     with torch.inference_mode():
-        for start in range(0, size - 1, schedule.segment):
-            both = lines[:, start : start + schedule.segment + 1].long()
+        for start in range(0, size - 1, segment):
+            both = lines[:, start : start + segment + 1].long()
             if memory is None or forget:
                 memory = model.init_memory(rows)
             logits, memory = model(both[:, :-1], memory)
@@ -81,7 +84,7 @@ def stream(
     took = time.perf_counter() - began
     model.train(was_training)
     tokens = rows * (size - 1)
-    return Result(name, bits / tokens, tokens / took, memory_bytes // rows, schedule.reach)
+    return Result(name, bits / tokens, tokens / took, memory_bytes // rows, reach)
 
 
 def table(results: Sequence[Result], text: Tensor) -> str:

@@ -18,16 +18,20 @@ def check_fits(
 
     A lower bound: what passes may still turn out too large, what is refused cannot work.
     """
-    width, layers, schedule = config.embed_dim, config.num_layers, config.schedule()
+    width, layers = config.embed_dim, config.num_layers
     kv_heads = config.num_kv_heads or config.num_heads
     weights = config.vocab_size * width + layers * 10 * width * width
-    slots = schedule.window + schedule.compressed + schedule.segment + schedule.sinks
-    memory = rows * layers * slots * kv_heads * (width // config.num_heads) * 2
     call = rows * length * (config.vocab_size + width * (layers if training else 1))
     # Training keeps a gradient and two moments per weight.
-    needed = 4 * (weights * (4 if training else 1) + memory + call)
+    needed = 4 * (weights * (4 if training else 1) + call)
     present = _physical_memory()
-    if present is not None and needed > present:
+    if present is None:
+        return
+    if needed <= present:  # then there are not too many layers to look at each
+        slots = sum(s.window + s.compressed + s.segment + s.sinks for s in config.schedules())
+        pair = 2 * kv_heads * (width // config.num_heads)
+        needed += 4 * rows * slots * (width if config.memory_content == "hidden" else pair)
+    if needed > present:
         raise CliError(
             f"these sizes do not fit: they need at least {needed / 2**30:,.0f} GiB of memory, "
             f"this machine has {present / 2**30:,.0f}"

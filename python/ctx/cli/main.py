@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import ctx
-from ctx.cli import eval, generate, info, recall, train
+from ctx.cli import ablation, eval, generate, info, recall, train
 from ctx.cli.errors import CliError
 
 __all__ = ["main"]
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print where C++ projects find ctx: cmake -DCMAKE_PREFIX_PATH=…",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (train, eval, generate, recall, info):
+    for module in (train, eval, generate, recall, ablation, info):
         module.add_parser(commands)
     return parser
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(ctx.cmake_prefix_path)
         return 0
     if args.command is None:
-        parser.error("a command is missing: train, eval, generate, recall or info")
+        parser.error("a command is missing: train, eval, generate, recall, ablation or info")
     try:
         code: int = args.run(args)
         sys.stdout.flush()

@@ -32,7 +32,7 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("steps", int, "optimiser steps, at most, of each model"),
     ("seed", int, "of the weights and of the data"),
     ("threads", int, "0: torch's choice"),
-    ("compression", str, f"compressors, separated by commas: {', '.join(COMPRESSORS)}"),
+    ("compression", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
     ("pairs", int, "pairs that a sequence begins with"),
     ("length", int, "queries behind them"),
     ("window", int, "exact tokens behind every query"),
@@ -55,10 +55,10 @@ class Contestant:
 class RecallSettings:
     """Sizes of the task, of the memory and of the training; checked when made."""
 
-    steps: int = 600
+    steps: int = 500
     seed: int = 0
     threads: int = 0
-    compression: str = "mean,max,gated,conv"
+    compression: str = "all"
     pairs: int = 16
     length: int = 128
     window: int = 16
@@ -81,7 +81,7 @@ class RecallSettings:
             if name not in COMPRESSORS or self.compressors.count(name) > 1:
                 choice = ", ".join(COMPRESSORS)
                 raise CliError(
-                    f"--compression must be some of {choice}, separated by commas, "
+                    f"--compression must be all or some of {choice}, separated by commas, "
                     f"got {self.compression!r}"
                 )
         for contestant in self.contestants():
@@ -100,7 +100,9 @@ class RecallSettings:
 
     @property
     def compressors(self) -> list[str]:
-        """The compressors by name, in the order asked for."""
+        """The compressors by name, in the order asked for; "all": every one there is."""
+        if self.compression.strip() == "all":
+            return list(COMPRESSORS)
         return [name.strip() for name in self.compression.split(",")]
 
     @property

@@ -15,7 +15,26 @@ from ctx.cli.errors import CliError
 from ctx.compression import COMPRESSORS
 from ctx.transformer import CompressiveTransformerConfig
 
-__all__ = ["MODEL", "MODEL_OPTIONS", "RUN_OPTIONS", "TrainSettings", "in_options", "model_config"]
+__all__ = [
+    "MODEL",
+    "MODEL_OPTIONS",
+    "RUN_OPTIONS",
+    "TrainSettings",
+    "in_options",
+    "model_config",
+    "sizes",
+]
+
+
+def sizes(text: str) -> int | tuple[int, ...]:
+    """A size of the memory as it is written on the command line: `64`, or `64,64,0` layer by layer.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numbers = tuple(int(part) for part in text.split(","))
+    return numbers if "," in text else numbers[0]
+
 
 MODEL: dict[str, Any] = {
     "vocab_size": 256,
@@ -40,24 +59,27 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--layers", "num_layers", int, "blocks"),
     ("--heads", "num_heads", int, "query heads; must divide the width"),
     ("--kv-heads", "num_kv_heads", int, "key/value heads"),
-    ("--window", "window", int, "exact tokens behind every query"),
-    ("--compressed", "compressed", int, "slots of the compressive memory; 0: none"),
-    ("--ratio", "ratio", int, "tokens per slot"),
-    ("--segment", "segment", int, "tokens between evictions"),
-    ("--sinks", "sinks", int, "first tokens that are kept for ever"),
+    ("--window", "window", sizes, "exact tokens behind every query; one number, or one per layer"),
+    ("--compressed", "compressed", sizes, "slots of the compressive memory; 0: none; or per layer"),
+    ("--ratio", "ratio", sizes, "tokens per slot; or per layer"),
+    ("--segment", "segment", sizes, "tokens between evictions; or per layer"),
+    ("--sinks", "sinks", sizes, "first tokens that are kept for ever; or per layer"),
     ("--compression", "compression", str, _either(COMPRESSORS)),
     ("--compression-kernel", "compression_kernel", int, "of conv: tokens it reads for a slot"),
+    ("--memory-content", "memory_content", str, "kv, or hidden: layer inputs, as in the paper"),
+    ("--position", "position", str, "rotary, relative, alibi or none"),
     ("--distance", "distance", str, "slot or token"),
     ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
     ("--compressor-grad", "compressor_grad", str, "what trains the compressor: task or aux"),
     ("--aux-loss", "aux_loss", str, "reconstruction (for --compressor-grad aux) or autoencoding"),
     ("--mlp", "mlp", str, "swiglu or gelu"),
+    ("--mlp-dim", "mlp_dim", int, "inner width of the MLP (default: by the width)"),
     ("--norm", "norm", str, "rms or layer"),
     ("--dropout", "dropout", float, "share of activations dropped in training"),
 ]
 # option, name in TrainSettings, type, meaning
 RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
-    ("--steps", "steps", int, "optimiser steps"),
+    ("--steps", "steps", int, "chunks of the streams to train on"),
     ("--batch", "batch", int, "streams side by side"),
     ("--length", "length", int, "tokens per stream and step; gradients reach this far back"),
     ("--lr", "lr", float, "peak learning rate"),
@@ -65,6 +87,8 @@ RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--warmup", "warmup", int, "steps of linear warm-up"),
     ("--weight-decay", "weight_decay", float, "of AdamW, on matrices"),
     ("--clip", "clip", float, "largest norm of the gradient; 0: no limit"),
+    ("--update-every", "update_every", int, "steps whose gradients one update takes the mean of"),
+    ("--update-every-after", "update_every_after", int, "steps with an update each before that"),
     ("--aux-weight", "aux_weight", float, "of the auxiliary loss, where there is one"),
     ("--seed", "seed", int, "of the initial weights and of dropout"),
     ("--threads", "threads", int, "0: torch's choice"),
@@ -79,6 +103,8 @@ def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
     trained = compressor is None or not compressor.by_usage
     if changed.get("compressor_grad") == "aux" and trained:  # something must train it
         changed = {"aux_loss": "reconstruction", **changed}
+    if changed.get("position") == "none":
+        changed = {**changed, "position": None}
     try:
         return CompressiveTransformerConfig(**{**MODEL, **changed})
     except (TypeError, ValueError) as error:
@@ -106,6 +132,8 @@ class TrainSettings:
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
+    update_every: int = 1
+    update_every_after: int = 0
     aux_weight: float = 1.0
     seed: int = 0
     threads: int = 0
@@ -113,7 +141,8 @@ class TrainSettings:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "length": 1, "held_out": 2, "checkpoint_every": 1}
+        positive = ("steps", "batch", "length", "update_every", "checkpoint_every")
+        least = {**dict.fromkeys(positive, 1), "held_out": 2}
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), field.name.replace("_", "-")
             low = least.get(field.name, 0)
@@ -129,3 +158,19 @@ class TrainSettings:
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         return self.lr * (self.final_lr + (1 - self.final_lr) * cosine)
+
+    def gathered(self, steps: int) -> int:
+        """How many gradients have been summed since the last update, after so many steps; an update
+        at the end of the newest of them is not counted.
+        """
+        late = steps - self.update_every_after
+        return 1 if late < 1 else (late - 1) % self.update_every + 1
+
+    def updates(self, step: int) -> bool:
+        """Whether the optimiser acts at the end of a step: always in the first
+        `update_every_after`, then in every `update_every`-th; and in the last, so that nothing that
+        was computed is lost.
+        """
+        early = step < self.update_every_after
+        full = self.gathered(step + 1) == self.update_every
+        return early or full or step == self.steps - 1

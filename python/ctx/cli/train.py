@@ -15,10 +15,13 @@ from ctx.cli.errors import CliError
 from ctx.cli.evaluation import evaluate, table
 from ctx.cli.limits import check_fits
 from ctx.cli.loading import load_settings, set_threads
+from ctx.cli.param_count import report
+from ctx.cli.presets import PRESETS
 from ctx.cli.progress import Progress
 from ctx.cli.run_folder import RunFolder, next_run
-from ctx.cli.settings import MODEL_OPTIONS, RUN_OPTIONS, TrainSettings, model_config
+from ctx.cli.settings import MODEL_OPTIONS, RUN_OPTIONS, TrainSettings, model_config, sizes
 from ctx.cli.trainer import Trainer
+from ctx.transformer import CompressiveTransformerConfig
 
 __all__ = ["add_parser", "run"]
 
@@ -38,6 +41,12 @@ def add_parser(commands: Any) -> None:
                         help="folder to write (default: runs/1, runs/2, ...)")  # fmt: skip
     folder.add_argument("--resume", type=Path, metavar="RUN",
                         help="continue this run, bit for bit, with its own settings")  # fmt: skip
+    parser.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
+                        help="a model of the paper and its training, which other options change; "
+                        "none was trained here")  # fmt: skip
+    parser.add_argument("--param-count", action="store_true",
+                        help="print how many parameters the model has, by part, and stop; a preset "
+                        "is counted with the paper's vocabulary")  # fmt: skip
     defaults = model_config({})
     group = parser.add_argument_group("model")
     for option, name, kind, text in MODEL_OPTIONS:
@@ -55,18 +64,22 @@ def _add(group: Any, option: str, name: str, kind: Any, text: str, default: Any)
     # No default here: what was not said must be told apart from what was, for --resume.
     group.add_argument(
         option, dest=name, type=kind, help=text, default=argparse.SUPPRESS,
-        metavar={int: "N", float: "X", str: "NAME"}[kind],
+        metavar={int: "N", float: "X", str: "NAME", sizes: "N[,N...]"}[kind],
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, or continues to; then evaluates. 0, or 130 where a signal stopped it."""
+    if args.param_count and not args.resume:
+        print(report(_settings(args)[0], PRESETS[args.preset] if "preset" in args else None))
+        return 0
     trainer, folder, parts = _resume(args) if args.resume else _begin(args)
     model, settings = trainer.model, trainer.settings
     size = sum(parameter.numel() for parameter in model.parameters())
+    reach = max(schedule.reach for schedule in model.schedules)
     print(
         f"{folder.path}: {size:,} parameters, {len(trainer.corpus.training):,} bytes of text, "
-        f"{settings.threads} threads; reach {model.schedule.reach:,} tokens",
+        f"{settings.threads} threads; reach {reach:,} tokens",
         flush=True,
     )
     finished = _train(trainer, folder, parts)
@@ -92,9 +105,19 @@ def _given(args: argparse.Namespace, options: list[tuple[str, str, Any, str]]) -
     return {name: getattr(args, name) for _, name, _, _ in options if hasattr(args, name)}
 
 
+def _settings(args: argparse.Namespace) -> tuple[CompressiveTransformerConfig, TrainSettings]:
+    """The defaults, changed by the preset, changed by the options."""
+    model, run = _given(args, MODEL_OPTIONS), _given(args, RUN_OPTIONS)
+    if "preset" in args:
+        preset = PRESETS[args.preset]
+        model, run = preset.model | model, preset.run | run
+        if model["compressor_grad"] != "aux" and "aux_loss" not in args:
+            del model["aux_loss"]  # it came with the preset's aux
+    return model_config(model), TrainSettings(**run)
+
+
 def _begin(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any]]:
-    config = model_config(_given(args, MODEL_OPTIONS))
-    settings = TrainSettings(**_given(args, RUN_OPTIONS))
+    config, settings = _settings(args)
     settings = dataclasses.replace(settings, threads=set_threads(settings.threads))
     check_fits(config, settings.batch, settings.length, training=True)
     corpus = load_corpus(args.files, settings.held_out)
@@ -106,6 +129,7 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any]
 def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any]]:
     given = {**_given(args, MODEL_OPTIONS), **_given(args, RUN_OPTIONS)}
     options = [option for option, name, _, _ in MODEL_OPTIONS + RUN_OPTIONS if name in given]
+    options += ["--preset"] * ("preset" in args) + ["--param-count"] * args.param_count
     if options or args.files:
         dropped = ", ".join(options + ["FILES"] * bool(args.files))
         raise CliError(f"--resume takes all settings from the run: drop {dropped}")

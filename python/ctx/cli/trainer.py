@@ -22,8 +22,9 @@ __all__ = ["Trainer"]
 class Trainer:
     """Trains step by step; `state` and `load` make it continue bit for bit.
 
-    All that a step depends on is in `state`: weights, optimiser, memory, position in the text (the
-    step itself) and random numbers. Nothing may depend on time.
+    All that a step depends on is in `state`: weights, optimiser, gradients that wait for their
+    update, memory, position in the text (the step itself) and random numbers. Nothing may depend on
+    time.
     """
 
     def __init__(
@@ -41,6 +42,9 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One step on the next chunk of every stream; returns what there is to know about it.
 
+        Gradients are summed until `settings.updates` says that the optimiser acts, on their mean:
+        a larger batch (section 5.5.1 of the paper). Steps between have no `grad_norm`.
+
         Raises:
             CliError: the loss is not finite; the model is as it was before the step.
         """
@@ -54,13 +58,11 @@ class Trainer:
         logits, memory, *aux = self.model(tokens, memory, return_aux=with_aux)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         total = loss + self.settings.aux_weight * aux[0] if aux else loss
-        self.optimizer.zero_grad()
+        if not math.isfinite(total.item()):
+            raise self._not_finite()
         total.backward()
-        clip = self.settings.clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-        if not (math.isfinite(total.item()) and math.isfinite(norm.item())):
-            raise CliError(f"the loss is not finite at step {self.step + 1}: lower --lr")
-        self.optimizer.step()
+        gathered = self.settings.gathered(self.step + 1)
+        norm = self._update(gathered) if self.settings.updates(self.step) else None
         self.memory = memory
         self.step += 1
         took = time.perf_counter() - began
@@ -69,11 +71,28 @@ class Trainer:
             "step": self.step,
             "bits_per_byte": loss.item() / math.log(2),
             "lr": lr,
-            "grad_norm": norm.item(),
+            **({} if norm is None else {"grad_norm": norm}),
             **({"aux_loss": aux[0].item()} if aux else {}),
             "tokens_per_second": tokens.numel() / took,
             "seconds": self.seconds,
         }
+
+    def _update(self, gathered: int) -> float:
+        """The optimiser's step on the mean of `gathered` gradients; returns its norm, unclipped."""
+        if gathered > 1:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= gathered
+        clip = self.settings.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip).item()
+        if not math.isfinite(norm):
+            raise self._not_finite()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _not_finite(self) -> CliError:
+        return CliError(f"the loss is not finite at step {self.step + 1}: lower --lr")
 
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint that the trainer knows."""
@@ -83,6 +102,11 @@ class Trainer:
             "step": self.step,
             "weights": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "gradients": {
+                name: parameter.grad
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None
+            },
             "memory": self.memory,
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
@@ -92,6 +116,9 @@ class Trainer:
         """Continues from a `state` of the same configuration."""
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for name, parameter in self.model.named_parameters():
+            gradient = state["gradients"].get(name)
+            parameter.grad = None if gradient is None else gradient.clone()
         self.memory = state["memory"]
         self.step = state["step"]
         self.seconds = state["seconds"]

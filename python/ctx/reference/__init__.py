@@ -18,14 +18,17 @@ from .compression import (
 )
 from .losses import attention_reconstruction
 from .memory import KVMemory
+from .positions import Relative, alibi_slopes, sinusoid
 from .rotary import Rotary
 from .schedule import Schedule
 
 __all__ = [
     "COMPRESSORS",
     "KVMemory",
+    "Relative",
     "Rotary",
     "Schedule",
+    "alibi_slopes",
     "attend",
     "attention_reconstruction",
     "compress_group",
@@ -37,5 +40,6 @@ __all__ = [
     "maximum",
     "mean",
     "most_used",
+    "sinusoid",
     "working_dtype",
 ]

@@ -7,6 +7,8 @@ compressor (and the decoder) only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,8 +30,13 @@ def attention_reconstruction(
     schedule: Schedule,
     compressor: Compressor,
     seen: int = 0,
+    project: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> list[Tensor]:
-    """One error for each boundary behind the first `seen` tokens at which something is evicted."""
+    """One error for each boundary behind the first `seen` tokens at which something is evicted.
+
+    Where layer inputs are remembered, k holds these [1, L, E], v nothing [1, L, 0], and `project`
+    makes (constant) keys [Hkv, n, D] and values [Hkv, n, Dv] of tokens and slots [n, E].
+    """
     errors = []
     segment = schedule.segment or schedule.ratio
     for b in boundaries(schedule, seen, q.shape[1]):
@@ -41,6 +48,9 @@ def attention_reconstruction(
         keys, values = k[:, tokens].detach(), v[:, tokens].detach()
         slots = [_slot(k, v, schedule.members(g), compressor) for g in groups]
         slot_keys, slot_values = (torch.stack(parts, 2) for parts in zip(*slots, strict=True))
+        if project is not None:
+            keys, values = project(keys[0])
+            slot_keys, slot_values = (x[None] for x in project(slot_keys[0, 0]))
         each = []
         for t in queries:
             query = q[None, :, t].detach()

@@ -14,12 +14,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import mix, scores_of, slot_bias, working_dtype
+from .attention import mass_of, mix, scores_of, slot_bias, working_dtype
 from .compression import (
     Compressor,
     compress_group,
@@ -28,6 +28,7 @@ from .compression import (
     most_used,
     overlap,
 )
+from .positions import Scores, added_by_head
 from .rotary import make_position
 from .schedule import Schedule
 
@@ -74,6 +75,8 @@ class KVMemory:
         *,
         compressor: str | Compressor = "mean",
         position: str | None = "rotary",
+        alibi_slopes: Sequence[float] | Tensor | None = None,
+        relative: Sequence[Tensor] | None = None,
         rotary_base: float = 10000.0,
         rotary_dim: int | None = None,
         rotary_interleaved: bool = False,
@@ -82,6 +85,7 @@ class KVMemory:
         scale: float | None = None,
         headroom: int = 64,
         dtype: torch.dtype = torch.float32,
+        compressed_dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         if distance not in ("slot", "token"):
@@ -98,9 +102,11 @@ class KVMemory:
         self.scale = head_dim**-0.5 if scale is None else scale
         self.headroom = headroom
         self.dtype = dtype
+        self.compressed_dtype = dtype if compressed_dtype is None else compressed_dtype
         self.device = torch.device(device)
         self.work = working_dtype(dtype)
         self.turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
+        self.scheme = Scores(position, alibi_slopes, relative, self.work)
         self.compress = make_compressor(
             compressor, kv_heads, schedule.ratio, head_dim, self.value_dim, self.work
         )
@@ -163,7 +169,9 @@ class KVMemory:
         v: Tensor,
         lengths: Sequence[int] | None = None,
         reset_at: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        return_mass: bool = False,
+    ) -> Any:
         """Appends T tokens and returns what each of them sees, [B, H, T, Dv].
 
         Args:
@@ -172,16 +180,21 @@ class KVMemory:
             v: [B, Hkv, T, Dv].
             lengths: of the rows; what comes behind is padding, and its output zero.
             reset_at: bool [B, T], true where a token is the first of a new stream.
+            return_mass: also return the share of attention that sinks, compressed slots and window
+                get, [B, H, T, 3].
         """
         out = q.new_zeros(*q.shape[:3], self.value_dim)
+        mass = q.new_zeros(*q.shape[:3], 3, dtype=self.work)
         for b in range(self.batch_size):
             for i in range(q.shape[2] if lengths is None else lengths[b]):
                 if reset_at is not None and reset_at[b, i]:
                     self.reset([b])
                 self._append_token(self.rows[b], k[b, :, i], v[b, :, i])
                 row = self.rows[b]
-                out[b, :, i] = self._attend_token(row, len(row.tokens) - 1, q[b, :, i], count=True)
-        return out
+                out[b, :, i], mass[b, :, i] = self._attend_token(
+                    row, len(row.tokens) - 1, q[b, :, i], count=True
+                )
+        return (out, mass) if return_mass else out
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -193,14 +206,15 @@ class KVMemory:
                 self._append_token(row, k[b, :, i], v[b, :, i])
 
     @torch.no_grad()
-    def attend(self, q: Tensor) -> Tensor:
+    def attend(self, q: Tensor, *, return_mass: bool = False) -> Any:
         """What the last T tokens see, [B, H, T, Dv]; q [B, H, T, D] holds their queries."""
         out = q.new_empty(*q.shape[:3], self.value_dim)
+        mass = q.new_empty(*q.shape[:3], 3, dtype=self.work)
         for b, row in enumerate(self.rows):
             first = len(row.tokens) - q.shape[2]
             for i in range(q.shape[2]):
-                out[b, :, i] = self._attend_token(row, first + i, q[b, :, i])
-        return out
+                out[b, :, i], mass[b, :, i] = self._attend_token(row, first + i, q[b, :, i])
+        return (out, mass) if return_mass else out
 
     def _append_token(self, row: Row, key: Tensor, value: Tensor) -> None:
         t = len(row.tokens)
@@ -224,7 +238,15 @@ class KVMemory:
             keys.append(self.turn(token.key.to(self.work), -j)[None])
             values.append(token.value.to(self.work)[None])
         key, value = compress_group(self.compress, keys, values)
-        return self._store(key[0], value[0], position=self._slot_clock(g))
+        turned = self.turn(key[0], self._slot_clock(g))
+        return Pair(self._round_slot(turned), self._round_slot(value[0]))
+
+    def _round_slot(self, x: Tensor) -> Tensor:
+        """A slot [Hkv, width] as it is stored; int8 stores multiples of a 127th of its largest."""
+        if self.compressed_dtype != torch.int8:
+            return x.to(self.compressed_dtype, copy=True)
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return torch.where(scale > 0, (x / scale).round(), 0.0).clamp(-127, 127) * scale
 
     def _choose_slots(self, row: Row, groups: range) -> None:
         """Of all tokens that leave now the most used become slots, as they are."""
@@ -244,7 +266,8 @@ class KVMemory:
                 key = self.turn(row.tokens[j].key[None, head].to(self.work), -j)
                 keys.append(self.turn(key, clock)[0])
                 values.append(row.tokens[j].value[head].to(self.work))
-            row.slots.append(self._store(torch.stack(keys), torch.stack(values), position=0))
+            pair = self._round_slot(torch.stack(keys)), self._round_slot(torch.stack(values))
+            row.slots.append(Pair(*pair))
             row.positions.append(list(tokens))
 
     def _store(self, key: Tensor, value: Tensor, position: float) -> Pair:
@@ -254,8 +277,12 @@ class KVMemory:
     def _slot_clock(self, g: int) -> float:
         return g if self.distance == "slot" else self.schedule.centre(g)
 
-    def _attend_token(self, row: Row, t: int, q: Tensor, count: bool = False) -> Tensor:
-        """Every region has a clock of its own, to which the query is turned.
+    def _attend_token(
+        self, row: Row, t: int, q: Tensor, count: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The output [H, Dv], and what share of the attention each region gets, [H, 3].
+
+        Every region has a clock of its own, to which the query is turned.
 
         `count`: what the window's tokens are attended to becomes part of their usage.
         """
@@ -277,15 +304,24 @@ class KVMemory:
             if not pairs:
                 continue
             keys = torch.stack([pair.key for pair in pairs], 1).to(self.work)
-            score = self.scale * scores_of(self.turn(query, clock)[None], keys[None])[0]
+            content = self.scheme.content_query(query)
+            score = self.scale * scores_of(self.turn(content, clock)[None], keys[None])[0]
             scores.append(score + biased * bias[:, None])
             values += [pair.value.to(self.work) for pair in pairs]
-        weights = torch.cat(scores, 1).softmax(-1)
+        heads = [self.schedule.distances(t, self.distance) for _ in range(self.kv_heads)]
+        if self.by_usage and self.distance == "token":  # every head has slots of its own
+            for i, g in enumerate(groups, start=len(sinks)):
+                for own, token in zip(heads, row.positions[g], strict=True):
+                    own[i] = t - token
+        first, last = len(sinks), len(sinks) + len(groups)
+        slots = range(first, last)
+        added = added_by_head(self.scheme, query[None], [heads], slots, self.scale)
+        weights = (torch.cat(scores, 1) + added[0]).softmax(-1)[None]
         if count:
-            shared = weights.reshape(self.kv_heads, -1, weights.shape[1]).mean(1)
+            shared = weights[0].reshape(self.kv_heads, -1, weights.shape[2]).mean(1)
             for j, weight in zip(reversed(tokens), reversed(shared.unbind(1)), strict=False):
                 row.usage[j] = row.usage[j] + weight
-        return mix(weights[None], torch.stack(values, 1)[None])[0]
+        return mix(weights, torch.stack(values, 1)[None])[0], mass_of(weights, first, last)[0]
 
     @property
     def seen(self) -> Tensor:
@@ -308,7 +344,7 @@ class KVMemory:
     def tensors(self) -> dict[str, Tensor]:
         """The lists laid out as the real memory lays them out: token t >= A of the window and
         group g of the compressed memory stand at their number modulo the capacity of the ring, and
-        a place never written is zero.
+        a place never written is zero. int8 slots are shown as the numbers that they stand for.
         """
         s = self.schedule
         segment = s.segment or s.ratio
@@ -320,7 +356,9 @@ class KVMemory:
         for region, capacity in places.items():
             for part, width in (("keys", self.head_dim), ("values", self.value_dim)):
                 shape = self.batch_size, self.kv_heads, capacity, width
-                rings[f"{region}_{part}"] = torch.zeros(shape, dtype=self.dtype)
+                slots = region == "compressed" and self.compressed_dtype != torch.int8
+                dtype = self.compressed_dtype if slots else self.dtype
+                rings[f"{region}_{part}"] = torch.zeros(shape, dtype=dtype)
         for b, row in enumerate(self.rows):
             for t, pair in enumerate(row.tokens):
                 region, place = ("sink", t) if t < s.sinks else ("window", t % window)

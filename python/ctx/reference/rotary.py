@@ -1,9 +1,9 @@
 """Rotary positions: Su et al. 2021 (arXiv:2104.09864), section 3.4.2.
 
 The Compressive Transformer uses the relative positions of Transformer-XL (Rae et al. 2019,
-arXiv:1911.05507, section 3); rotary positions are a deviation. Since the product of a query turned
-to p and a key turned to r depends on p - r alone, a key is turned once, when it is written, and
-never again.
+arXiv:1911.05507, section 3; see positions.py); rotary positions are a deviation. Since the product
+of a query turned to p and a key turned to r depends on p - r alone, a key is turned once, when it
+is written, and never again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Nowhere:
-    """No positions at all: nothing turns."""
+    """Nothing turns."""
 
     def rotate(self, x: Tensor, position: float | list[float]) -> Tensor:
         """x itself."""
@@ -60,9 +60,13 @@ class Nowhere:
 def make_position(
     name: str | None, base: float, dim: int | None, interleaved: bool
 ) -> Rotary | Nowhere:
-    """The position scheme called `name`: "rotary", or None for no positions."""
-    if name is None:
+    """What the position scheme called `name` turns; schemes other than "rotary" turn nothing
+    (positions.py).
+    """
+    if name in ("relative", "alibi", None):
         return Nowhere()
     if name == "rotary":
         return Rotary(base, dim, interleaved)
-    raise ValueError(f"ctx.reference: position must be 'rotary' or None, got {name!r}")
+    raise ValueError(
+        f"ctx.reference: position must be 'rotary', 'relative', 'alibi' or None, got {name!r}"
+    )

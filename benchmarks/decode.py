@@ -1,0 +1,148 @@
+"""One token at a time: how near is reading the memory to the machine's limit?
+
+Attention over a memory of at least 64 MiB against the read bandwidth of the machine, measured in
+the same turns by a parallel sum over as many bytes, and against torch's own attention over the same
+slots; a whole step against its attention alone; a small memory against the reference and against
+the loop that everyone writes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+import ctx
+from benchmarks._harness import arguments, interleave, start
+from benchmarks._memories import CatLoop, full_memory, sdpa_ways, visible
+from benchmarks._report import Report, bars
+
+__all__ = ["main"]
+
+MIB = 1 << 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Shape(NamedTuple):
+    """A memory, and what its attention should reach (share of the bandwidth, times SDPA)."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dtype: str
+    share: float
+    faster: float
+
+
+SHAPES = [
+    Shape("MHA", 32, 32, "float32", 0.75, 1.6),
+    Shape("GQA-4", 32, 8, "float32", 0.75, 4.0),
+    Shape("MHA", 32, 32, "bfloat16", 0.60, 5.0),
+    Shape("GQA-4", 32, 8, "bfloat16", 0.60, 15.0),
+]
+HEAD_DIM, RATIO = 128, 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = arguments("benchmarks.decode", str(__doc__).splitlines()[0])
+    parser.add_argument("--mib", type=int, default=64, help="least size of the large memories")
+    args = start(parser, argv)
+    if args.quick:
+        args.mib = 1
+    report = Report("decode", args)
+    with torch.inference_mode():
+        for shape in SHAPES:
+            _large(report, shape, args)
+        _small(report, args)
+    report.note('item 6 (int8 CMem): no figure; ctx.KVMemory has no compressed_dtype="int8" yet')
+    return report.finish(_draw)
+
+
+def _large(report: Report, shape: Shape, args: Any) -> None:
+    dtype = DTYPES[shape.dtype]
+    pair = 2 * shape.kv_heads * HEAD_DIM * dtype.itemsize  # bytes of a key and a value
+    slots = max(64 if args.quick else 4096, args.mib * MIB // pair)
+    schedule = ctx.Schedule(slots // 2, slots // 2, RATIO)
+    made = {"dtype": dtype, "position": "rotary"}
+    memory = full_memory(schedule, shape.kv_heads, HEAD_DIM, compressor="mean", **made)
+    convolved = full_memory(schedule, shape.kv_heads, HEAD_DIM, compressor="conv", **made)
+    seen = visible(schedule, int(memory.seen[0]) - 1)
+    q = torch.randn(1, shape.heads, 1, HEAD_DIM).to(dtype)
+    k, v = (torch.randn(2, 1, shape.kv_heads, 1, HEAD_DIM).to(dtype)).unbind(0)
+    keys, values = torch.randn(2, 1, shape.kv_heads, seen, HEAD_DIM).to(dtype).unbind(0)
+    size = seen * pair
+    numbers = torch.randn(size // 4)
+    candidates = {
+        "read": lambda: numbers.sum(),
+        "ctx attend": lambda: memory.attend(q),
+        **sdpa_ways(q, keys, values),
+    }
+    times = interleave(candidates, args.repeat)
+    where = {"shape": f"{shape.name} {shape.dtype}", "slots": seen, "MiB": size / MIB}
+    for name, timing in times.items():
+        speed = size / timing.median / 1e9
+        report.row(**where, what=name, time=timing, **{"GB/s": speed})
+    ours = times["ctx attend"].median
+    share = times["read"].median / ours
+    report.at_least(
+        "1", f"{shape.name} {shape.dtype}, share of the read bandwidth", share, shape.share
+    )
+    ways = {name: timing for name, timing in times.items() if name.startswith("sdpa")}
+    best = min(ways, key=lambda name: ways[name].median)
+    for way, said in (("sdpa", "SDPA as one calls it"), (best, f"SDPA at its best ({best})")):
+        what = f"{shape.name} {shape.dtype}, times as fast as {said}"
+        report.at_least("1", what, ways[way].median / ours, shape.faster)
+    # Whole periods of c steps: compression is in every turn.
+    steps = {
+        "ctx attend (again)": lambda: memory.attend(q),
+        "ctx step mean": lambda: memory.step(q, k, v),
+        "ctx step conv": lambda: convolved.step(q, k, v),
+    }
+    times = interleave(steps, args.repeat, multiple=schedule.segment)
+    alone = times["ctx attend (again)"].median
+    for name, timing in times.items():
+        report.row(**where, what=name, time=timing, **{"GB/s": size / timing.median / 1e9})
+    for compressor in ("mean", "conv"):
+        ratio = times[f"ctx step {compressor}"].median / alone
+        what = f"{shape.name} {shape.dtype}, step ({compressor}) / its attention, {seen} slots"
+        report.at_most("2", what, ratio, 1.10)
+
+
+def _small(report: Report, args: Any) -> None:
+    """At most 512 slots, 8 heads, D 64, batch 1."""
+    slots, heads, head_dim = (32 if args.quick else 512), 8, 64
+    schedule = ctx.Schedule(slots // 2 - RATIO, slots // 2, RATIO)
+    memory = full_memory(schedule, heads, head_dim, compressor="mean")
+    reference = ctx.reference.KVMemory(
+        ctx.reference.Schedule(*schedule.numbers), 1, heads, head_dim, compressor="mean"
+    )
+    q, k, v = torch.randn(3, 1, heads, 1, head_dim).unbind(0)
+    many = torch.randn(1, heads, schedule.reach + schedule.segment, head_dim)
+    reference.append(many, many)
+    cat = CatLoop(heads, slots, head_dim, torch.float32)
+    candidates = {
+        "ctx step": lambda: memory.step(q, k, v),
+        "reference": lambda: reference.step(q, k, v),
+        "cat + SDPA": lambda: cat.step(q, k, v),
+    }
+    times = interleave(candidates, args.repeat, multiple=schedule.segment)
+    for name, timing in times.items():
+        report.row(shape="8 heads, D 64, float32", slots=cat.slots, what=name, time=timing)
+    ours = times["ctx step"].median
+    at = f"{cat.slots} slots, 8 heads, D 64, step, times as fast as"
+    report.at_least("2", f"{at} ctx.reference", times["reference"].median / ours, 10.0)
+    report.at_least("2", f"{at} cat + SDPA", times["cat + SDPA"].median / ours, 3.0)
+
+
+def _draw(figure: Any, report: Report) -> None:
+    shapes = [f"{shape.name} {shape.dtype}" for shape in SHAPES]
+    for axes, shape in zip(figure.subplots(2, 2).flat, shapes, strict=True):
+        rows = [row for row in report.rows if row["shape"] == shape]
+        bars(axes, [row["what"] for row in rows], [row["GB/s"] for row in rows], "GB/s")
+        axes.set_title(f"{shape}, {rows[0]['MiB']:.0f} MiB", fontsize=9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+// Vectors of this instruction set's width, and the matrix product that the spans' kernels are made
+// of. Compilers that know `vector_size` lower it to any instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "kernels/cpu/vec.h"
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+constexpr int kPanelVectors = 4;  // 6 x 4 sums, 4 operands and a broadcast: 29 of 32 registers
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+constexpr int kPanelVectors = 2;  // 6 x 2 sums: 15 of 16 registers
+#else
+constexpr int64_t kVectorBytes = 16;
+constexpr int kPanelVectors = 2;
+#endif
+constexpr int kTileRows = 6;
+
+// A vector of A (float or double), and the integers that its comparisons give.
+template <typename A>
+struct Lanes {
+  static constexpr int64_t kCount = kVectorBytes / sizeof(A);
+  using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef A Vector __attribute__((vector_size(kVectorBytes)));
+  typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
+
+  static Vector load(const A* source) {
+    Vector x;
+    std::memcpy(&x, source, sizeof(x));
+    return x;
+  }
+  static Integers load_integers(const Integer* source) {
+    Integers x;
+    std::memcpy(&x, source, sizeof(x));
+    return x;
+  }
+  static void store(Vector x, A* target) { std::memcpy(target, &x, sizeof(x)); }
+  static Vector all(A value) { return value - Vector{}; }
+};
+
+// Buffers of one task, aligned to the widest vector: a row that straddles two cache lines costs
+// two loads.
+template <typename A>
+class Scratch {
+ public:
+  // Room for n numbers of A, at the start of a cache line.
+  A* take(int64_t n) {
+    blocks_.emplace_back(n + 64 / sizeof(A));
+    const auto address = reinterpret_cast<uintptr_t>(blocks_.back().data());
+    return reinterpret_cast<A*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<std::vector<A>> blocks_;
+};
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// e^x as exp_row_value (vec.h) gives it, for x <= 88.
+template <typename A>
+inline typename Lanes<A>::Vector exp_lanes(typename Lanes<A>::Vector x) {
+  using L = Lanes<A>;
+  if constexpr (std::is_same_v<A, float>) {
+    const auto clamped = x < -87.0f ? L::all(-87.0f) : x;
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const auto n = (clamped * 1.44269504f + kRound) - kRound;
+    const auto r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    auto p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    const auto bits = (__builtin_convertvector(n, typename L::Integers) + 127) << 23;
+    typename L::Vector power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return x < -87.0f ? L::all(0.0f) : p * power;
+  } else {
+    for (int64_t i = 0; i < L::kCount; ++i) x[i] = exp_row_value(x[i]);
+    return x;
+  }
+}
+
+// How the rows of a product's left operand lie: element (m, k) is a[m * stride + k], or the
+// transpose of such a matrix, a[m + k * stride].
+enum class Left { kRows, kColumns };
+
+// C (+)= A B for kRows x kVectors vectors of C, all sums in registers.
+template <Left kLeft, int kRows, int kVectors, typename A>
+inline void tile(int64_t depth,
+                 const A* __restrict a,
+                 int64_t a_stride,
+                 const A* __restrict b,
+                 int64_t b_stride,
+                 A* __restrict c,
+                 int64_t c_stride,
+                 bool add) {
+  using L = Lanes<A>;
+  typename L::Vector sum[kRows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    typename L::Vector right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) right[v] = L::load(b + v * L::kCount);
+#pragma GCC unroll 6
+    for (int m = 0; m < kRows; ++m) {
+      const auto left = L::all(kLeft == Left::kRows ? a[m * a_stride] : a[m]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] += left * right[v];
+    }
+    a += kLeft == Left::kRows ? 1 : a_stride;
+    b += b_stride;
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      A* target = c + m * c_stride + v * L::kCount;
+      L::store(add ? L::load(target) + sum[m][v] : sum[m][v], target);
+    }
+  }
+}
+
+template <Left kLeft, int kVectors, typename A>
+inline void panel(int64_t rows,
+                  int64_t depth,
+                  const A* a,
+                  int64_t a_stride,
+                  const A* b,
+                  int64_t b_stride,
+                  A* c,
+                  int64_t c_stride,
+                  bool add) {
+  const int64_t a_step = kLeft == Left::kRows ? a_stride : 1;
+  const auto run = [&](auto count) {
+    tile<kLeft, decltype(count)::value, kVectors>(
+        depth, a, a_stride, b, b_stride, c, c_stride, add);
+  };
+  for (; rows >= kTileRows; rows -= kTileRows) {
+    run(std::integral_constant<int, kTileRows>{});
+    a += kTileRows * a_step, c += kTileRows * c_stride;
+  }
+  switch (rows) {
+    case 5:
+      return run(std::integral_constant<int, 5>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    case 3:
+      return run(std::integral_constant<int, 3>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    default:
+      return;
+  }
+}
+
+// C (+)= A B: C [rows, columns], B [depth, columns], `columns` a multiple of Lanes<A>::kCount. Rows
+// of B and C are read and written as whole vectors.
+template <Left kLeft, typename A>
+inline void multiply(int64_t rows,
+                     int64_t columns,
+                     int64_t depth,
+                     const A* a,
+                     int64_t a_stride,
+                     const A* b,
+                     int64_t b_stride,
+                     A* c,
+                     int64_t c_stride,
+                     bool add) {
+  constexpr int64_t kCount = Lanes<A>::kCount;
+  const auto run = [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    panel<kLeft, kVectors>(rows, depth, a, a_stride, b, b_stride, c, c_stride, add);
+    b += kVectors * kCount, c += kVectors * kCount, columns -= kVectors * kCount;
+  };
+  while (columns >= kPanelVectors * kCount) run(std::integral_constant<int, kPanelVectors>{});
+  if constexpr (kPanelVectors > 2) {
+    if (columns >= 3 * kCount) run(std::integral_constant<int, 3>{});
+    if (columns >= 2 * kCount) run(std::integral_constant<int, 2>{});
+  }
+  if (columns >= kCount) run(std::integral_constant<int, 1>{});
+}
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

@@ -1,0 +1,91 @@
+// The queries of a block, rotated to the three clocks and scaled, and what their slots are made of.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <array>
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/rotary.h"
+#include "kernels/cpu/simd.h"
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+enum Region : int64_t { kSinks = 0, kCompressed = 1, kWindow = 2, kRegions = 3 };
+
+// Numbers begin ... end - 1 of a region: tokens, or groups.
+struct Range {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+using Ranges = std::array<Range, kRegions>;
+
+// What the query of token t sees.
+inline Ranges visible(const MemoryView& m, int64_t t) {
+  const Schedule& s = m.clock.schedule;
+  const int64_t n = s.groups(t);
+  return {Range{0, s.visible_sinks(t)}, Range{n - s.slots(t), n}, Range{s.edge(t), t + 1}};
+}
+
+// [regions, B, Hkv, tokens, share, padded D]: the rows that a kv head's slots are read for lie
+// together. Tokens before the stream or past a row's length are not filled in.
+template <typename A>
+class RotatedQueries {
+ public:
+  RotatedQueries(const AttendArgs& args, std::vector<A>& storage)
+      : args_(args),
+        share_(args.heads / args.memory.kv_heads),
+        width_(padded<A>(args.memory.head_dim)),
+        storage_(storage) {
+    const int64_t size = kRegions * args.memory.batch * args.block.tokens * args.heads * width_;
+    if (static_cast<int64_t>(storage.size()) < size) storage.resize(size);
+  }
+
+  // `share` rows for every token from i on.
+  A* rows(int64_t region, int64_t b, int64_t kv, int64_t i) const {
+    const MemoryView& m = args_.memory;
+    const int64_t head = (region * m.batch + b) * m.kv_heads + kv;
+    return storage_.data() + (head * args_.block.tokens + i) * share_ * width_;
+  }
+
+  template <typename T>
+  void fill() {
+    const int64_t tokens = args_.block.tokens;
+    at::parallel_for(0,
+                     args_.memory.batch * tokens,
+                     grain(args_.heads * width_ * 6),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t task = begin; task < end; ++task)
+                         fill_token<T>(task / tokens, task % tokens);
+                     });
+  }
+
+ private:
+  template <typename T>
+  void fill_token(int64_t b, int64_t i) {
+    const MemoryView& m = args_.memory;
+    const int64_t t = args_.block.first(b) + i;
+    if (t < 0 || i >= args_.block.count(b)) return;
+    const std::array<int64_t, kRegions> clocks = {m.clock.sink_query(t), m.clock.group_query(t), t};
+    const Ranges seen = visible(m, t);
+    for (int64_t region = 0; region < kRegions; ++region) {
+      if (seen[region].size() == 0) continue;
+      const auto table = rotary_table<A>(m.rotary, static_cast<double>(clocks[region]));
+      for (int64_t h = 0; h < args_.heads; ++h) {
+        A* query = rows(region, b, h / share_, i) + h % share_ * width_;
+        load_row(row<T>(args_.queries, b, h, args_.block.offset + i), query, m.head_dim);
+        std::fill(query + m.head_dim, query + width_, A(0));
+        rotate_row(m.rotary, table, A(1), query);
+        scale_row(static_cast<A>(args_.scale), query, m.head_dim);
+      }
+    }
+  }
+
+  const AttendArgs& args_;
+  int64_t share_;
+  int64_t width_;
+  std::vector<A>& storage_;
+};
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

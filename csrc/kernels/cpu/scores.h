@@ -1,0 +1,156 @@
+// Slots where they lie, and the scores of queries with them.
+#pragma once
+
+#include "kernels/cpu/blocks.h"
+#include "kernels/cpu/queries.h"
+#include "kernels/cpu/slots.h"
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+// Slots that lie together: numbers first ... first + count - 1 of a region.
+template <typename T>
+struct Piece {
+  int64_t first = 0;
+  int64_t count = 0;
+  int64_t index = 0;  // of the first one in its ring
+  const T* keys = nullptr;
+  const T* values = nullptr;
+  int64_t key_stride = 0;
+  int64_t value_stride = 0;
+};
+
+// The ring of one region and kv head.
+template <typename T>
+class Ring {
+ public:
+  Ring(const MemoryView& m, Region region, int64_t b, int64_t kv)
+      : key_stride_(stored_width<T>(m.head_dim)),
+        value_stride_(stored_width<T>(m.value_dim)),
+        capacity_(region == kSinks        ? m.clock.schedule.sinks
+                  : region == kCompressed ? m.compressed_capacity
+                                          : m.window_capacity) {
+    const auto head = [&](void* const(&rings)[kRegions], int64_t stride) {
+      return ring_row<const T>(rings[region], m.kv_heads, capacity_, stride, b, kv, 0);
+    };
+    keys_ = head({m.sink_keys, m.compressed_keys, m.window_keys}, key_stride_);
+    values_ = head({m.sink_values, m.compressed_values, m.window_values}, value_stride_);
+  }
+
+  // The first slots of a range, at most kBlock and not beyond the ring's end.
+  Piece<T> piece(const Range& range) const {
+    if (range.size() <= 0) return {};
+    const int64_t index = range.begin % capacity_;
+    const int64_t count = std::min({range.size(), capacity_ - index, kBlock});
+    return {range.begin,
+            count,
+            index,
+            keys_ + index * key_stride_,
+            values_ + index * value_stride_,
+            key_stride_,
+            value_stride_};
+  }
+
+ private:
+  int64_t key_stride_;
+  int64_t value_stride_;
+  int64_t capacity_;
+  const T* keys_;
+  const T* values_;
+};
+
+// How far slot `number` of a region is from the query of token t.
+inline double distance(
+    const MemoryView& m, Region region, int64_t b, int64_t kv, int64_t t, int64_t number) {
+  switch (region) {
+    case kSinks:
+      return static_cast<double>(m.clock.sink_query(t) - number);
+    case kCompressed: {
+      if (m.clock.token_distance && m.slot_positions != nullptr) {
+        const int64_t head = b * m.kv_heads + kv;
+        const int64_t index = head * m.compressed_capacity + number % m.compressed_capacity;
+        return static_cast<double>(t - m.slot_positions[index]);
+      }
+      return static_cast<double>(m.clock.group_query(t)) - m.clock.group_key(number);
+    }
+    default:
+      return static_cast<double>(t - number);
+  }
+}
+
+// The rows that attend together: all query heads of kv head `kv` for each of some tokens.
+struct Rows {
+  int64_t b = 0;
+  int64_t kv = 0;
+  int64_t share = 1;
+  Range tokens;  // of the block
+  int64_t count() const { return tokens.size() * share; }
+};
+
+template <typename A>
+inline void add_biases(const AttendArgs& args,
+                       Region region,
+                       const Rows& rows,
+                       int64_t first,
+                       int64_t count,
+                       A* scores) {
+  const auto* bias = static_cast<const A*>(region == kCompressed ? args.bias : nullptr);
+  const auto* slopes = static_cast<const A*>(args.slopes);
+  if (bias == nullptr && slopes == nullptr) return;
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    const int64_t head = rows.kv * rows.share + r % rows.share;
+    A* score = scores + r * kBlock;
+    if (bias != nullptr) {
+      for (int64_t j = 0; j < count; ++j) score[j] += bias[head];
+    }
+    if (slopes == nullptr) continue;
+    const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.share;
+    for (int64_t j = 0; j < count; ++j) {
+      const double far = distance(args.memory, region, rows.b, rows.kv, t, first + j);
+      score[j] -= slopes[head] * static_cast<A>(far);
+    }
+  }
+}
+
+// Multiplies what belongs to each row of int8 by its scale: numbers[r * kBlock + j] for row j.
+template <typename T>
+inline void apply_scales([[maybe_unused]] const T* stored,
+                         [[maybe_unused]] int64_t stride,
+                         [[maybe_unused]] int64_t width,
+                         [[maybe_unused]] int64_t count,
+                         [[maybe_unused]] int64_t rows,
+                         [[maybe_unused]] Acc<T>* numbers) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    float scales[kBlock];
+    for (int64_t j = 0; j < count; ++j) scales[j] = scale_of(stored + j * stride, width);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < count; ++j) numbers[r * kBlock + j] *= scales[j];
+    }
+  }
+}
+
+// scores[r * kBlock + j] of every row with slot j of a piece, whose values are asked for meanwhile.
+template <typename T>
+inline void score_piece(const AttendArgs& args,
+                        const RotatedQueries<Acc<T>>& queries,
+                        Region region,
+                        const Rows& rows,
+                        const Piece<T>& piece,
+                        Acc<T>* scores) {
+  const int64_t width = args.memory.head_dim;
+  const auto* query = queries.rows(region, rows.b, rows.kv, rows.tokens.begin);
+  by_rows(rows.count(), [&](auto number, int64_t r) {
+    constexpr int R = decltype(number)::value;
+    score_rows<R>(query + r * padded<Acc<T>>(width),
+                  piece.keys,
+                  piece.count,
+                  width,
+                  piece.key_stride,
+                  r == 0 ? reinterpret_cast<const char*>(piece.values) : nullptr,
+                  piece.value_stride * static_cast<int64_t>(sizeof(T)),
+                  scores + r * kBlock);
+  });
+  apply_scales(piece.keys, piece.key_stride, width, piece.count, rows.count(), scores);
+  add_biases(args, region, rows, piece.first, piece.count, scores);
+}
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

@@ -1,0 +1,201 @@
+// Vectors as wide as the instruction set's registers, in the compiler's own notation: one source
+// for all sets, and nothing to include that takes long to compile.
+//
+// Everything is computed in the arithmetic's type A; load() widens what is stored.
+#pragma once
+
+#include <bit>
+#include <utility>
+
+#include "kernels/cpu/vec.h"
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+inline constexpr int kAccumulators = 16;  // of 32 registers
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+inline constexpr int kAccumulators = 8;  // of 16 registers
+#else
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kAccumulators = 8;
+#endif
+
+template <typename A>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <typename A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <typename A>
+using Vec = typename VectorOf<A>::type;
+using Bits32 = VectorOf<int32_t>::type;
+
+// n elements as whole vectors.
+template <typename A>
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+template <typename A>
+inline Vec<A> broadcast(A a) {
+  return a - Vec<A>{};  // not +: minus zero stays minus zero, so the compiler adds nothing
+}
+
+template <typename A>
+inline void store(A* target, Vec<A> x) {
+  std::memcpy(target, &x, sizeof(x));
+}
+
+template <typename A>
+  requires std::is_floating_point_v<A>
+inline Vec<A> load(const A* source) {
+  Vec<A> x;
+  std::memcpy(&x, source, sizeof(x));
+  return x;
+}
+
+// float32 from the 16 bits of a vector's elements, as a bfloat16 has them: its upper half. Named
+// instructions, where there are any: GCC 12 widens by halves and puts these together again.
+typedef uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
+inline Vec<float> widen_bfloat16(Words bits) {
+#if defined(__AVX512F__)
+  const auto wide = std::bit_cast<Wide>(_mm512_cvtepu16_epi32(std::bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  const auto wide = std::bit_cast<Wide>(_mm256_cvtepu16_epi32(std::bit_cast<__m128i>(bits)));
+#else
+  const auto wide = __builtin_convertvector(bits, Wide);
+#endif
+  return std::bit_cast<Vec<float>>(wide << 16);
+}
+
+inline Vec<float> load(const c10::BFloat16* source) {
+  Words bits;
+  std::memcpy(&bits, source, sizeof(bits));
+  return widen_bfloat16(bits);
+}
+
+inline Vec<float> load(const int8_t* source) {
+  typedef int8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  Bytes bytes;
+  std::memcpy(&bytes, source, sizeof(bytes));
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(std::bit_cast<__m128i>(bytes)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
+#else
+  return __builtin_convertvector(bytes, Vec<float>);
+#endif
+}
+
+inline Vec<float> load(const c10::Half* source) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = static_cast<float>(source[i]);
+  return x;
+#endif
+}
+
+// The first n lanes, the others zero; what stands behind them is not read.
+template <typename T>
+inline Vec<Acc<T>> load_some(const T* source, int64_t n) {
+#if defined(__AVX512F__)
+  // A head_dim that is a multiple of 8 and not of 16 is common: half a vector must cost no more.
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), source);
+  } else if constexpr (sizeof(T) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), source);
+    if constexpr (std::is_same_v<T, c10::Half>) return _mm512_cvtph_ps(bits);
+    return widen_bfloat16(std::bit_cast<Words>(bits));
+  }
+#endif
+  T whole[kLanes<Acc<T>>] = {};
+  std::copy_n(source, n, whole);
+  return load(whole);
+}
+
+template <typename A>
+inline Vec<A> largest_of(Vec<A> x, Vec<A> y) {
+  return x > y ? x : y;
+}
+
+template <typename A>
+inline A largest_lane(Vec<A> x) {
+  A largest = x[0];
+  for (int i = 1; i < kLanes<A>; ++i) largest = std::max(largest, static_cast<A>(x[i]));
+  return largest;
+}
+
+template <typename A>
+inline A sum_lanes(Vec<A> x) {
+  A part[kLanes<A>];
+  store(part, x);
+  for (int n = kLanes<A> / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  }
+  return part[0];
+}
+
+// Adds neighbouring blocks of `Block` lanes of x and y: twice as many blocks come in as go out.
+template <int Block, typename V, size_t... Lane>
+inline V add_neighbours(V x, V y, std::index_sequence<Lane...>) {
+  constexpr auto source = [](int lane, int odd) {
+    return (2 * (lane / Block) + odd) * Block + lane % Block;
+  };
+  return __builtin_shufflevector(x, y, source(int(Lane), 0)...) +
+         __builtin_shufflevector(x, y, source(int(Lane), 1)...);
+}
+
+// The sums of as many vectors as one has lanes, in order: about three instructions for a sum.
+template <typename A, int Block = kLanes<A> / 2>
+inline Vec<A> sums_of(const Vec<A>* x) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
+  Vec<A> half[Block];
+  for (int i = 0; i < Block; ++i) half[i] = add_neighbours<Block>(x[2 * i], x[2 * i + 1], lanes);
+  if constexpr (Block == 1) {
+    return half[0];
+  } else {
+    return sums_of<A, Block / 2>(half);
+  }
+}
+
+// e^x for x <= 0: Cephes' expf, without branches; error below 2 units in the last place, zero
+// below e^-87.
+inline Vec<float> exponential(Vec<float> x) {
+  const Vec<float> clamped = x < -87.0f ? broadcast(-87.0f) : x;  // NaN stays
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
+  const Vec<float> shifted = clamped * 1.44269504f + kRound;
+  const Vec<float> n = shifted - kRound;
+  const Vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  // The integer stands in the low bits of `shifted`; 127 is the exponent of one.
+  const Bits32 bits = (std::bit_cast<Bits32>(shifted) + 127) << 23;
+  const Vec<float> power = std::bit_cast<Vec<float>>(bits);
+  return x < -87.0f ? Vec<float>{} : p * power;
+}
+
+inline Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <typename A>
+inline A exponential_of(A x) {
+  return exponential(broadcast(x))[0];
+}
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

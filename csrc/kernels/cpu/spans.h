@@ -1,0 +1,340 @@
+// What the forward and the backward of the differentiable path share: a block of queries, one per
+// vector lane, and its scores against a block of keys, [keys, lanes]. With queries in the lanes,
+// keys and values are read where they lie, rows of both are left operands of `multiply`, and a
+// softmax over keys never crosses lanes.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/lanes.h"
+#include "kernels/cpu/rotary.h"
+
+namespace ctx::cpu::CTX_CPU_CAPABILITY {
+
+constexpr int64_t kBlockLanes = 64;  // queries of a block, where so many belong together
+constexpr int64_t kBlockKeys = 120;  // scores of both fit the first-level cache
+
+constexpr int64_t kSinkSpan = 0;
+constexpr int64_t kCompressedSpan = 1;
+constexpr int64_t kWindowSpan = 2;
+constexpr int64_t kSpans = 3;
+
+struct KeyRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
+};
+
+// out [columns, rows] = in [rows, columns]
+template <typename A>
+inline void transpose(
+    const A* in, int64_t in_stride, int64_t rows, int64_t columns, A* out, int64_t out_stride) {
+  constexpr int64_t kSide = 8;  // lines of both that are touched at once
+  for (int64_t r = 0; r < rows; r += kSide) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t count = std::min(kSide, rows - r);
+      for (int64_t i = 0; i < count; ++i) out[c * out_stride + r + i] = in[(r + i) * in_stride + c];
+    }
+  }
+}
+
+// Rows of a span in the arithmetic's type: where they lie, or widened copies.
+template <typename A>
+struct Rows {
+  const A* data;
+  int64_t stride;
+};
+template <typename T, typename A>
+inline Rows<A> rows_of(
+    const Strided& x, int64_t b, int64_t h, KeyRange keys, int64_t width, A* buffer) {
+  if constexpr (std::is_same_v<T, A>) {
+    return {row<T>(x, b, h, keys.begin), x.token};
+  } else {
+    for (int64_t j = keys.begin; j < keys.end; ++j)
+      load_row(row<T>(x, b, h, j), buffer + (j - keys.begin) * width, width);
+    return {buffer, width};
+  }
+}
+
+// The query heads of a kv head at some neighbouring tokens of a row: head r at token i is lane
+// r * tokens() + i. Lanes past used() are there to fill vectors; what they hold is never read.
+template <typename T>
+class QueryBlock {
+ public:
+  using A = Acc<T>;
+  using L = Lanes<A>;
+  using Integer = typename L::Integer;
+
+  explicit QueryBlock(const SpansArgs& args)
+      : args_(args),
+        share_(args.heads / args.kv_heads),
+        most_tokens_(tokens_per_block(args)),
+        most_lanes_(round_up(share_ * most_tokens_, L::kCount)),
+        width_(round_up(args.head_dim, kSpanWidthStep)) {
+    scores_ = scratch_.take(kBlockKeys * most_lanes_);
+    rows_ = scratch_.take(most_lanes_ * width_);
+    columns_ = scratch_.take(args.head_dim * most_lanes_);
+    shift_ = scratch_.take(most_lanes_);
+    slope_ = scratch_.take(most_lanes_);
+    distance_ = scratch_.take(most_lanes_);
+    table_ = scratch_.take(most_tokens_ * std::max<int64_t>(1, args.rotary.dim));
+    clocks_.resize(most_tokens_);
+    numbers_.resize(kSpans * 2 * most_lanes_);
+  }
+
+  static int64_t tokens_per_block(const SpansArgs& args) {
+    const int64_t share = args.heads / args.kv_heads;
+    return std::clamp<int64_t>(kBlockLanes / share, 1, std::max<int64_t>(1, args.tokens));
+  }
+
+  // Tokens first ... of row b, as many as a block has.
+  void place(int64_t b, int64_t kv, int64_t first) {
+    b_ = b, kv_ = kv, first_ = first;
+    turned_ = false;
+    tokens_ = std::min(most_tokens_, args_.tokens - first);
+    lanes_ = round_up(used(), L::kCount);
+    for (int64_t span = 0; span < kSpans; ++span) find_visible(span);
+  }
+
+  int64_t b() const { return b_; }
+  int64_t kv() const { return kv_; }
+  int64_t tokens() const { return tokens_; }
+  int64_t used() const { return share_ * tokens_; }
+  int64_t lanes() const { return lanes_; }
+  int64_t most_lanes() const { return most_lanes_; }
+  int64_t width() const { return width_; }
+  int64_t head(int64_t lane) const { return kv_ * share_ + lane / tokens_; }
+  int64_t token(int64_t lane) const { return first_ + lane % tokens_; }
+  int64_t index(int64_t lane) const {  // in [B, H, T]
+    return (b_ * args_.heads + head(lane)) * args_.tokens + token(lane);
+  }
+
+  // Calls run(keys) for blocks of the keys of a span that some query sees.
+  template <typename F>
+  void for_each_key_block(int64_t span, const F& run) {
+    const int64_t size = seen_by_some_[span].size();
+    if (size <= 0) return;
+    const int64_t blocks = (size + kBlockKeys - 1) / kBlockKeys;
+    const int64_t step = round_up((size + blocks - 1) / blocks, kTileRows);
+    for (int64_t j = seen_by_some_[span].begin; j < seen_by_some_[span].end; j += step)
+      run(KeyRange{j, std::min(j + step, seen_by_some_[span].end)});
+  }
+  bool sees(int64_t span) const { return seen_by_some_[span].size() > 0; }
+
+  // Rotates the queries to the clock of a span, and scales them: rows [used, width], and columns
+  // [D, lanes].
+  void turn_to(int64_t span) {
+    span_ = span;
+    make_offsets(span);
+    const bool same = args_.rotary.dim == 0 || args_.clock.token_distance;
+    if (turned_ && same) return;  // as for the span before
+    turned_ = true;
+    make_table(span);
+    for (int64_t lane = 0; lane < used(); ++lane) {
+      A* query = rows_ + lane * width_;
+      load_row(row<T>(args_.queries, b_, head(lane), token(lane)), query, args_.head_dim);
+      turn(lane, A(1), query);
+      scale_row(static_cast<A>(args_.scale), query, args_.head_dim);
+    }
+    transpose(rows_, width_, used(), args_.head_dim, columns_, lanes_);
+  }
+
+  // Rotates a row of the width D by the clock that turn_to() chose; direction -1 takes it back.
+  void turn(int64_t lane, A direction, A* query) const {
+    const int64_t half = args_.rotary.dim / 2;
+    const A* cosine = table_ + lane % tokens_ * args_.rotary.dim;
+    rotate_row(args_.rotary, cosine, cosine + half, direction, query);
+  }
+
+  const A* rows() const { return rows_; }
+  // Added to every score of a lane; the caller adds it, to a sum that it makes anyhow.
+  const A* shift() const { return shift_; }
+
+  // Scores against the given keys, `shift` apart, minus infinity where the law shows nothing.
+  A* score(KeyRange keys, Rows<A> rows) {
+    multiply<Left::kRows>(keys.size(),
+                          lanes_,
+                          args_.head_dim,
+                          rows.data,
+                          rows.stride,
+                          columns_,
+                          lanes_,
+                          scores_,
+                          lanes_,
+                          false);
+    if (args_.slopes != nullptr) take_distances(keys);
+    if (hides(keys)) hide(keys);
+    return scores_;
+  }
+
+  // Whether some query does not see some of these keys.
+  bool hides(KeyRange keys) const {
+    return keys.begin < seen_by_all_[span_].begin || keys.end > seen_by_all_[span_].end;
+  }
+
+ private:
+  Integer* begins(int64_t span) { return numbers_.data() + span * 2 * most_lanes_; }
+  Integer* ends(int64_t span) { return begins(span) + most_lanes_; }
+  int64_t position(int64_t i) const { return args_.position[b_ * args_.tokens + first_ + i]; }
+  int64_t first_number(int64_t span, int64_t i) const {
+    return args_.spans[span].first[b_ * args_.tokens + first_ + i];
+  }
+
+  // Numbers that the law shows to token t.
+  KeyRange law(int64_t span, int64_t t) const {
+    const Schedule& s = args_.clock.schedule;
+    if (t < 0) return {};
+    switch (span) {
+      case kSinkSpan:
+        return {0, s.visible_sinks(t)};
+      case kCompressedSpan:
+        return {s.groups(t) - s.slots(t), s.groups(t)};
+      default:
+        return {s.edge(t), t + 1};
+    }
+  }
+
+  // Which keys each lane sees, and the block as a whole.
+  void find_visible(int64_t span) {
+    const int64_t size = args_.spans[span].size;
+    KeyRange some;
+    KeyRange all{0, size};
+    for (int64_t i = 0; i < tokens_; ++i) {
+      KeyRange keys;
+      if (size > 0) {
+        const KeyRange numbers = law(span, position(i));
+        const int64_t first = first_number(span, i);
+        keys.begin = std::clamp<int64_t>(numbers.begin - first, 0, size);
+        keys.end = std::clamp<int64_t>(numbers.end - first, keys.begin, size);
+      }
+      if (keys.size() > 0) {
+        const bool none = some.size() == 0;
+        some.begin = none ? keys.begin : std::min(some.begin, keys.begin);
+        some.end = none ? keys.end : std::max(some.end, keys.end);
+      }
+      all.begin = std::max(all.begin, keys.begin);
+      all.end = std::min(all.end, keys.end);
+      for (int64_t r = 0; r < share_; ++r) {
+        begins(span)[r * tokens_ + i] = static_cast<Integer>(keys.begin);
+        ends(span)[r * tokens_ + i] = static_cast<Integer>(keys.end);
+      }
+    }
+    for (int64_t lane = used(); lane < lanes_; ++lane) begins(span)[lane] = ends(span)[lane] = 0;
+    seen_by_some_[span] = some, seen_by_all_[span] = all;
+  }
+
+  double clock(int64_t span, int64_t t) const {
+    const int64_t turned = span == kSinkSpan         ? args_.clock.sink_query(t)
+                           : span == kCompressedSpan ? args_.clock.group_query(t)
+                                                     : t;
+    return static_cast<double>(turned);
+  }
+
+  // Cosines and sines of all tokens, [tokens, 2, dim / 2]. Clocks mostly advance by one, which is
+  // a rotation by one, in float64; a block begins anew, so that errors do not add up.
+  void make_table(int64_t span) {
+    const int64_t half = args_.rotary.dim / 2;
+    if (half == 0) return;
+    angles_.resize(4 * half);
+    double* c = angles_.data();
+    double *s = c + half, *c1 = s + half, *s1 = c1 + half;
+    rotary_table(args_.rotary, 1.0, c1, s1);
+    for (int64_t i = 0; i < tokens_; ++i) {
+      clocks_[i] = clock(span, position(i));
+      if (i > 0 && clocks_[i] == clocks_[i - 1] + 1.0) {
+#pragma omp simd
+        for (int64_t k = 0; k < half; ++k) {
+          const double turned = c[k] * c1[k] - s[k] * s1[k];
+          s[k] = s[k] * c1[k] + c[k] * s1[k];
+          c[k] = turned;
+        }
+      } else {
+        rotary_table(args_.rotary, clocks_[i], c, s);
+      }
+      A* target = table_ + i * args_.rotary.dim;
+      for (int64_t k = 0; k < half; ++k) {
+        target[k] = static_cast<A>(c[k]);
+        target[half + k] = static_cast<A>(s[k]);
+      }
+    }
+  }
+
+  A per_head(const void* values, int64_t lane) const {
+    return values == nullptr ? A(0) : static_cast<const A*>(values)[head(lane)];
+  }
+
+  // What is added to the scores of each lane, and the distance of key 0 of the span.
+  void make_offsets(int64_t span) {
+    std::fill_n(shift_, lanes_, A(0));
+    std::fill_n(slope_, lanes_, A(0));
+    std::fill_n(distance_, lanes_, A(0));
+    for (int64_t lane = 0; lane < used(); ++lane) {
+      if (span == kCompressedSpan) shift_[lane] = per_head(args_.bias, lane);
+      if (args_.slopes == nullptr) continue;
+      const int64_t i = lane % tokens_;
+      const int64_t first = first_number(span, i);
+      const double key =
+          span == kCompressedSpan ? args_.clock.group_key(first) : static_cast<double>(first);
+      slope_[lane] = per_head(args_.slopes, lane);
+      distance_[lane] = static_cast<A>(clock(span, position(i)) - key);
+    }
+  }
+
+  // ALiBi: a key is `step` nearer than the one before it.
+  void take_distances(KeyRange keys) {
+    const bool tokens = span_ == kCompressedSpan && args_.clock.token_distance;
+    const A step = static_cast<A>(tokens ? args_.clock.schedule.ratio : 1);
+    for (int64_t j = 0; j < keys.size(); ++j) {
+      A* scores = scores_ + j * lanes_;
+      const A nearer = step * static_cast<A>(keys.begin + j);
+#pragma omp simd
+      for (int64_t lane = 0; lane < lanes_; ++lane)
+        scores[lane] -= slope_[lane] * (distance_[lane] - nearer);
+    }
+  }
+
+  void hide(KeyRange keys) {
+    const auto nothing = L::all(-std::numeric_limits<A>::infinity());
+    for (int64_t v = 0; v < lanes_; v += L::kCount) {
+      const auto begin = L::load_integers(begins(span_) + v);
+      const auto end = L::load_integers(ends(span_) + v);
+      for (int64_t j = 0; j < keys.size(); ++j) {
+        const auto number = static_cast<Integer>(keys.begin + j);
+        A* scores = scores_ + j * lanes_ + v;
+        const auto visible = (number >= begin) & (number < end);
+        L::store(visible ? L::load(scores) : nothing, scores);
+      }
+    }
+  }
+
+  const SpansArgs& args_;
+  int64_t share_;  // query heads of a kv head
+  int64_t most_tokens_;
+  int64_t most_lanes_;
+  int64_t width_;
+  int64_t b_ = 0;
+  int64_t kv_ = 0;
+  int64_t first_ = 0;
+  int64_t tokens_ = 0;
+  int64_t lanes_ = 0;
+  int64_t span_ = 0;
+  bool turned_ = false;
+  KeyRange seen_by_some_[kSpans];
+  KeyRange seen_by_all_[kSpans];
+  Scratch<A> scratch_;
+  A* scores_;
+  A* rows_;
+  A* columns_;
+  A* shift_;
+  A* slope_;
+  A* distance_;
+  A* table_;
+  std::vector<double> clocks_;
+  std::vector<double> angles_;
+  std::vector<Integer> numbers_;
+};
+
+}  // namespace ctx::cpu::CTX_CPU_CAPABILITY

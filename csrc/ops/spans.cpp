@@ -1,0 +1,137 @@
+#include "ops/spans.h"
+
+#include <ATen/Parallel.h>
+
+#include "ops/layout.h"
+#include "ops/registry.h"
+#include "ops/settings.h"
+
+namespace ctx::ops {
+namespace {
+
+using at::Tensor;
+
+// Keeps what `args` points to.
+struct Prepared {
+  SpansArgs args;
+  std::vector<Tensor> kept;
+
+  const Tensor& keep(Tensor x) { return kept.emplace_back(std::move(x)); }
+  Strided keep_rows(const Tensor& x) { return strided(keep(rows(x))); }
+  const int64_t* keep_integers(const Tensor& x) {
+    return keep(x.contiguous()).const_data_ptr<int64_t>();
+  }
+};
+
+Prepared prepare(const AttendCall& call) {
+  constexpr const char* where = "ctx.attend";
+  const Tensor& q = call.q;
+  const Spans& s = call.spans;
+  const auto type = arithmetic_type(q.scalar_type());
+  Prepared p;
+  SpansArgs& a = p.args;
+  a.clock = call.clock;
+  a.rotary = call.rotary;
+  a.storage = storage_of(q.scalar_type(), where, "q");
+  a.device = device_index(q);
+  a.batch = q.size(0), a.heads = q.size(1), a.tokens = q.size(2), a.head_dim = q.size(3);
+  a.kv_heads = s.window_keys.size(1);
+  a.value_dim = s.window_values.size(3);
+  a.scale = call.scale;
+  const auto per_head = [&](const std::optional<Tensor>& x) -> const void* {
+    return x ? p.keep(x->to(type).expand({a.heads}).contiguous()).data_ptr() : nullptr;
+  };
+  a.bias = per_head(call.bias);
+  a.slopes = per_head(call.slopes);
+  a.position = p.keep_integers(call.position);
+  a.queries = p.keep_rows(q);
+  const auto span = [&](const Tensor& keys, const Tensor& values, const Tensor& first) {
+    return Span{keys.size(2), p.keep_rows(keys), p.keep_rows(values), p.keep_integers(first)};
+  };
+  a.spans[0] = span(s.sink_keys, s.sink_values, s.first_sink);
+  a.spans[1] = span(s.compressed_keys, s.compressed_values, s.first_slot);
+  a.spans[2] = span(s.window_keys, s.window_values, s.first_token);
+  return p;
+}
+
+// Parts of the backward: enough to give every thread as many heads as any other.
+int64_t parts_of(const SpansArgs& a) {
+  const int64_t heads = a.batch * a.kv_heads;
+  const int64_t threads = at::get_num_threads();
+  int64_t parts = 1;
+  while (heads * parts % threads != 0 && heads * parts < 4 * threads) ++parts;
+  return std::min(parts, std::max<int64_t>(1, a.tokens / 64));
+}
+
+// Sums of the parts [parts, B, Hkv, keys, padded width] as a gradient.
+Tensor total(const Tensor& sums, int64_t width, at::ScalarType type) {
+  const Tensor all = sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0);
+  return all.narrow(-1, 0, width).to(type).contiguous();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> spans_forward(const AttendCall& call, bool with_mass) {
+  Prepared p = prepare(call);
+  SpansArgs& a = p.args;
+  const auto options = call.q.options();
+  const Tensor out = at::empty({a.batch, a.heads, a.tokens, a.value_dim}, options);
+  const Tensor logsumexp =
+      at::empty({a.batch, a.heads, a.tokens}, options.dtype(arithmetic_type(call.q.scalar_type())));
+  a.out = strided(out);
+  a.logsumexp = logsumexp.data_ptr();
+  const Tensor mass = new_mass(call.q, with_mass);
+  if (with_mass) a.mass = mass.data_ptr();
+  if (logsumexp.numel() > 0) kernels_for(call.q.device().type()).spans_forward(a);
+  return {out, logsumexp, mass};
+}
+
+SpanGradients spans_backward(const AttendCall& call,
+                             const Tensor& grad_out,
+                             const Tensor& grad_logsumexp,
+                             const Tensor& out,
+                             const Tensor& logsumexp) {
+  Prepared p = prepare(call);
+  SpansArgs& a = p.args;
+  const auto type = call.q.scalar_type();
+  const auto wide = call.q.options().dtype(arithmetic_type(type));
+  a.out = p.keep_rows(out);
+  a.logsumexp = p.keep(logsumexp.contiguous()).data_ptr();
+  SpansBackwardArgs args;
+  args.grad_out = p.keep_rows(grad_out.to(type));
+  args.grad_logsumexp = p.keep(grad_logsumexp.to(wide.dtype()).contiguous()).data_ptr();
+  args.parts = parts_of(a);
+  const auto padded = [](int64_t width) {
+    return (width + kSpanWidthStep - 1) / kSpanWidthStep * kSpanWidthStep;
+  };
+  args.key_width = padded(a.head_dim);
+  args.value_width = padded(a.value_dim);
+  SpanGradients g;
+  g.q = at::empty(call.q.sizes(), call.q.options());
+  args.grad_queries = strided(g.q);
+  for (int i = 0; i < 3; ++i) {
+    const auto sums = [&](int64_t width) {
+      return at::zeros({args.parts, a.batch, a.kv_heads, a.spans[i].size, width}, wide);
+    };
+    g.keys[i] = sums(args.key_width), g.values[i] = sums(args.value_width);
+    args.grad_keys[i] = g.keys[i].data_ptr(), args.grad_values[i] = g.values[i].data_ptr();
+  }
+  if (call.bias) {
+    g.bias = at::zeros({args.parts, a.batch, a.heads}, wide);
+    args.grad_bias = g.bias.data_ptr();
+  }
+  args.forward = a;
+  if (logsumexp.numel() > 0) kernels_for(call.q.device().type()).spans_backward(args);
+  for (int i = 0; i < 3; ++i) {
+    g.keys[i] = total(g.keys[i], a.head_dim, type);
+    g.values[i] = total(g.values[i], a.value_dim, type);
+  }
+  if (call.bias) {
+    const Tensor heads = g.bias.sum(at::IntArrayRef{0, 1});
+    const bool shared = call.bias->size(0) == 1;
+    g.bias = (shared ? heads.sum().reshape({1}) : heads).to(call.bias->scalar_type());
+  }
+  return g;
+}
+
+}  // namespace ctx::ops

@@ -1,0 +1,190 @@
+"""A running memory carried over to other sizes is one that had these sizes from the start."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ctx
+from strategies import assert_same_bits, cases, cuts, lengths, memories, stream
+
+F64 = torch.float64
+
+
+def begun(setting, dtype, inputs, sizes, **changed):
+    """A ctx.KVMemory of the setting, with some sizes changed, after these calls."""
+    memory = setting.memory(ctx, dtype)
+    if changed:
+        again = dict(memory._settings)
+        schedule = memory.schedule.resized(**changed)
+        memory = ctx.KVMemory(
+            schedule, setting.batch, **again, compressor=memory.compressor, dtype=dtype
+        )
+    stream(memory, inputs, sizes)
+    return memory
+
+
+def assert_same_memory(got, want):
+    assert got.schedule == want.schedule
+    for name, tensor in want.tensors.items():
+        assert_same_bits(got.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16], ids=str)
+@cases(100)
+@given(data=st.data())
+def test_other_numbers_of_slots(dtype, data):
+    """Bit-equal where the law allows it, and goes on as such; refused where slots are missing."""
+    setting = data.draw(memories())
+    length, new = data.draw(lengths(setting)), data.draw(st.integers(0, 8))
+    inputs, sizes = setting.inputs(length, dtype), data.draw(cuts(length))
+    memory = begun(setting, dtype, inputs, sizes)
+    before = memory.clone()
+    made = memory.schedule.groups(length - 1) if length else 0
+    if made > memory.schedule.compressed < new:
+        with pytest.raises(ValueError, match=r"ctx.KVMemory.resized: compressed must be .*got"):
+            memory.resized(compressed=new)
+        assert_same_memory(memory, before)
+        return
+    other = memory.resized(compressed=new)
+    want = begun(setting, dtype, inputs, sizes, compressed=new)
+    assert_same_memory(memory, before)
+    assert_same_memory(other, want)
+    more = setting.inputs(9, dtype, strides=1)
+    assert_same_bits(other.step(*more), want.step(*more))
+    assert_same_memory(other, want)
+
+
+@cases(100)
+@given(st.data())
+def test_other_windows(data):
+    """Where both windows have let go the same, all that is visible is the same; refused else."""
+    setting = data.draw(memories())
+    length, window = data.draw(lengths(setting)), data.draw(st.integers(0, 14))
+    inputs, sizes = setting.inputs(length, F64), data.draw(cuts(length))
+    memory = begun(setting, F64, inputs, sizes)
+    want = begun(setting, F64, inputs, sizes, window=window)
+    made = [one.schedule.groups(length - 1) if length else 0 for one in (memory, want)]
+    if made[0] != made[1]:
+        with pytest.raises(ValueError, match=r"resized: window must leave .* got"):
+            memory.resized(window=window)
+        return
+    other = memory.resized(window=window)
+    most = int(other.rewindable.min())
+    assert (other.rewindable <= want.rewindable).all()
+    for count in range(most + 1):  # tokens to take back: what was made then must be the same, too
+        t = length - 1 - count
+        assert t < 0 or memory.schedule.groups(t) == want.schedule.groups(t)
+    back = data.draw(st.sampled_from([most, 0]) | st.integers(0, most))
+    for one in (other, want):
+        one.rewind(back)
+    more = setting.inputs(9, F64, strides=1)
+    assert_same_bits(other.step(*more), want.step(*more))
+
+
+def test_rewinding_ends_where_the_windows_disagree():
+    schedule = ctx.Schedule(window=1, compressed=4, ratio=4, segment=3)
+    made = [[one.groups(t) for t in range(9, 15)] for one in (schedule, schedule.resized(window=2))]
+    assert made == [[2, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2]]
+    memory = ctx.KVMemory(schedule, 2, 1, 4, headroom=12)
+    pair = torch.randn(2, 1, 15, 4)
+    memory.append(pair, pair, lengths=torch.tensor([14, 15]))
+    assert memory.rewindable.tolist() == [12, 12]
+    assert memory.resized(window=2).rewindable.tolist() == [1, 2]
+    assert memory.resized(compressed=2).rewindable.tolist() == [12, 12]
+
+
+def test_after_a_rewind_and_a_reset():
+    """What stands in the rings from before is nowhere to be seen."""
+    torch.manual_seed(0)
+    schedule = ctx.Schedule(window=3, compressed=4, ratio=2, segment=3, sinks=1)
+    pairs = [torch.randn(3, 1, 40, 4, dtype=F64) for _ in range(3)]
+    made = {}
+    for compressed in (4, 2):
+        memory = ctx.KVMemory(
+            schedule.resized(compressed=compressed), 3, 1, 4, headroom=8, dtype=F64
+        )
+        memory.step(*(x[:, :, :20] for x in pairs))
+        memory.rewind(torch.tensor([0, 5, 8]))
+        memory.reset(2)
+        made[compressed] = memory
+    other = made[4].resized(compressed=2)
+    more = [x[:, :, 20:] for x in pairs]
+    assert_same_bits(other.step(*more), made[2].step(*more))
+
+
+class TestModel:
+    def model(self):
+        torch.manual_seed(1)
+        sizes = {"window": 8, "compressed": [6, 4], "ratio": 4, "segment": [8, 4]}
+        config = {"vocab_size": 50, "embed_dim": 32, "num_layers": 2, "num_heads": 4, **sizes}
+        model = ctx.CompressiveTransformer(ctx.CompressiveTransformerConfig(**config)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    def test_goes_on_with_fewer_slots(self):
+        """Layer by layer; the first layer's memory is bit-equal, later ones saw other inputs."""
+        model, text = self.model(), torch.randint(0, 50, (2, 70))
+        twin = model.with_memory(compressed=[2, 4])
+        with torch.no_grad():
+            _, memory = model(text)
+            _, wanted = twin(text)
+            kept = [{name: x.clone() for name, x in layer.items()} for layer in memory]
+            other = ctx.rows.resized(memory, model.schedules, twin.schedules)
+            assert type(other) is list
+            for name, tensor in wanted[0].items():
+                assert_same_bits(other[0][name], tensor)
+            for layer, held in zip(memory, kept, strict=True):
+                assert all(torch.equal(layer[name], held[name]) for name in layer)
+            logits, _ = twin(text[:, :5], other)
+            assert logits.isfinite().all()
+            with pytest.raises(ValueError, match="compressed_keys"):
+                model(text[:, :5], other)
+
+    def test_one_schedule_serves_a_layer(self):
+        attn = self.model().layers[0]
+        with torch.no_grad():
+            _, memory = attn(torch.randn(2, 30, 32))
+        smaller = attn.schedule.resized(compressed=1)
+        other = ctx.rows.resized(memory, attn.schedule, smaller)
+        attn.schedule = smaller
+        with torch.no_grad():
+            attn(torch.randn(2, 3, 32), other)
+
+    @pytest.mark.parametrize(
+        "change, error, words",
+        [
+            (lambda old: old[:1], ValueError, "new must be one schedule or 2, .*got 1"),
+            (lambda old: [None, old[1]], TypeError, "new must be a ctx.Schedule .*got NoneType"),
+            (lambda old: [old[0].resized(ratio=2), old[1]], ValueError, "ratio must stay .*got 2"),
+            (lambda old: [old[0].resized(sinks=2), old[1]], ValueError, "sinks must stay .*got 2"),
+            (lambda old: [old[0].resized(segment=5), old[1]], ValueError, "segment must .*got 5"),
+            (lambda old: [old[0].resized(window=0), old[1]], ValueError, "window must .*got 0"),
+            (lambda old: [old[0].resized(compressed=9), old[1]], ValueError, "compressed .*got 9"),
+        ],
+    )  # fmt: skip
+    def test_errors(self, change, error, words):
+        model = self.model()
+        with torch.no_grad():
+            _, memory = model(torch.randint(0, 50, (2, 70)))
+        with pytest.raises(error, match=rf"ctx.rows.resized: {words}"):
+            ctx.rows.resized(memory, model.schedules, change(list(model.schedules)))
+
+    def test_a_memory_of_another_schedule(self):
+        model = self.model()
+        memory = model.init_memory(1)
+        wrong = [one.resized(compressed=3) for one in model.schedules]
+        with pytest.raises(ValueError, match=r"ctx.rows.resized: compressed_keys must be .*got"):
+            ctx.rows.resized(memory, wrong, model.schedules)
+        wide = [one.resized(window=1000) for one in model.schedules]
+        with pytest.raises(ValueError, match=r"ctx.rows.resized: window_keys must hold .*got"):
+            ctx.rows.resized(memory, wide, model.schedules)
+
+
+@pytest.mark.parametrize("sizes", [{"compressed": -1}, {"window": 2**31}, {"compressed": 1.5}])
+def test_kv_memory_refuses_sizes(sizes):
+    memory = ctx.KVMemory(ctx.Schedule(4, 4, 2), 1, 1, 4)
+    with pytest.raises((ValueError, TypeError), match=next(iter(sizes))):
+        memory.resized(**sizes)
