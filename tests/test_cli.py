@@ -207,6 +207,19 @@ class TestEval:
         assert code == 0 and "16 tokens" in out, err
         assert run("generate", "layers", "--tokens", 5, cwd=folder)[0] == 0
 
+    def test_usage(self, folder):
+        """A line per layer; the shares add up to one."""
+        code, out, _ = run("eval", "run", "text.py", "--usage", cwd=folder)
+        assert code == 0
+        lines = [line.split() for line in out.splitlines() if line.startswith("layer ")]
+        state = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+        layers = state["config"]["num_layers"]
+        assert [line[:2] for line in lines] == [["layer", str(i)] for i in range(layers)]
+        for line in lines:
+            sinks, compressed, window = map(float, line[2:])
+            assert sinks == 0 and compressed > 0 and window > 0
+            assert abs(sinks + compressed + window - 1) < 2e-3
+
 
 class TestGenerate:
     def test_streams_the_prompt_and_its_continuation(self, folder):

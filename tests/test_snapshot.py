@@ -27,6 +27,7 @@ SETTINGS = {
     "sinks": 1,
     "overlap": 0,
     "headroom": 7,
+    "position": "rotary",
     "rotary_dim": 4,
     "rotary_base": 10000.0,
     "rotary_interleaved": 0,

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from ctx.cli.data import load_corpus, unigram_entropy
+from ctx.cli.errors import CliError
 from ctx.cli.evaluation import evaluate, stream, table
 from ctx.cli.settings import TrainSettings, model_config
 from ctx.cli.trainer import Trainer
+from ctx.cli.usage import shares, usage_table
 
 SMALL = {"embed_dim": 48, "num_layers": 2, "num_heads": 4, "window": 16, "compressed": 16,
          "segment": 16}  # fmt: skip
@@ -60,6 +62,42 @@ def test_evaluation_is_streaming(trained):
         torch.tensor(2.0)
     )
     assert result.bits_per_byte == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_shares_are_those_of_one_call(trained):
+    """What `ctx eval --usage` prints: averages over tokens and heads of one long parallel call."""
+    model, text = trained[0].model, trained[0].corpus.held_out[:1000]
+    counts = []
+    found = shares(model, text, counts.append)
+    with torch.no_grad():
+        usage = model(text.long()[None], return_usage=True)[2]
+    want = usage.double().mean((1, 2, 3))
+    assert found.shape == (2, 3) and sum(counts) == 1000
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=0)
+    first, *_, last = usage_table(found).splitlines()
+    assert first.split()[-3:] == ["sinks", "compressed", "window"]
+    assert last.split() == ["layer", "1", *(f"{share:.3f}" for share in want[1])]
+
+
+@pytest.mark.parametrize("position", ["rotary", "relative", "alibi", "none"])
+def test_position_of_the_command_line(position):
+    config = model_config({**SMALL, "position": position})
+    assert config.position == (None if position == "none" else position)
+
+
+def test_relative_positions_decay_like_the_rest():
+    """Matrices do, rows do not."""
+    corpus = load_corpus([Path(sysconfig.get_path("stdlib"), "argparse.py")], 1024)
+    trainer = Trainer(model_config({**SMALL, "position": "relative"}), TrainSettings(), corpus)
+    decayed = {id(parameter) for parameter in trainer.optimizer.param_groups[0]["params"]}
+    for name, parameter in trainer.model.named_parameters():
+        if ".relative." in name:
+            assert (id(parameter) in decayed) == name.endswith("_weight"), name
+
+
+def test_wrong_position():
+    with pytest.raises(CliError, match=r"--position must be one of .* got 'far'"):
+        model_config({**SMALL, "position": "far"})
 
 
 def test_forgetting_is_a_fresh_memory_per_segment(trained):

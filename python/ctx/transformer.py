@@ -344,8 +344,10 @@ class CompressiveTransformer(nn.Module):
 
         `compressed_dtype`, e.g. `torch.int8`, is what compressed slots are stored as.
         """
-        settings = {"compressed_dtype": compressed_dtype}
-        return [layer.init_memory(batch_size, **settings) for layer in self.layers]
+        return [
+            layer.init_memory(batch_size, compressed_dtype=compressed_dtype)
+            for layer in self.layers
+        ]
 
     def forward(
         self,

@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "ctx/ctx.h"
 
@@ -53,6 +54,26 @@ inline bool same(const at::Tensor& one, const at::Tensor& other) {
   if (one.sizes() != other.sizes() || one.scalar_type() != other.scalar_type()) return false;
   const at::Tensor a = one.contiguous(), b = other.contiguous();
   return a.nbytes() == 0 || std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+}
+
+// The tensors of relative positions, 8 sines and cosines.
+inline std::vector<at::Tensor> relative(at::ScalarType dtype = at::kFloat) {
+  std::vector<at::Tensor> made;
+  for (int64_t i = 0; i < 5; ++i) {
+    const bool weight = i == 2 || i == 4;
+    const at::Tensor x = numbers({kHeads, kHeadDim, weight ? 8 : 1}, 10 + i).to(dtype);
+    made.push_back(weight ? x : x.squeeze(-1));
+  }
+  return made;
+}
+
+// Options with another position scheme: "rotary", "alibi", "relative" or "none".
+inline MemoryOptions options_at(const std::string& position, at::ScalarType dtype = at::kFloat) {
+  MemoryOptions made = options("conv", dtype);
+  if (position != "rotary") made.attention.rotary_dim = 0;
+  if (position == "alibi") made.attention.alibi_slopes = numbers({kHeads}, 9).abs().to(dtype);
+  if (position == "relative") made.attention.relative = relative(dtype);
+  return made;
 }
 
 // All tensors of two memories, bit for bit.

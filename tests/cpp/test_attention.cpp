@@ -110,6 +110,34 @@ void test_overlap() {
                 ctx::Compressor::make("conv", 1, 4, 2, 2, {}, /*kernel=*/3));
 }
 
+// Other schemes: the same numbers as a stream's, and gradients reach all that relative positions
+// are made of.
+void test_positions() {
+  for (const char* position : {"alibi", "relative", "none"}) {
+    MemoryOptions made = ctx::test::options_at(position, at::kDouble);
+    for (Tensor& x : made.compressor.parameters) x = x.to(at::kDouble);
+    for (Tensor& x : made.attention.relative) x.requires_grad_();
+    const Tokens x(0, 40, at::kDouble), first(0, 17, at::kDouble), second(17, 23, at::kDouble);
+    KVMemory memory(made);
+    const Tensor out = step(memory, x);
+    memory.reset();
+    step(memory, first);
+    const Tensor again = ctx::compressive_attention(second.q,
+                                                    second.k,
+                                                    second.v,
+                                                    tensors(memory),
+                                                    made.compressor,
+                                                    std::nullopt,
+                                                    made.attention);
+    EXPECT(!out.requires_grad() && at::allclose(again, out.narrow(2, 17, 23), 1e-12, 1e-12));
+    if (made.attention.relative.empty()) continue;
+    again.square().sum().backward();
+    for (const Tensor& x : made.attention.relative) {
+      EXPECT(x.grad().defined() && x.grad().abs().sum().item<double>() > 0);
+    }
+  }
+}
+
 void test_constant_slots() {
   MemoryOptions made = wide("conv");
   for (Tensor& parameter : made.compressor.parameters) parameter.requires_grad_();
@@ -141,6 +169,7 @@ int main() {
   test_like_streaming();
   test_gradients();
   test_overlap();
+  test_positions();
   test_constant_slots();
   test_bad_input();
   return ctx::test::status();

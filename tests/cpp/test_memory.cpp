@@ -142,6 +142,45 @@ void test_select_merge_clone() {
   EXPECT(same(memory, moved));
 }
 
+void test_positions() {
+  const Tokens x(0, 40), late(36, 4);
+  for (const char* position : {"rotary", "alibi", "relative", "none"}) {
+    const ctx::MemoryOptions made = ctx::test::options_at(position);
+    EXPECT(made.attention.position() == position);
+    KVMemory whole(made), cut(made);
+    const auto [out, mass] = whole.step_with_mass(x.q, x.k, x.v);
+    EXPECT(mass.sizes() == at::IntArrayRef({kBatch, ctx::test::kHeads, 40, 3}));
+    EXPECT(close(mass.sum(-1), at::ones_like(mass.select(-1, 0))));
+    for (int64_t t = 0; t < 40; t += 4) {
+      EXPECT(close(step(cut, Tokens(t, 4)), out.narrow(2, t, 4)));
+    }
+    const auto [again, same_mass] = cut.attend_with_mass(late.q);
+    EXPECT(close(again, out.narrow(2, 36, 4)) && close(same_mass, mass.narrow(2, 36, 4)));
+    KVMemory copy = cut.clone();
+    EXPECT(same(step(cut, Tokens(40, 3)), step(copy, Tokens(40, 3))));
+    for (const char* other : {"rotary", "alibi", "relative", "none"}) {
+      if (std::string(other) == position) continue;
+      KVMemory foreign(ctx::test::options_at(other));
+      EXPECT_THROWS(c10::ValueError,
+                    "ctx.KVMemory.load_state_dict: position must be",
+                    foreign.load_state_dict(whole.state_dict()));
+      EXPECT_THROWS(c10::ValueError,
+                    "ctx.KVMemory.merge: memories must have one position",
+                    KVMemory::merge({&whole, &foreign}));
+    }
+  }
+  KVMemory memory(ctx::test::options_at("relative"));
+  std::vector<Tensor> changed = ctx::test::relative();
+  changed[1] = changed[1] + 1;
+  const Tensor before = step(memory, Tokens(0, 9));
+  memory.reset();
+  memory.set_relative(changed);
+  EXPECT(!close(step(memory, Tokens(0, 9)), before));
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.KVMemory.set_relative: relative must",
+                KVMemory(options()).set_relative({}));
+}
+
 void test_bad_options() {
   const auto make = [](const auto& change) {
     ctx::MemoryOptions changed = options();
@@ -162,6 +201,37 @@ void test_bad_options() {
   EXPECT_THROWS(c10::ValueError, "ctx.AttentionOptions: scale must", make([](Options o) {
                   o.attention.scale = std::numeric_limits<double>::quiet_NaN();
                 }));
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.AttentionOptions: position must be one of",
+                make([](Options o) { o.attention.relative = ctx::test::relative(); }));
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.AttentionOptions: position must be one of",
+                make([](Options o) { o.attention.alibi_slopes = at::ones({4}); }));
+  const auto place = [&](const char* position, const auto& change) {
+    ctx::MemoryOptions changed = ctx::test::options_at(position);
+    change(changed);
+    KVMemory memory(changed);
+  };
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.KVMemory: alibi_slopes must be finite",
+                place("alibi", [](Options o) { o.attention.alibi_slopes->div_(0); }));
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.KVMemory: alibi_slopes must be [H]",
+                place("alibi", [](Options o) { o.attention.alibi_slopes = at::ones({3}); }));
+  EXPECT_THROWS(
+      c10::TypeError,
+      "ctx.KVMemory: alibi_slopes must be floating point",
+      place("alibi", [](Options o) { o.attention.alibi_slopes = at::ones({4}, at::kLong); }));
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.KVMemory: relative must be 0 or 5 tensors, got 4",
+                place("relative", [](Options o) { o.attention.relative.pop_back(); }));
+  EXPECT_THROWS(
+      c10::ValueError,
+      "ctx.KVMemory: relative position_weight must be [H, D, P] with an even P",
+      place("relative", [](Options o) { o.attention.relative[2] = at::ones({4, 6, 7}); }));
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.KVMemory: relative key_bias must be [H, D], H a multiple of 2",
+                place("relative", [](Options o) { o.attention.relative[0] = Tensor(); }));
   EXPECT_THROWS(c10::ValueError, "ctx.Schedule: ratio must", make([](Options o) {
                   o.attention.schedule.ratio = 0;
                 }));
@@ -225,6 +295,7 @@ int main() {
   test_reset();
   test_rewind();
   test_select_merge_clone();
+  test_positions();
   test_bad_options();
   test_bad_calls();
   return ctx::test::status();

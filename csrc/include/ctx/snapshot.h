@@ -6,12 +6,12 @@
 //   "format"        "ctx.KVMemory"
 //   "version"       1
 //   geometry        batch_size, kv_heads, head_dim, value_dim, window, compressed, ratio, segment,
-//                   sinks, overlap, headroom, rotary_dim, rotary_base, rotary_interleaved (0 or 1),
-//                   distance, compressor
+//                   sinks, overlap, headroom, position, rotary_dim, rotary_base,
+//                   rotary_interleaved (0 or 1), distance, compressor
 //   tensors         window_keys ... slot_positions, as KVMemory::tensors() orders them
 //
-// The scale, the compressed bias and the compressor's parameters belong to the model: a snapshot
-// does not hold them.
+// The scale, the compressed bias, ALiBi's slopes, the tensors of relative positions and the
+// compressor's parameters belong to the model: a snapshot does not hold them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -2,27 +2,21 @@
 // of. Compilers that know `vector_size` lower it to any instruction set.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
-#include "kernels/cpu/vec.h"
+#include "kernels/cpu/simd.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
 #if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64;
 constexpr int kPanelVectors = 4;  // 6 x 4 sums, 4 operands and a broadcast: 29 of 32 registers
-#elif defined(__AVX2__)
-constexpr int64_t kVectorBytes = 32;
-constexpr int kPanelVectors = 2;  // 6 x 2 sums: 15 of 16 registers
 #else
-constexpr int64_t kVectorBytes = 16;
-constexpr int kPanelVectors = 2;
+constexpr int kPanelVectors = 2;  // 6 x 2 sums: 15 of 16 registers
 #endif
-constexpr int kTileRows = 6;
+constexpr int kProductRows = 6;
 
 // A vector of A (float or double), and the integers that its comparisons give.
 template <typename A>
@@ -63,31 +57,6 @@ class Scratch {
 };
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// e^x as exp_row_value (vec.h) gives it, for x <= 88.
-template <typename A>
-inline typename Lanes<A>::Vector exp_lanes(typename Lanes<A>::Vector x) {
-  using L = Lanes<A>;
-  if constexpr (std::is_same_v<A, float>) {
-    const auto clamped = x < -87.0f ? L::all(-87.0f) : x;
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const auto n = (clamped * 1.44269504f + kRound) - kRound;
-    const auto r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    auto p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.0f;
-    const auto bits = (__builtin_convertvector(n, typename L::Integers) + 127) << 23;
-    typename L::Vector power;
-    std::memcpy(&power, &bits, sizeof(power));
-    return x < -87.0f ? L::all(0.0f) : p * power;
-  } else {
-    for (int64_t i = 0; i < L::kCount; ++i) x[i] = exp_row_value(x[i]);
-    return x;
-  }
-}
 
 // How the rows of a product's left operand lie: element (m, k) is a[m * stride + k], or the
 // transpose of such a matrix, a[m + k * stride].
@@ -143,9 +112,9 @@ inline void panel(int64_t rows,
     tile<kLeft, decltype(count)::value, kVectors>(
         depth, a, a_stride, b, b_stride, c, c_stride, add);
   };
-  for (; rows >= kTileRows; rows -= kTileRows) {
-    run(std::integral_constant<int, kTileRows>{});
-    a += kTileRows * a_step, c += kTileRows * c_stride;
+  for (; rows >= kProductRows; rows -= kProductRows) {
+    run(std::integral_constant<int, kProductRows>{});
+    a += kProductRows * a_step, c += kProductRows * c_stride;
   }
   switch (rows) {
     case 5:

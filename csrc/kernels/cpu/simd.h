@@ -127,21 +127,27 @@ inline Vec<A> largest_of(Vec<A> x, Vec<A> y) {
   return x > y ? x : y;
 }
 
+// Combines all lanes: halves with halves, quarters with quarters, ...
+template <int Distance, typename V, typename F, size_t... Lane>
+inline V fold(V x, const F& combine, std::index_sequence<Lane...> lanes) {
+  if constexpr (Distance == 0) {
+    return x;
+  } else {
+    const V other = __builtin_shufflevector(x, x, (static_cast<int>(Lane) ^ Distance)...);
+    return fold<Distance / 2>(combine(x, other), combine, lanes);
+  }
+}
+
 template <typename A>
 inline A largest_lane(Vec<A> x) {
-  A largest = x[0];
-  for (int i = 1; i < kLanes<A>; ++i) largest = std::max(largest, static_cast<A>(x[i]));
-  return largest;
+  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
+  return fold<kLanes<A> / 2>(x, largest_of<A>, lanes)[0];
 }
 
 template <typename A>
 inline A sum_lanes(Vec<A> x) {
-  A part[kLanes<A>];
-  store(part, x);
-  for (int n = kLanes<A> / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) part[i] += part[i + n];
-  }
-  return part[0];
+  constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
+  return fold<kLanes<A> / 2>(x, [](Vec<A> a, Vec<A> b) { return a + b; }, lanes)[0];
 }
 
 // Adds neighbouring blocks of `Block` lanes of x and y: twice as many blocks come in as go out.

@@ -81,7 +81,6 @@ class QueryBlock {
     slope_ = scratch_.take(most_lanes_);
     distance_ = scratch_.take(most_lanes_);
     table_ = scratch_.take(most_tokens_ * std::max<int64_t>(1, args.rotary.dim));
-    clocks_.resize(most_tokens_);
     numbers_.resize(kSpans * 2 * most_lanes_);
   }
 
@@ -118,7 +117,7 @@ class QueryBlock {
     const int64_t size = seen_by_some_[span].size();
     if (size <= 0) return;
     const int64_t blocks = (size + kBlockKeys - 1) / kBlockKeys;
-    const int64_t step = round_up((size + blocks - 1) / blocks, kTileRows);
+    const int64_t step = round_up((size + blocks - 1) / blocks, kProductRows);
     for (int64_t j = seen_by_some_[span].begin; j < seen_by_some_[span].end; j += step)
       run(KeyRange{j, std::min(j + step, seen_by_some_[span].end)});
   }
@@ -146,7 +145,7 @@ class QueryBlock {
   void turn(int64_t lane, A direction, A* query) const {
     const int64_t half = args_.rotary.dim / 2;
     const A* cosine = table_ + lane % tokens_ * args_.rotary.dim;
-    rotate_row(args_.rotary, cosine, cosine + half, direction, query);
+    rotate_row(args_.rotary, RotaryTable<A>{cosine, cosine + half}, direction, query);
   }
 
   const A* rows() const { return rows_; }
@@ -233,33 +232,11 @@ class QueryBlock {
     return static_cast<double>(turned);
   }
 
-  // Cosines and sines of all tokens, [tokens, 2, dim / 2]. Clocks mostly advance by one, which is
-  // a rotation by one, in float64; a block begins anew, so that errors do not add up.
+  // Cosines and sines of all tokens, [tokens, 2, dim / 2].
   void make_table(int64_t span) {
-    const int64_t half = args_.rotary.dim / 2;
-    if (half == 0) return;
-    angles_.resize(4 * half);
-    double* c = angles_.data();
-    double *s = c + half, *c1 = s + half, *s1 = c1 + half;
-    rotary_table(args_.rotary, 1.0, c1, s1);
-    for (int64_t i = 0; i < tokens_; ++i) {
-      clocks_[i] = clock(span, position(i));
-      if (i > 0 && clocks_[i] == clocks_[i - 1] + 1.0) {
-#pragma omp simd
-        for (int64_t k = 0; k < half; ++k) {
-          const double turned = c[k] * c1[k] - s[k] * s1[k];
-          s[k] = s[k] * c1[k] + c[k] * s1[k];
-          c[k] = turned;
-        }
-      } else {
-        rotary_table(args_.rotary, clocks_[i], c, s);
-      }
-      A* target = table_ + i * args_.rotary.dim;
-      for (int64_t k = 0; k < half; ++k) {
-        target[k] = static_cast<A>(c[k]);
-        target[half + k] = static_cast<A>(s[k]);
-      }
-    }
+    if (args_.rotary.dim == 0) return;
+    for (int64_t i = 0; i < tokens_; ++i)
+      make_rotary_table(args_.rotary, clock(span, position(i)), table_ + i * args_.rotary.dim);
   }
 
   A per_head(const void* values, int64_t lane) const {
@@ -332,8 +309,6 @@ class QueryBlock {
   A* slope_;
   A* distance_;
   A* table_;
-  std::vector<double> clocks_;
-  std::vector<double> angles_;
   std::vector<Integer> numbers_;
 };
 

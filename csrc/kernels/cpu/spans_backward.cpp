@@ -138,7 +138,7 @@ class SpansBackward {
       for (int64_t j = 0; j < keys.size(); ++j) {
         A* place = scores + j * lanes + v;
         A* grads = grads_ + j * lanes + v;
-        const auto weight = exp_lanes<A>(L::load(place) - subtract);
+        const auto weight = exponential(L::load(place) - subtract);
         auto grad = (L::load(grads) - base) * weight;
         // Whatever a hidden value holds, even if its product has left the range of numbers.
         if (hides) grad = weight == zero ? zero : grad;

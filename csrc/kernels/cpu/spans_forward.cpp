@@ -80,11 +80,11 @@ class SpansForward {
       auto total = L::all(A(0));
       for (int64_t j = 0; j < count; ++j) {
         A* place = scores + j * lanes + v;
-        const auto weight = exp_lanes<A>(L::load(place) - subtract);
+        const auto weight = exponential(L::load(place) - subtract);
         L::store(weight, place);
         total += weight;
       }
-      const auto shrink = exp_lanes<A>(before - reference);
+      const auto shrink = exponential(before - reference);
       for (int64_t earlier = 0; earlier < kSpans; ++earlier) {
         A* sum = totals_ + earlier * lanes + v;
         const auto shrunk = L::load(sum) * shrink;
@@ -143,7 +143,7 @@ void run_blocks(const SpansArgs& args) {
   const int64_t blocks = (args.tokens + step - 1) / step;
   int64_t keys = 0;
   for (const Span& span : args.spans) keys += span.size;
-  const int64_t work = keys * kBlockLanes * (args.head_dim + args.value_dim) / kTileRows;
+  const int64_t work = keys * kBlockLanes * (args.head_dim + args.value_dim) / kProductRows;
   at::parallel_for(
       0, args.batch * args.kv_heads * blocks, grain(work), [&](int64_t begin, int64_t end) {
         SpansForward<T> spans(args);

@@ -15,6 +15,7 @@ from ctx.cli.limits import check_fits
 from ctx.cli.loading import load_model, set_threads
 from ctx.cli.progress import Progress
 from ctx.cli.settings import in_options, sizes
+from ctx.cli.usage import shares, usage_table
 
 __all__ = ["add_parser", "run"]
 
@@ -31,11 +32,13 @@ def add_parser(commands: Any) -> None:
                         help="other sizes than trained with; or one per layer")  # fmt: skip
     parser.add_argument("--compressed", type=sizes, metavar="N[,N...]")
     parser.add_argument("--segment", type=sizes, metavar="N[,N...]")
+    parser.add_argument("--usage", action="store_true",
+                        help="also what share of attention each region gets, by layer")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table of `ctx train` for another text."""
+    """Prints the table of `ctx train` for another text, and what is asked for besides."""
     set_threads(args.threads)
     model = load_model(args.folder)
     data = read_text(args.file)
@@ -47,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
         raise in_options(error) from None
     check_fits(model.config, 1, 1, training=False)
     text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    with Progress("evaluation", 3 * len(text), lines=0) as progress:
+    with Progress("evaluation", (3 + args.usage) * len(text), lines=0) as progress:
         results = evaluate(model, text, progress.advance)
+        usage = shares(model, text, progress.advance) if args.usage else None
     print(table(results, text))
+    if usage is not None:
+        print("\n" + usage_table(usage))
     return 0

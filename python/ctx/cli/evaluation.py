@@ -15,7 +15,7 @@ from ctx.cli.data import unigram_entropy
 from ctx.cli.errors import CliError
 from ctx.transformer import CompressiveTransformer, ModelMemory
 
-__all__ = ["Result", "evaluate", "stream", "table"]
+__all__ = ["Result", "evaluate", "side_by_side", "stream", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,8 @@ def stream(
         raise CliError(f"the text must have at least 2 bytes, got {len(text)}")
     segment = max(schedule.segment for schedule in model.schedules)
     reach = max(schedule.reach for schedule in model.schedules)
-    rows = max(1, min(16, len(text) // (16 * (reach + segment))))
-    size = len(text) // rows
-    lines = text[: rows * size].view(rows, size)
+    lines = side_by_side(text, reach + segment)
+    rows, size = lines.shape
     was_training = model.training
     model.eval()
     bits, memory_bytes = 0.0, 0
@@ -85,6 +84,13 @@ def stream(
     model.train(was_training)
     tokens = rows * (size - 1)
     return Result(name, bits / tokens, tokens / took, memory_bytes // rows, reach)
+
+
+def side_by_side(text: Tensor, reach: int) -> Tensor:
+    """A text [N] as up to 16 rows, each many times longer than the reach: [rows, N // rows]."""
+    rows = max(1, min(16, len(text) // (16 * reach)))
+    size = len(text) // rows
+    return text[: rows * size].view(rows, size)
 
 
 def table(results: Sequence[Result], text: Tensor) -> str:

@@ -131,6 +131,8 @@ def _optimizer(model: CompressiveTransformer, settings: TrainSettings) -> torch.
     kept: list[Tensor] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and ".compressor." not in name
+        if ".relative." in name:  # a row or a matrix per head
+            matrix = name.endswith("_weight")
         (decayed if matrix else kept).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": settings.weight_decay},
