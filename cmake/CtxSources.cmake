@@ -25,6 +25,7 @@ set(CTX_SOURCES
 set(CTX_CPU_KERNEL_SOURCES
     csrc/kernels/cpu/append.cpp
     csrc/kernels/cpu/attend.cpp
+    csrc/kernels/cpu/choose.cpp
     csrc/kernels/cpu/compress.cpp
     csrc/kernels/cpu/rotary.cpp
     csrc/kernels/cpu/spans_backward.cpp

@@ -164,6 +164,22 @@ def assert_same_row(
             raise AssertionError(f"{name} of row {row}, {numbers}: {error}") from None
 
 
+def assert_equals_usage(ours: Any, theirs: Any, row: int, numbers: Any, tolerance: float) -> None:
+    """What a row of a ctx.KVMemory counts, and which tokens its slots are, is what the reference's
+    does."""
+    stream = theirs.rows[row]
+    tokens = [t for t in numbers["window"] if t >= theirs.schedule.sinks]
+    for name, counted, places in (
+        ("usage", [used.tolist() for used in stream.usage], tokens),
+        ("slot_positions", stream.positions, numbers["compressed"]),
+    ):
+        ring = ours.tensors[name][row]
+        got = ring[:, [n % ring.shape[1] for n in places]]
+        want = torch.tensor([counted[n] for n in places], dtype=ring.dtype)
+        if len(places):
+            assert_close(got, want.T, tolerance if name == "usage" else 0)
+
+
 def assert_equals_reference(setting: Setting, ours: Any, theirs: Any, tolerance: float) -> None:
     """A ctx.KVMemory holds what a ctx.reference.KVMemory does, row by row."""
     assert_same_bits(ours.seen, theirs.seen)
@@ -171,6 +187,8 @@ def assert_equals_reference(setting: Setting, ours: Any, theirs: Any, tolerance:
     for b, row in enumerate(theirs.rows):
         numbers = held(setting.law(), len(row.tokens), row.rewindable)
         mine = parts_of(ours.tensors, b, numbers)
+        if theirs.by_usage:
+            assert_equals_usage(ours, theirs, b, numbers, tolerance)
         for region in PAIRS:
             pairs = row.slots if region == "compressed" else row.tokens
             for i, part in enumerate(("keys", "values")):

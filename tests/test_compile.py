@@ -87,9 +87,17 @@ def test_one_graph_for_every_position(make, grad):
             assert_close(mine[name], yours[name], 1e-6)
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["streaming", "differentiable"])
-def test_begins_without_a_memory(grad):
-    module = attention()
+@pytest.mark.parametrize(
+    "grad, options",
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"compression_kernel": 2 * SIZES["ratio"] + 1}),
+        (True, {"compression": "most_used", "distance": "token"}),
+    ],
+)
+def test_begins_without_a_memory(grad, options):
+    module = attention(**options)
     compiled = Compiled(module, "aot_eager")
     x = torch.randn(2, 9, 32)
     with torch.set_grad_enabled(grad):
@@ -188,7 +196,7 @@ def test_export_of_a_step(make):
             assert_close(mine[name], yours[name], 1e-6)
 
 
-@pytest.mark.parametrize("compression", ["mean", "gated"])
+@pytest.mark.parametrize("compression", ["mean", "dilated", "gated", "most_used"])
 def test_operators_alone(compression):
     """torch.ops.ctx compiles without any of our modules around it."""
     module = attention(compression=compression).requires_grad_(False)

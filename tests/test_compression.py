@@ -9,13 +9,22 @@ from hypothesis import strategies as st
 
 import ctx
 from ctx import reference
-from strategies import COMPRESSORS, DTYPES, assert_close, cases, memories
+from strategies import COMPRESSORS, DTYPES, POOLING, assert_close, cases, memories
 
 F64 = torch.float64
 SHAPES = {
     "mean": {},
     "max": {},
     "conv": {"key_weight": (3, 5, 8, 8), "value_weight": (3, 5, 6, 6)},
+    "dilated": {
+        "key_first": (3, 2, 8, 16),
+        "key_hidden": (3, 2, 2, 16, 16),
+        "key_weight": (3, 5, 16, 8),
+        "value_first": (3, 2, 6, 12),
+        "value_hidden": (3, 2, 2, 12, 12),
+        "value_weight": (3, 5, 12, 6),
+    },
+    "most_used": {},
     "gated": {
         "key_gate": (3, 8),
         "key_position": (3, 5),
@@ -26,7 +35,7 @@ SHAPES = {
 
 
 def made(name, *sizes, **options):
-    return getattr(ctx.compression, name.capitalize())(*sizes, **options)
+    return ctx.compression.COMPRESSORS[name](*sizes, **options)
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
@@ -37,6 +46,69 @@ def test_parameters(name):
     start = reference.initial_parameters(name, 3, 5, 8, 6, torch.float32)
     for key, parameter in module.named_parameters():
         assert torch.equal(parameter, start[key])
+
+
+def test_longer_kernel():
+    """The tokens left of the group come first, and start without weight."""
+    module = made("conv", 3, 5, 8, 6, kernel=7)
+    assert module.overlap == 2 and module.key_weight.shape == (3, 7, 8, 8)
+    start = reference.initial_parameters("conv", 3, 5, 8, 6, torch.float32, 7)
+    for key, parameter in module.named_parameters():
+        assert torch.equal(parameter, start[key])
+    assert (module.key_weight[:, :2] == 0).all() and (module.key_weight[:, 2:] != 0).any()
+    assert "kernel=7" in repr(module) and made("conv", 3, 5, 8, kernel=5).overlap == 0
+
+
+@pytest.mark.parametrize(
+    "ratio, overlap", [(1, 1), (2, 1), (3, 3), (4, 3), (5, 7), (8, 7), (9, 15)]
+)
+def test_dilated_reads_a_receptive_field(ratio, overlap):
+    """The earliest token that it is given matters, and so does each."""
+    module = made("dilated", 1, ratio, 2).double()
+    assert module.overlap == overlap
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.rand_like(parameter))
+    tokens = torch.rand(1, 1, 1, overlap + ratio, 2, dtype=F64, requires_grad=True)
+    module(tokens, tokens.detach())[0].sum().backward()
+    assert (tokens.grad.abs().amin(-1) > 0).all()
+    with pytest.raises(ValueError, match=r"keys must be groups of c \+ overlap"):
+        module(tokens[..., 1:, :], tokens[..., 1:, :])
+
+
+@pytest.mark.parametrize("name", POOLING)
+def test_starts_as_mean(name):
+    module = made(name, 2, 5, 4, 3, dtype=F64)
+    tokens = torch.randn(2, 2, 3, module.overlap + 5, 4, dtype=F64)
+    values = torch.randn(2, 2, 3, module.overlap + 5, 3, dtype=F64)
+    wanted = reference.maximum if name == "max" else reference.mean
+    for got, want in zip(
+        module(tokens, values), wanted(tokens[..., -5:, :], values[..., -5:, :]), strict=True
+    ):
+        assert_close(got, want, 1e-14)
+
+
+def test_kernel_errors():
+    with pytest.raises(ValueError, match=r"Conv: kernel must be at least ratio = 4, got 3"):
+        made("conv", 1, 4, 2, kernel=3)
+    with pytest.raises(TypeError, match=r"kernel must be an int"):
+        made("conv", 1, 4, 2, kernel=4.5)
+    with pytest.raises(ValueError, match=r'kernel must be None unless "conv" compresses, got 5'):
+        ctx.compression.make_compressor("mean", 1, 4, 2, kernel=5)
+    layer = {"window": 4, "compressed": 2, "ratio": 4}
+    for compression, kernel, words in (
+        ("conv", 3, "compression_kernel must be at least ratio = 4, got 3"),
+        ("gated", 5, 'compression_kernel must be None unless "conv" compresses, got 5'),
+        (torch.nn.Identity(), 5, 'compression_kernel must be None unless "conv" compresses'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ctx.CompressiveAttention(
+                8, 2, compression=compression, compression_kernel=kernel, **layer
+            )
+    with pytest.raises(ValueError, match="aux_loss must be None for compression"):
+        ctx.CompressiveAttention(8, 2, compression="most_used", aux_loss="reconstruction", **layer)
+    with pytest.raises(ValueError, match="what stays depends on queries"):
+        made("most_used", 1, 4, 2)(torch.zeros(1, 1, 1, 4, 2), torch.zeros(1, 1, 1, 4, 2))
 
 
 def test_value_dim_defaults_to_head_dim():
@@ -59,7 +131,7 @@ def test_conv_bias():
     assert_close(memory.tensors["compressed_values"][:, :, 0], want[1][:1, :, 0], 1e-6)
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("name", POOLING)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @cases(10)
 @given(data=st.data())
@@ -67,7 +139,7 @@ def test_values(name, dtype, data):
     setting = data.draw(memories(compressor=name))
     module = setting.module(dtype).to(dtype)
     groups = data.draw(st.integers(0, 4))
-    shape = setting.batch, setting.kv_heads, groups, setting.ratio
+    shape = setting.batch, setting.kv_heads, groups, module.overlap + setting.ratio
     keys = setting.random((*shape, setting.head_dim), dtype, 2)
     values = setting.random((*shape, setting.value_dim), dtype, 3)
     parameters = {key: x.to(F64) for key, x in module.named_parameters()}
@@ -78,15 +150,17 @@ def test_values(name, dtype, data):
         assert_close(got.to(F64), slot, close)
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
-def test_gradients(name):
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("name", POOLING)
+def test_gradients(name, kernel):
     """Of keys, values and every parameter: equal to the reference's, and numerically right."""
-    module = made(name, 2, 3, 4, 2).double()
+    module = made(name, 2, 3, 4, 2, **({"kernel": kernel} if name == "conv" else {})).double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter))
-    keys = torch.randn(2, 2, 2, 3, 4, dtype=F64, requires_grad=True)
-    values = torch.randn(2, 2, 2, 3, 2, dtype=F64, requires_grad=True)
+    tokens = module.overlap + 3
+    keys = torch.randn(2, 2, 2, tokens, 4, dtype=F64, requires_grad=True)
+    values = torch.randn(2, 2, 2, tokens, 2, dtype=F64, requires_grad=True)
     named = dict(module.named_parameters())
     wanted = [keys, values, *named.values()]
 
@@ -106,10 +180,10 @@ def test_gradients(name):
     assert torch.autograd.gradcheck(run, wanted)
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("name", POOLING)
 def test_is_an_ordinary_module(name):
     module = made(name, 2, 3, 4).double()
-    keys = torch.randn(2, 2, 2, 3, 4, dtype=F64)
+    keys = torch.randn(2, 2, 2, module.overlap + 3, 4, dtype=F64)
     twin = copy.deepcopy(module)
     again = made(name, 2, 3, 4).double()
     again.load_state_dict(module.state_dict())

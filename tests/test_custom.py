@@ -102,6 +102,70 @@ def test_a_module_equals_the_built_in_it_copies(data):
         begin += size
 
 
+class Longer(nn.Module):
+    """The convolution of ctx.compression with a kernel above the ratio, by another way."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        self.overlap = conv.overlap
+
+    def forward(self, keys, values):
+        weights = self.conv.key_weight, self.conv.value_weight
+        return tuple(
+            torch.einsum("bhgkd,hkde->bhge", x, weight)
+            for x, weight in zip((keys, values), weights, strict=True)
+        )
+
+
+@cases(60)
+@given(st.data())
+def test_a_module_reads_left_of_its_groups(data):
+    """An `overlap` of one's own: streams and gradients are those of the engine's convolution."""
+    ratio, longer = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    options = {
+        "window": data.draw(st.integers(0, 8)),
+        "compressed": data.draw(st.integers(0, 5)),
+        "ratio": ratio,
+        "segment": data.draw(st.integers(1, 9)),
+        "sinks": data.draw(st.integers(0, 3)),
+        "distance": data.draw(st.sampled_from(["slot", "token"])),
+        "headroom": data.draw(st.sampled_from([1, 3, 64])),
+        "dtype": F64,
+    }
+    module = compression.Conv(2, ratio, 4, kernel=ratio + longer, dtype=F64)
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    theirs = ctx.CompressiveAttention(16, 4, 2, compression=module, **options)
+    ours = ctx.CompressiveAttention(16, 4, 2, compression=Longer(module), **options)
+    weights = {k: v for k, v in theirs.state_dict().items() if "compressor" not in k}
+    ours.load_state_dict(weights, strict=False)
+    length, mine, yours = data.draw(st.integers(1, 40)), None, None
+    x = torch.randn(2, length, 16, dtype=F64)
+    resets = torch.rand(2, length) < data.draw(st.sampled_from([0.0, 0.1]))
+    begin = 0
+    for size in data.draw(cuts(length)):
+        piece = slice(begin, begin + size)
+        rows = {"reset_at": resets[:, piece]} if resets.any() else {}
+        with torch.set_grad_enabled(data.draw(st.booleans())):
+            y, mine = ours(x[:, piece], mine, **rows)
+            expected, yours = theirs(x[:, piece], yours, **rows)
+        assert_close(y, expected, 1e-10)
+        begin += size
+    for name, tensor in yours.items():
+        assert_close(mine[name], tensor, 1e-10)
+
+
+@pytest.mark.parametrize("overlap, kind", [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_bad_overlap(overlap, kind):
+    module = nn.Identity()
+    module.overlap = overlap
+    with pytest.raises(kind, match=r"ctx.compression.Custom: overlap must be"):
+        ctx.KVMemory(ctx.Schedule(4, 2, 2), 1, 1, 4, compressor=module)
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("how", ["uniform", "lengths", "reset_at"])
 def test_attention(grad, how):

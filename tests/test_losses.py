@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import ctx
 from ctx import losses, reference
 from ctx.reference.attention import inputs_compressor
-from strategies import COMPRESSORS, assert_close, cases, schedules
+from strategies import POOLING, assert_close, cases, schedules
 
 F64 = torch.float64
 SIZES = {"window": 5, "compressed": 4, "ratio": 3, "segment": 6, "sinks": 1}
@@ -47,6 +47,8 @@ def expected(attn, x, seen, counts):
             slots = torch.stack([compress(group)[:, 0] for group in keys[0, 0][:, None]], 1)
             return slots[:, None], values[..., 0, :]
 
+        compressor.overlap = attn.compressor.overlap
+
         def project(inputs):
             return part("k_proj", inputs), part("v_proj", inputs)
 
@@ -59,12 +61,14 @@ def expected(attn, x, seen, counts):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("compression", COMPRESSORS)
+@pytest.mark.parametrize("compression", POOLING)
 @cases(20)
 @given(data=st.data())
 def test_reconstruction_equals_reference(compression, grad, data):
     """Any phase of the memory, any length, ragged rows; values and gradients."""
     drawn = data.draw(schedules())
+    if compression == "conv":
+        drawn["compression_kernel"] = drawn["ratio"] + data.draw(st.integers(0, 6))
     drawn["memory_content"] = data.draw(st.sampled_from(["kv", "hidden"]))
     attn = attention(compression, aux_loss="reconstruction", **drawn)
     seen, length = data.draw(st.integers(0, 20)), data.draw(st.integers(1, 20))
@@ -92,7 +96,7 @@ CONTENTS = pytest.mark.parametrize("content", ["kv", "hidden"])
 
 @CONTENTS
 @pytest.mark.parametrize("aux", losses.LOSSES)
-@pytest.mark.parametrize("compression", ["conv", "gated"])
+@pytest.mark.parametrize("compression", ["conv", "dilated", "gated"])
 def test_aux_reaches_the_compressor_only(compression, aux, content):
     """Parameter by parameter, with a carried memory, and the input too."""
     attn = attention(compression, aux_loss=aux, memory_content=content)
@@ -171,6 +175,23 @@ def test_autoencoding_of_the_mean_is_the_variance():
         groups = projection(x).view(1, 2, 4, 16)
         parts.append((groups - groups.mean(2, keepdim=True)).square().mean())
     assert_close(loss.detach(), sum(parts).detach(), 1e-12)
+
+
+@pytest.mark.parametrize("compression, kernel", [("conv", 7), ("dilated", None)])
+def test_autoencoding_rebuilds_the_group_only(compression, kernel):
+    """What a slot was made of left of its group is not asked for."""
+    options = {"window": 0, "compressed": 4, "ratio": 4, "segment": 4, "sinks": 0, "dtype": F64}
+    attn = ctx.CompressiveAttention(
+        16, 4, 4, compression=compression, compression_kernel=kernel, aux_loss="autoencoding",
+        **options,
+    )  # fmt: skip
+    x = torch.randn(1, 8, 16, dtype=F64)
+    loss = attn(x, return_aux=True)[2]
+    parts = []
+    for projection in (attn.k_proj, attn.v_proj):
+        groups = projection(x).view(1, 2, 4, 16)
+        parts.append((groups - groups.mean(2, keepdim=True)).square().mean())
+    assert_close(loss.detach(), sum(parts).detach(), 1e-12)  # it starts as a mean
 
 
 def test_autoencoding_of_inputs():

@@ -55,6 +55,20 @@ def step(dtype, rows, grad):
     return (*pairs(dtype, grad), *ROWS[rows], *memory(dtype), *operands, *settings)
 
 
+def choose(dtype, rows, grad):
+    used = ctx.KVMemory(
+        SCHEDULE, B, HKV, D, DV, headroom=5, dtype=dtype, rotary_dim=4, compressor="most_used"
+    )
+    used.step(
+        *(torch.randn(B, heads, 17, w, dtype=dtype) for heads, w in ((H, D), (HKV, D), (HKV, DV)))
+    )
+    state = [tensor.clone() for tensor in used.tensors.values()]
+    q, k, v = pairs(dtype, grad)
+    groups, _, block = torch.ops.ctx.due_groups(k, v, *ROWS[rows], state, *SETTINGS)
+    rest = (*scores(dtype), *SETTINGS, SCALE, block, groups.shape[2])
+    return (q, k, v, *ROWS[rows], *state, *rest)
+
+
 def append(dtype, rows, grad):
     return (*pairs(dtype, grad)[1:], *ROWS[rows], *memory(dtype), *compressor(dtype), *SETTINGS)
 
@@ -64,7 +78,12 @@ def attend_memory(dtype, rows, grad):
     return (pairs(dtype, grad)[0], *memory(dtype), *operands, *SETTINGS, SCALE, True)
 
 
-MUTATING = {"step_": step, "append_": append, "attend_memory": attend_memory}
+MUTATING = {
+    "step_": step,
+    "append_": append,
+    "attend_memory": attend_memory,
+    "choose_": choose,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

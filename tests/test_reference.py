@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctx import reference
+from ctx.reference.compression import overlap
 from strategies import (
     assert_close,
     assert_same_bits,
@@ -172,10 +173,18 @@ class TestCompressors:
     keys = torch.randn(2, 3, 4, 5, 6, dtype=F64)
     values = torch.randn(2, 3, 4, 5, 2, dtype=F64)
 
-    @pytest.mark.parametrize("name", ["conv", "gated"])
+    @pytest.mark.parametrize("name", ["conv", "dilated", "gated"])
     def test_start_as_mean(self, name):
-        start = reference.initial_parameters(name, 3, 5, 6, 2, F64)
-        slots = reference.COMPRESSORS[name](self.keys, self.values, **start)
+        start = reference.initial_parameters(name, 3, 5, 6, 2, F64, 9)
+        compressor = partial(reference.COMPRESSORS[name], **start)
+        left = overlap(compressor, 5)
+        assert left == {"conv": 4, "dilated": 7, "gated": 0}[name]
+        before = [
+            torch.randn(*x.shape[:3], left, x.shape[4], dtype=F64) for x in (self.keys, self.values)
+        ]
+        slots = compressor(
+            torch.cat([before[0], self.keys], 3), torch.cat([before[1], self.values], 3)
+        )
         for slot, mean in zip(slots, reference.mean(self.keys, self.values), strict=True):
             assert_close(slot, mean, 1e-14)
 
@@ -189,6 +198,31 @@ class TestCompressors:
             kernel = weight[h].permute(2, 1, 0)  # [out, in, c]
             want = torch.nn.functional.conv1d(tokens, kernel, bias[h], stride=5)
             assert_close(slots[:, h], want.transpose(1, 2), 1e-12)
+
+    def test_dilated_is_torch_conv(self):
+        """Per head, conv1d with dilation 1, 2, 4 and ReLU over a stream that begins with zeros."""
+        shapes = (3, 2, 6, 12), (3, 2, 2, 12, 12), (3, 5, 12, 6)
+        own = [torch.randn(shape, dtype=F64) for shape in shapes]
+        tokens = torch.randn(2, 3, 15, 6, dtype=F64)
+        padded = torch.nn.functional.pad(tokens, (0, 0, 7, 0))
+        groups = torch.stack([padded[:, :, 5 * g : 5 * g + 12] for g in range(3)], 2)
+        first, hidden, weight = own
+        own_names = {"key_first": first, "key_hidden": hidden, "key_weight": weight}
+        own_names |= {"value_first": first, "value_hidden": hidden, "value_weight": weight}
+        slots, _ = reference.dilated(groups, groups, **own_names)
+        for h in range(3):
+            x = tokens[:, h].transpose(1, 2)
+            for layer, weight in enumerate([own[0][h], *own[1][h]]):
+                back = torch.nn.functional.pad(x, (2**layer, 0))
+                kernel = weight.permute(2, 1, 0)
+                x = torch.nn.functional.conv1d(back, kernel, dilation=2**layer).relu()
+            want = torch.nn.functional.conv1d(x, own[2][h].permute(2, 1, 0), stride=5)
+            assert_close(slots[:, h], want.transpose(1, 2), 1e-12)
+
+    def test_most_used_by_hand(self):
+        usage = torch.tensor([[0.5, 2.0, 2.0, 0.1], [1.0, 1.0, 1.0, 1.0], [0.0, 0.1, 0.2, 3.0]])
+        assert reference.most_used(usage, 2) == [[1, 2], [0, 1], [2, 3]]
+        assert reference.most_used(usage, 1) == [[1], [0], [3]]
 
     def test_gated_by_hand(self):
         """exp(x . u + p), normalised, one token at a time; values are weighed by their keys."""
@@ -242,9 +276,10 @@ class TestGradients:
         shapes = (1, 2, 9, 2), (1, 1, 9, 2), (1, 1, 9, 2)
         return [torch.randn(shape, dtype=F64, requires_grad=True) for shape in shapes]
 
-    @pytest.mark.parametrize("name", ["mean", "max", "conv", "gated"])
+    @pytest.mark.parametrize("name", ["mean", "max", "conv", "dilated", "gated"])
     def test_gradcheck(self, name):
-        start = reference.initial_parameters(name, 1, 2, 2, 2, F64)
+        start = reference.initial_parameters(name, 1, 2, 2, 2, F64, 3)
+        start = {key: x + 0.1 * torch.randn_like(x) for key, x in start.items()}
         parameters = [x.requires_grad_() for x in start.values()]
         bias = torch.randn(2, dtype=F64, requires_grad=True)
 

@@ -71,8 +71,9 @@ def assert_goes_on_alike(got, want):
     for first, count in ((40, 1), (41, 12), (53, 0), (53, 20)):
         piece = tokens(first, count, dtype)
         assert_same_bits(got.step(*piece), want.step(*piece))
-    got.rewind(3)
-    want.rewind(3)
+    if not want.compressor.by_usage:
+        got.rewind(3)
+        want.rewind(3)
     assert_same_bits(got.step(*tokens(70, 9, dtype)), want.step(*tokens(70, 9, dtype)))
     assert_same_memory(got, want)
 

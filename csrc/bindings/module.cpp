@@ -31,6 +31,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
                                            const std::string& compressor,
                                            const std::vector<at::Tensor>& parameters,
                                            ctx::Compressor::Function function,
+                                           int64_t overlap,
                                            const std::string& distance,
                                            int64_t rotary_dim,
                                            double rotary_base,
@@ -56,7 +57,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
   options.kv_heads = kv_heads;
   options.head_dim = head_dim;
   options.value_dim = value_dim;
-  options.compressor = {compressor, parameters, std::move(function)};
+  options.compressor = {compressor, parameters, std::move(function), overlap};
   options.compressed_bias = compressed_bias;
   options.headroom = headroom;
   options.dtype = dtype;
@@ -148,6 +149,7 @@ PYBIND11_MODULE(_C, m) {
            "compressor"_a,
            "parameters"_a,
            "function"_a,
+           "overlap"_a,
            "distance"_a,
            "rotary_dim"_a,
            "rotary_base"_a,

@@ -28,6 +28,57 @@ std::string AttentionOptions::position() const {
   return rotary_dim > 0 ? "rotary" : "none";
 }
 
+namespace {
+
+// The pairs that become slots, chosen by usage: what a copy of the memory makes of the call. Keys
+// and values are the groups' [B, Hkv, G, c, width].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> most_used(const at::Tensor& q,
+                                                         const calls::Tokens& tokens,
+                                                         const std::vector<at::Tensor>& memory,
+                                                         const std::optional<at::Tensor>& bias,
+                                                         const AttentionOptions& options,
+                                                         const at::Tensor& keys,
+                                                         const at::Tensor& values,
+                                                         const at::Tensor& block) {
+  ops::State copy;
+  {
+    const at::NoGradGuard no_grad;
+    const auto sizes = ops::state_sizes(options.schedule,
+                                        tokens.k.size(0),
+                                        tokens.k.size(1),
+                                        tokens.k.size(3),
+                                        tokens.v.size(3),
+                                        /*headroom=*/64,
+                                        tokens.k.scalar_type(),
+                                        /*used=*/true);
+    for (int i = 0; i < ops::kStateTensors; ++i) {
+      copy[i] = memory.empty()
+                    ? at::zeros_symint(sizes[i],
+                                       tokens.k.options().dtype(ops::state_type(
+                                           i, tokens.k.scalar_type(), tokens.k.scalar_type())))
+                    : memory[i].detach().clone();
+    }
+  }
+  const at::Tensor k = tokens.k.detach(), v = tokens.v.detach();
+  AttentionOptions constant = options;
+  if (constant.alibi_slopes) constant.alibi_slopes = constant.alibi_slopes->detach();
+  for (at::Tensor& part : constant.relative) part = part.detach();
+  const auto [chosen, positions] =
+      calls::choose_(q.detach(),
+                     {k, v, tokens.lengths, tokens.reset_at},
+                     copy,
+                     bias ? std::optional<at::Tensor>(bias->detach()) : std::nullopt,
+                     constant,
+                     block,
+                     keys.sym_size(2));
+  const auto taken = [&index = chosen](const at::Tensor& groups) {
+    return groups.flatten(2, 3).gather(2, index.unsqueeze(-1).expand({-1, -1, -1, groups.size(4)}));
+  };
+  return {taken(keys), taken(values), positions};
+}
+
+}  // namespace
+
 at::Tensor compressive_attention(const at::Tensor& q,
                                  const at::Tensor& k,
                                  const at::Tensor& v,
@@ -43,26 +94,34 @@ at::Tensor compressive_attention(const at::Tensor& q,
       q.dim() == 4, "ctx.compressive_attention", "q must be [B, H, T, D], got ", q.sizes());
   CTX_CHECK_VALUE(
       k.dim() == 4, "ctx.compressive_attention", "k must be [B, Hkv, T, D], got ", k.sizes());
-  options.validate(q.size(3));
+  AttentionOptions resolved = options;
+  resolved.schedule.overlap = compressor.reads_left(resolved.schedule.ratio);
+  resolved.validate(q.size(3));
   ops::check_rows(k, lengths, reset_at, "ctx.compressive_attention");
   ops::check_lengths(lengths, k.size(2), "ctx.compressive_attention");
   if (!memory.empty()) {
-    ops::check_state(memory, options.schedule, "ctx.compressive_attention");
+    ops::check_state(memory, resolved.schedule, "ctx.compressive_attention");
     ops::check_seen(memory[ops::kSeen], "ctx.compressive_attention");
   }
-  AttentionOptions resolved = options;
   if (resolved.scale == 0.0) resolved.scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
   const calls::Tokens tokens{k, v, lengths, reset_at};
   const auto [keys, values, block] = calls::due_groups(tokens, memory, resolved);
-  auto [slot_keys, slot_values] = compress(keys, values, compressor);
-  if (constant_slots) slot_keys = slot_keys.detach(), slot_values = slot_values.detach();
   const std::optional<Tensor> given = bias && bias->defined() ? bias : std::nullopt;
+  Tensor slot_keys, slot_values;
+  std::optional<Tensor> slot_positions;
+  if (compressor.name == "most_used") {
+    std::tie(slot_keys, slot_values, slot_positions) =
+        most_used(q, tokens, memory, given, resolved, keys, values, block);
+  } else {
+    std::tie(slot_keys, slot_values) = compress(keys, values, compressor);
+  }
+  if (constant_slots) slot_keys = slot_keys.detach(), slot_values = slot_values.detach();
   return std::get<0>(calls::attend_sequence(q,
                                             tokens,
                                             memory,
                                             slot_keys,
                                             slot_values,
-                                            /*slot_positions=*/std::nullopt,
+                                            slot_positions,
                                             given,
                                             resolved,
                                             /*with_mass=*/false));

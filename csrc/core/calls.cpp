@@ -94,6 +94,41 @@ void append_(const Tokens& tokens,
           CTX_SETTINGS_OF(options));
 }
 
+Pair choose_(const Tensor& q,
+             const Tokens& tokens,
+             const ops::State& state,
+             const OptionalTensor& bias,
+             const AttentionOptions& options,
+             const Tensor& block,
+             const c10::SymInt& slots) {
+  static const auto op = find<Pair(const Tensor&,
+                                   const Tensor&,
+                                   const Tensor&,
+                                   const OptionalTensor&,
+                                   const OptionalTensor&,
+                                   CTX_STATE_TYPES,
+                                   const OptionalTensor&,
+                                   const OptionalTensor&,
+                                   at::TensorList,
+                                   CTX_SETTINGS_TYPES,
+                                   double,
+                                   const Tensor&,
+                                   c10::SymInt)>("ctx::choose_");
+  return op.call(q,
+                 tokens.k,
+                 tokens.v,
+                 tokens.lengths,
+                 tokens.reset_at,
+                 CTX_STATE_OF(state),
+                 bias,
+                 options.alibi_slopes,
+                 options.relative,
+                 CTX_SETTINGS_OF(options),
+                 options.scale,
+                 block,
+                 slots);
+}
+
 Pair attend_memory(const Tensor& q,
                    const ops::State& state,
                    const OptionalTensor& bias,

@@ -43,6 +43,14 @@ void append_(const Tokens& tokens,
              const Slots& slots,
              const AttentionOptions& options);
 
+std::tuple<at::Tensor, at::Tensor> choose_(const at::Tensor& q,
+                                           const Tokens& tokens,
+                                           const ops::State& state,
+                                           const std::optional<at::Tensor>& bias,
+                                           const AttentionOptions& options,
+                                           const at::Tensor& block,
+                                           const c10::SymInt& slots);
+
 std::tuple<at::Tensor, at::Tensor> attend_memory(const at::Tensor& q,
                                                  const ops::State& state,
                                                  const std::optional<at::Tensor>& bias,

@@ -13,7 +13,8 @@ Compressor Compressor::make(const std::string& name,
                             int64_t ratio,
                             int64_t head_dim,
                             int64_t value_dim,
-                            const at::TensorOptions& options) {
+                            const at::TensorOptions& options,
+                            int64_t kernel) {
   constexpr const char* where = "ctx.Compressor.make";
   const auto positive = [&](const char* argument, int64_t value) {
     CTX_CHECK_VALUE(value >= 1, where, argument, " must be at least 1, got ", value);
@@ -22,16 +23,41 @@ Compressor Compressor::make(const std::string& name,
   positive("ratio", ratio);
   positive("head_dim", head_dim);
   positive("value_dim", value_dim);
-  // Each of the c tokens passes through, divided by c: the mean.
+  const CompressorKind kind = ops::parse_compressor(name, where);
+  CTX_CHECK_VALUE(kernel == 0 || (kind == CompressorKind::kConv && kernel >= ratio),
+                  where,
+                  "kernel must be at least ratio = ",
+                  ratio,
+                  " for the compressor \"conv\", and 0 for any other, got ",
+                  kernel);
+  // Each of the c tokens passes through, divided by c, and none to the left of them: the mean.
+  const int64_t left = kernel == 0 ? 0 : kernel - ratio;
   const auto mean_weight = [&](int64_t width) {
-    return at::eye(width, options)
-        .div(static_cast<double>(ratio))
-        .expand({kv_heads, ratio, width, width})
-        .clone();
+    at::Tensor weight = at::zeros({kv_heads, left + ratio, width, width}, options);
+    weight.narrow(1, left, ratio).copy_(at::eye(width, options).div(static_cast<double>(ratio)));
+    return weight;
   };
-  switch (ops::parse_compressor(name, where)) {
+  // The later of two tokens passes through; a number and its negative, so that ReLU loses neither.
+  const auto dilated = [&](int64_t width, std::vector<at::Tensor>& parameters) {
+    const at::Tensor eye = at::eye(width, options);
+    at::Tensor first = at::zeros({kv_heads, 2, width, 2 * width}, options);
+    first.select(1, 1).copy_(at::cat({eye, -eye}, 1));
+    at::Tensor deeper =
+        at::zeros({kv_heads, dilated_layers(ratio) - 1, 2, 2 * width, 2 * width}, options);
+    deeper.select(2, 1).copy_(at::eye(2 * width, options));
+    at::Tensor last = at::zeros({kv_heads, ratio, 2 * width, width}, options);
+    last.copy_(at::cat({eye, -eye}, 0).div(static_cast<double>(ratio)));
+    parameters.insert(parameters.end(), {first, deeper, last});
+  };
+  switch (kind) {
     case CompressorKind::kConv:
       return {name, {mean_weight(head_dim), mean_weight(value_dim)}, nullptr};
+    case CompressorKind::kDilated: {
+      Compressor made{name, {}, nullptr};
+      dilated(head_dim, made.parameters);
+      dilated(value_dim, made.parameters);
+      return made;
+    }
     case CompressorKind::kGated:
       return {name,
               {at::zeros({kv_heads, head_dim}, options),
@@ -42,9 +68,15 @@ Compressor Compressor::make(const std::string& name,
     case CompressorKind::kGiven:
     case CompressorKind::kMean:
     case CompressorKind::kMax:
+    case CompressorKind::kMostUsed:
       break;
   }
   return {name, {}, nullptr};
+}
+
+int64_t Compressor::reads_left(int64_t ratio) const {
+  const CompressorKind kind = ops::parse_compressor(name, "ctx.Compressor");
+  return kind == CompressorKind::kGiven ? overlap : ops::overlap_of(kind, parameters, ratio);
 }
 
 std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,

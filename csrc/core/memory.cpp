@@ -55,10 +55,17 @@ void MemoryOptions::validate() const {
   ops::storage_of(dtype, where, "dtype");
   ops::slot_storage_of(slot_dtype(), dtype, where, "compressed_dtype");
   ops::kernels_for(device.type());
+  CTX_CHECK_VALUE(compressor.overlap >= 0 && compressor.overlap <= Schedule::kLimit,
+                  where,
+                  "overlap must be between 0 and ",
+                  Schedule::kLimit,
+                  ", got ",
+                  compressor.overlap);
   ops::check_parameters(ops::parse_compressor(compressor.name, where),
                         compressor.parameters,
                         kv_heads,
                         attention.schedule.ratio,
+                        compressor.reads_left(attention.schedule.ratio),
                         head_dim,
                         value_dim == 0 ? head_dim : value_dim,
                         device,
@@ -106,6 +113,8 @@ void MemoryOptions::validate() const {
 KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
   options_.validate();
   if (options_.value_dim == 0) options_.value_dim = options_.head_dim;
+  Schedule& schedule = options_.attention.schedule;
+  schedule.overlap = options_.compressor.reads_left(schedule.ratio);
   if (options_.attention.scale == 0.0) {
     options_.attention.scale = 1.0 / std::sqrt(static_cast<double>(options_.head_dim));
   }
@@ -116,7 +125,7 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
                                       options_.value_dim,
                                       options_.headroom,
                                       options_.slot_dtype(),
-                                      /*used=*/false);
+                                      /*used=*/options_.compressor.name == "most_used");
   const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
   const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int i = 0; i < ops::kStateTensors; ++i) {
@@ -184,8 +193,12 @@ void KVMemory::append(const Tensor& k,
                       const Tensor& v,
                       const OptionalTensor& lengths,
                       const OptionalTensor& reset_at) {
-  check_tokens(tensors_, k, v, lengths, reset_at, "ctx.KVMemory.append");
+  constexpr const char* where = "ctx.KVMemory.append";
+  check_tokens(tensors_, k, v, lengths, reset_at, where);
   const Compressor& compressor = options_.compressor;
+  CTX_CHECK_VALUE(compressor.name != "most_used",
+                  where,
+                  "compressor must be one that needs no queries, got \"most_used\": use step");
   at::NoGradGuard no_grad;
   calls::append_({k, v, lengths, reset_at},
                  tensors_,
@@ -237,6 +250,13 @@ int64_t KVMemory::nbytes() const {
 void KVMemory::set_parameters(std::vector<Tensor> parameters) {
   MemoryOptions changed = options_;
   changed.compressor.parameters = std::move(parameters);
+  const Schedule& schedule = options_.attention.schedule;
+  CTX_CHECK_VALUE(changed.compressor.reads_left(schedule.ratio) == schedule.overlap,
+                  "ctx.KVMemory.set_parameters",
+                  "parameters must read ",
+                  schedule.overlap,
+                  " tokens left of a group, got ",
+                  changed.compressor.reads_left(schedule.ratio));
   changed.validate();
   options_ = std::move(changed);
 }

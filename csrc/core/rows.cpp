@@ -162,6 +162,10 @@ void KVMemory::rewind(int64_t tokens) { rewind(at::full_like(seen(), tokens)); }
 
 void KVMemory::rewind(const Tensor& tokens) {
   constexpr const char* where = "ctx.KVMemory.rewind";
+  CTX_CHECK_VALUE(options_.compressor.name != "most_used",
+                  where,
+                  "compressor must be one whose slots follow from the tokens alone, got "
+                  "\"most_used\"");
   CTX_CHECK_TYPE(
       tokens.scalar_type() == at::kLong, where, "tokens must be int64, got ", tokens.scalar_type());
   CTX_CHECK_VALUE(tokens.dim() == 1 && tokens.size(0) == options_.batch_size,

@@ -10,14 +10,34 @@
 namespace ctx::ops {
 namespace {
 
-// x [B, Hkv, G, c, D], weight [Hkv, c, D, D]: one matrix product per kv head, over the groups of
+// x [B, Hkv, G, k, D], weight [Hkv, k, D, E]: one matrix product per kv head, over the groups of
 // all rows at once.
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  const at::Tensor rows = x.flatten(3).transpose(0, 1).flatten(1, 2);  // [Hkv, B G, c D]
-  const at::Tensor matrix = weight.to(x.scalar_type()).flatten(1, 2);  // [Hkv, c D, D]
+  const at::Tensor rows = x.flatten(3).transpose(0, 1).flatten(1, 2);  // [Hkv, B G, k D]
+  const at::Tensor matrix = weight.to(x.scalar_type()).flatten(1, 2);  // [Hkv, k D, E]
   const at::Tensor slots =
       at::bmm(rows, matrix).unflatten_symint(1, {x.sym_size(0), x.sym_size(2)}).transpose(0, 1);
   return bias.defined() ? slots + bias.to(x.scalar_type()).unsqueeze(1) : slots;
+}
+
+// ReLU(x_i W_0 + x_(i + dilation) W_1), x [B, Hkv, G, n, D], weight [Hkv, 2, D, E]: what is left of
+// n tokens, each pair of them as a group of two.
+at::Tensor dilate(const at::Tensor& x, const at::Tensor& weight, int64_t dilation) {
+  const c10::SymInt left = x.sym_size(3) - dilation;
+  const at::Tensor pairs =
+      at::stack({x.narrow_symint(3, 0, left), x.narrow_symint(3, c10::SymInt(dilation), left)}, 4);
+  const at::Tensor hidden = convolve(pairs.flatten(2, 3), weight, {});  // [B, Hkv, G left, E]
+  return hidden.unflatten_symint(2, {x.sym_size(2), left}).relu();
+}
+
+at::Tensor convolve_dilated(const at::Tensor& x,
+                            const at::Tensor& first,
+                            const at::Tensor& deeper,
+                            const at::Tensor& weight) {
+  at::Tensor hidden = dilate(x, first, 1);
+  for (int64_t layer = 0; layer < deeper.size(1); ++layer)
+    hidden = dilate(hidden, deeper.select(1, layer), int64_t{2} << layer);
+  return convolve(hidden, weight, {});
 }
 
 at::Tensor gate(const at::Tensor& keys,
@@ -60,10 +80,24 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
   const auto size = [](const at::Tensor& x, int64_t dim) {
     return x.sym_size(dim).guard_int(__FILE__, __LINE__);
   };
+  // How many of the tokens are the group's, only the parameters can say.
+  int64_t ratio = size(keys, 3);
+  if (kind == CompressorKind::kDilated && parameters.size() == 6 && parameters[2].defined() &&
+      parameters[2].dim() == 4 && parameters[2].sym_size(1) >= 1) {
+    ratio = size(parameters[2], 1);
+    const int64_t read = ratio + dilated_overlap(ratio);
+    CTX_CHECK_VALUE(size(keys, 3) == read,
+                    where,
+                    "keys must be groups of c + overlap = ",
+                    read,
+                    " tokens, got ",
+                    keys.sym_sizes());
+  }
   check_parameters(kind,
                    parameters,
                    size(keys, 1),
-                   size(keys, 3),
+                   ratio,
+                   kind == CompressorKind::kDilated ? dilated_overlap(ratio) : 0,
                    size(keys, 4),
                    size(values, 4),
                    keys.device(),
@@ -85,8 +119,13 @@ std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
       return {convolve(keys, p[0], biased ? p[2] : at::Tensor()),
               convolve(values, p[1], biased ? p[3] : at::Tensor())};
     }
+    case CompressorKind::kDilated:
+      return {convolve_dilated(keys, p[0], p[1], p[2]), convolve_dilated(values, p[3], p[4], p[5])};
     case CompressorKind::kGated:
       return {gate(keys, keys, p[0], p[1]), gate(keys, values, p[2], p[3])};
+    case CompressorKind::kMostUsed:
+      CTX_CHECK_VALUE(
+          false, "ctx.compress", "compressor must be one that needs no queries, got \"most_used\"");
     case CompressorKind::kGiven:
       CTX_CHECK_VALUE(
           false, "ctx.compress", "compressor must be one of the engine's, got \"custom\"");

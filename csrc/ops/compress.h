@@ -8,8 +8,8 @@
 
 namespace ctx::ops {
 
-// keys [B, Hkv, G, c, D], values [B, Hkv, G, c, Dv] -> ([B, Hkv, G, D], [B, Hkv, G, Dv]);
-// differentiable. The caller has checked the parameters.
+// keys [B, Hkv, G, c + overlap, D], values [B, Hkv, G, c + overlap, Dv] -> ([B, Hkv, G, D],
+// [B, Hkv, G, Dv]); differentiable. The caller has checked the parameters.
 std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
                                                    const at::Tensor& values,
                                                    at::TensorList parameters,

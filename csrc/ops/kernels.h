@@ -82,7 +82,19 @@ struct AppendArgs {
 };
 
 // kGiven: slots that the caller made, for compressors that are not written here.
-enum class CompressorKind : uint8_t { kMean, kMax, kConv, kGated, kGiven };
+enum class CompressorKind : uint8_t { kMean, kMax, kConv, kDilated, kGated, kMostUsed, kGiven };
+
+// Layers of the compressor "dilated", and what they read left of a group: the least whose receptive
+// field is a group.
+CTX_HOST_DEVICE constexpr int64_t dilated_layers(int64_t ratio) {
+  int64_t layers = 1;
+  while ((int64_t{1} << layers) < ratio) ++layers;
+  return layers;
+}
+CTX_HOST_DEVICE constexpr int64_t dilated_overlap(int64_t ratio) {
+  return (int64_t{1} << dilated_layers(ratio)) - 1;
+}
+static_assert(dilated_layers(1) == 1 && dilated_layers(4) == 2 && dilated_layers(5) == 3);
 
 struct CompressArgs {
   MemoryView memory;
@@ -91,13 +103,18 @@ struct CompressArgs {
   bool wide_parameters =
       false;  // parameters are stored in the arithmetic's type, not in the memory's
   // As compressor.h orders them, null where absent; contiguous.
-  const void* parameters[4] = {nullptr};
-  // kGiven: slots [B, Hkv, G, width] in the arithmetic's type, un-rotated, and the block
-  // (group_block) that the first of them begins in, [B].
+  const void* parameters[6] = {nullptr};
+  // A call's slots lie where their groups' blocks are (group_block): G of them, the first in this
+  // block, [B].
   int64_t slots = 0;  // G
+  const int64_t* slot_block = nullptr;
+  // kGiven: slots [B, Hkv, G, width] in the arithmetic's type, un-rotated.
   Strided slot_keys;
   Strided slot_values;
-  const int64_t* slot_block = nullptr;
+  // kMostUsed, null unless asked for: which token each slot is, as its place among the c G tokens
+  // of the groups and as its number in its stream, both [B, Hkv, G], contiguous.
+  int64_t* chosen = nullptr;
+  int64_t* chosen_positions = nullptr;
 };
 
 struct AttendArgs {
@@ -193,10 +210,10 @@ struct Kernels {
   // Rotates every row of [B, heads, T, D] to its token's position.
   void (*rotate)(const RotateArgs&) = nullptr;
   // Rotates the block's keys to their positions and writes pairs into the window ring, or the
-  // sinks.
+  // sinks; what is new in the window has not been used.
   void (*append)(const AppendArgs&) = nullptr;
   // Makes every group due for the block's last token: read back, un-rotate, compress, rotate,
-  // write.
+  // write. kMostUsed: a block holds no segment's first token but as its own first.
   void (*compress)(const CompressArgs&) = nullptr;
   // Attends over sinks, slots and window; outputs of absent tokens (past lengths, before the
   // stream) are zero.

@@ -1,5 +1,5 @@
-// ctx::step_, ctx::append_, ctx::attend_memory: the memory at inference. They write into the
-// tensors of a memory, or read them, and hand spans to the device's kernels; nothing is
+// ctx::step_, ctx::append_, ctx::attend_memory, ctx::choose_: the memory at inference. They write
+// into the tensors of a memory, or read them, and hand spans to the device's kernels; nothing is
 // concatenated, no size depends on what was seen, and no value of a device is waited for.
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
@@ -21,7 +21,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Result = std::tuple<Tensor, Tensor>;  // output, and the weight that each region got
 
-// The tensors and settings that all three operators take, in the order of their schemas.
+// The tensors and settings that all operators take, in the order of their schemas.
 struct Memory {
   State state;
   MemoryView view;
@@ -90,17 +90,19 @@ class Rows {
   }
 
   // Runs over the call in blocks that the rings have headroom for, and in which no row begins anew
-  // but at the first token.
+  // but at the first token; nor a segment, where what leaves then depends on the queries so far.
   template <typename F>
   void for_each_block(const F& run) {
     for (int64_t begin = 0, end; begin < tokens_; begin = end) {
       end = next_reset(begin);
       if (reset_at_.defined()) begin_anew(begin);
-      for (int64_t offset = begin; offset < end; offset += memory_.headroom) {
+      for (int64_t offset = begin, tokens; offset < end; offset += tokens) {
+        tokens = std::min(memory_.headroom, end - offset);
+        if (counts_usage(memory_.state)) tokens = std::min(tokens, segment_left(offset));
         run(Block{origin_.const_data_ptr<int64_t>(),
                   lengths_.defined() ? lengths_.const_data_ptr<int64_t>() : nullptr,
                   offset,
-                  std::min(memory_.headroom, end - offset)});
+                  tokens});
       }
     }
   }
@@ -132,6 +134,20 @@ class Rows {
     const bool* found = static_cast<const bool*>(
         any.numel() == 0 ? nullptr : std::memchr(any.const_data_ptr<bool>(), 1, any.numel()));
     return found == nullptr ? tokens_ : begin + 1 + (found - any.const_data_ptr<bool>());
+  }
+
+  // Tokens from `offset` on until the first row's segment ends. What a device holds is not known
+  // here, so each token may end one.
+  int64_t segment_left(int64_t offset) const {
+    if (!origin_.is_cpu()) return 1;
+    const int64_t segment = memory_.view.clock.schedule.segment;
+    int64_t left = segment;
+    for (int64_t b = 0; b < memory_.view.batch; ++b) {
+      if (lengths_.defined() && lengths_.const_data_ptr<int64_t>()[b] <= offset) continue;
+      const int64_t position = origin_.const_data_ptr<int64_t>()[b] + offset;
+      left = std::min(left, segment - position % segment);
+    }
+    return left;
   }
 
   void begin_anew(int64_t column) {
@@ -166,10 +182,18 @@ class Writer {
                      parameters,
                      view.kv_heads,
                      view.clock.schedule.ratio,
+                     view.clock.schedule.overlap,
                      view.head_dim,
                      view.value_dim,
                      k.device(),
                      where);
+    const bool by_usage = compress_.kind == CompressorKind::kMostUsed;
+    CTX_CHECK_VALUE(by_usage == counts_usage(memory.state),
+                    where,
+                    "usage must ",
+                    by_usage ? "have" : "not have",
+                    " entries for this compressor, got ",
+                    memory.state[kUsage].sizes());
     if (compress_.kind == CompressorKind::kGiven || !slots.empty())
       take_slots(slots, resets, where);
     append_.memory = compress_.memory = view;
@@ -188,6 +212,34 @@ class Writer {
     }
   }
 
+  // Reports which tokens became the slots of `chosen` and `positions`, [B, Hkv, slots], of which
+  // the first is that of block[b] (group_block).
+  void report(const Tensor& chosen,
+              const Tensor& positions,
+              const Tensor& block,
+              bool resets,
+              const char* where) {
+    check_count(chosen.size(2), resets, where);
+    CTX_CHECK_VALUE(
+        block.sizes() == at::IntArrayRef{memory_.view.batch} && block.device() == k_.device(),
+        where,
+        "block must be [B] = [",
+        memory_.view.batch,
+        "] on ",
+        k_.device(),
+        ", got ",
+        block.sizes(),
+        " on ",
+        block.device());
+    CTX_CHECK_TYPE(
+        block.scalar_type() == at::kLong, where, "block must be int64, got ", block.scalar_type());
+    slots_ = {block.contiguous()};
+    compress_.slots = chosen.size(2);
+    compress_.slot_block = slots_[0].const_data_ptr<int64_t>();
+    compress_.chosen = chosen.data_ptr<int64_t>();
+    compress_.chosen_positions = positions.data_ptr<int64_t>();
+  }
+
   void write(const Block& block) {
     append_.block = compress_.block = block;
     memory_.kernels().append(append_);
@@ -195,6 +247,31 @@ class Writer {
   }
 
  private:
+  // The two numbers of slots that a call of so many tokens may lay out: where rows begin anew, one
+  // that began without a memory lays out fewer.
+  std::pair<int64_t, int64_t> slot_counts(bool resets) const {
+    const Schedule& schedule = memory_.view.clock.schedule;
+    const int64_t tokens = k_.size(2);
+    if (!resets || tokens == 0) {
+      const int64_t count = slot_count(schedule, tokens).expect_int();
+      return {count, count};
+    }
+    return {slot_count(schedule, tokens, 0).expect_int(),
+            slot_count(schedule, tokens, schedule.max_window()).expect_int()};
+  }
+
+  void check_count(int64_t slots, bool resets, const char* where) const {
+    const auto [fewest, most] = slot_counts(resets);
+    CTX_CHECK_VALUE(slots == fewest || slots == most,
+                    where,
+                    "slots must be ",
+                    most,
+                    " for a call of ",
+                    k_.size(2),
+                    " tokens, got ",
+                    slots);
+  }
+
   // Slots of a compressor that is not written here: keys, values, and the block of the first.
   void take_slots(at::TensorList slots, bool resets, const char* where) {
     CTX_CHECK_VALUE(slots.size() == 3 && compress_.kind == CompressorKind::kGiven,
@@ -203,14 +280,7 @@ class Writer {
                     "for any other, got ",
                     slots.size());
     const MemoryView& view = memory_.view;
-    const Schedule& schedule = view.clock.schedule;
-    const int64_t tokens = k_.size(2);
-    // Where rows begin anew, a call that began without a memory lays out fewer.
-    const bool by_block = resets && tokens > 0;
-    const int64_t fewest =
-        (by_block ? slot_count(schedule, tokens, 0) : slot_count(schedule, tokens)).expect_int();
-    const int64_t most =
-        by_block ? slot_count(schedule, tokens, schedule.max_window()).expect_int() : fewest;
+    const auto [fewest, most] = slot_counts(resets);
     const int64_t given = slots[0].dim() == 4 ? slots[0].size(2) : -1;
     const int64_t count = given == fewest ? fewest : most;
     const auto check = [&](const Tensor& x, const char* name, std::vector<int64_t> sizes) {
@@ -399,6 +469,14 @@ class Reader {
 #define CTX_SETTINGS schedule, distance, rotary_dim, rotary_base, rotary_interleaved
 
 // A block is written before its first query attends.
+void walk(Rows& calls, Writer& writer, Reader& reader) {
+  calls.for_each_block([&](const Block& block) {
+    writer.write(block);
+    reader.attend(block);
+  });
+  calls.finish();
+}
+
 Result step(const Tensor& q,
             const Tensor& k,
             const Tensor& v,
@@ -422,12 +500,46 @@ Result step(const Tensor& q,
   Writer writer(memory, k, v, parameters, compressor, slots, reset_at.has_value(), where);
   Reader reader(memory, q, operands, scale, with_mass, /*counts=*/true);
   Rows calls(memory, k.size(2), lengths, reset_at);
-  calls.for_each_block([&](const Block& block) {
-    writer.write(block);
-    reader.attend(block);
-  });
-  calls.finish();
+  walk(calls, writer, reader);
   return reader.result();
+}
+
+using Chosen = std::tuple<Tensor, Tensor>;
+
+// As step with the compressor "most_used", but what it tells is which tokens became slots: as the
+// place of the token among those of due_groups, [B, Hkv, slots], and as its number in its stream.
+// Those that are not due are some token.
+Chosen choose(const Tensor& q,
+              const Tensor& k,
+              const Tensor& v,
+              const OptionalTensor& lengths,
+              const OptionalTensor& reset_at,
+              CTX_STATE_PARAMETERS,
+              CTX_ATTEND_PARAMETERS,
+              CTX_SETTINGS_PARAMETERS,
+              double scale,
+              const Tensor& block,
+              c10::SymInt slots) {
+  constexpr const char* where = "ctx.choose_";
+  const Memory memory(CTX_STATE, CTX_SETTINGS, where);
+  check_pairs(memory.state, k, v, where);
+  const ScoreOperands operands{bias, slopes, relative};
+  check_queries(memory.state, q, k.size(2), operands, where);
+  check_rows(k, lengths, reset_at, where);
+  check_lengths(lengths, k.size(2), where);
+  CTX_CHECK_VALUE(slots >= 0, where, "slots must be at least 0, got ", slots);
+  Writer writer(memory, k, v, {}, "most_used", {}, reset_at.has_value(), where);
+  Reader reader(memory, q, operands, scale, /*with_mass=*/false, /*counts=*/true);
+  const int64_t ratio = memory.view.clock.schedule.ratio;
+  const Tensor chosen = at::arange(slots.expect_int(), seen.options())
+                            .mul(ratio)
+                            .expand({k.size(0), k.size(1), -1})
+                            .contiguous();
+  const Tensor positions = at::zeros_like(chosen);
+  writer.report(chosen, positions, block, reset_at.has_value(), where);
+  Rows calls(memory, k.size(2), lengths, reset_at);
+  walk(calls, writer, reader);
+  return {chosen, positions};
 }
 
 void append(const Tensor& k,
@@ -440,6 +552,9 @@ void append(const Tensor& k,
             at::TensorList slots,
             CTX_SETTINGS_PARAMETERS) {
   constexpr const char* where = "ctx.append_";
+  CTX_CHECK_VALUE(compressor != "most_used",
+                  where,
+                  "compressor must be one that needs no queries, got \"most_used\": use ctx.step_");
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
   check_pairs(memory.state, k, v, where);
   check_rows(k, lengths, reset_at, where);
@@ -505,6 +620,21 @@ Result step_meta(const Tensor& q,
   return attended(q, window_values, with_mass);
 }
 
+Chosen choose_meta(const Tensor& /*q*/,
+                   const Tensor& k,
+                   const Tensor& /*v*/,
+                   const OptionalTensor& /*lengths*/,
+                   const OptionalTensor& /*reset_at*/,
+                   CTX_UNUSED_STATE,
+                   CTX_UNUSED_ATTEND,
+                   CTX_UNUSED_SETTINGS,
+                   double /*scale*/,
+                   const Tensor& block,
+                   c10::SymInt slots) {
+  const auto empty = [&] { return block.new_empty_symint({k.sym_size(0), k.sym_size(1), slots}); };
+  return {empty(), empty()};
+}
+
 void append_meta(const Tensor& /*k*/,
                  const Tensor& /*v*/,
                  const OptionalTensor& /*lengths*/,
@@ -544,6 +674,11 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
         "Tensor[] parameters, str compressor, Tensor[] slots, " CTX_SETTINGS_SCHEMA ") -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def(
+      "choose_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
+          CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
+      ", float scale, Tensor block, SymInt slots) -> (Tensor chosen, Tensor positions)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "attend_memory(Tensor q, Tensor window_keys, Tensor window_values, Tensor compressed_keys, "
       "Tensor compressed_values, Tensor sink_keys, Tensor sink_values, Tensor seen, Tensor "
       "rewindable, Tensor usage, Tensor slot_positions, " CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
@@ -556,6 +691,7 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
   TORCH_LIBRARY_IMPL(ctx, key, m) {         \
     m.impl("step_", step);                  \
     m.impl("append_", append);              \
+    m.impl("choose_", choose);              \
     m.impl("attend_memory", attend_memory); \
   }
 CTX_REGISTER_MEMORY(CPU)
@@ -564,6 +700,7 @@ CTX_REGISTER_MEMORY(CUDA)
 TORCH_LIBRARY_IMPL(ctx, Meta, m) {
   m.impl("step_", step_meta);
   m.impl("append_", append_meta);
+  m.impl("choose_", choose_meta);
   m.impl("attend_memory", attend_memory_meta);
 }
 
@@ -571,6 +708,7 @@ TORCH_LIBRARY_IMPL(ctx, Meta, m) {
 TORCH_LIBRARY_IMPL(ctx, Autograd, m) {
   m.impl("step_", torch::CppFunction::makeFallthrough());
   m.impl("append_", torch::CppFunction::makeFallthrough());
+  m.impl("choose_", torch::CppFunction::makeFallthrough());
   m.impl("attend_memory", torch::CppFunction::makeFallthrough());
 }
 

@@ -102,23 +102,32 @@ class Sequence {
   const Tensor& padding() const { return padding_; }    // [B, T], undefined: none
   bool fresh() const { return memory_.empty(); }
 
-  // Un-rotated pairs of the groups that may fall due, [B, Hkv, G, c, width], in the arithmetic's
-  // type, and the block that the first of them begins in (group_block), [B].
+  // Un-rotated pairs of the groups that may fall due, each with what its compressor reads left of
+  // it, [B, Hkv, G, c + overlap, width], in the arithmetic's type, and the block that the first of
+  // them begins in (group_block), [B].
   std::tuple<Tensor, Tensor, Tensor> due_groups() const {
     const auto type = arithmetic_type(k_.scalar_type());
+    const int64_t overlap = law().overlap;
+    const int64_t read = law().ratio + overlap;
     Tensor keys = k_.to(type);
     Tensor values = v_.to(type);
     if (!fresh()) {
-      const Tensor past = past_tokens();
-      const Tensor stored = read_ring(memory_[kWindowKeys], past, held_tokens(past)).to(type);
+      const Tensor past = count_from(seen_ - (behind() + overlap), behind() + overlap);
+      const Tensor stored = stored_tokens(kWindowKeys, kSinkKeys, past).to(type);
       keys = at::cat({rotate(stored, past.neg(), rotary_), keys}, 2);
-      values =
-          at::cat({read_ring(memory_[kWindowValues], past, held_tokens(past)).to(type), values}, 2);
+      values = at::cat({stored_tokens(kWindowValues, kSinkValues, past).to(type), values}, 2);
     }
-    const Tensor index = count_from(groups().place + behind(), law().ratio).flatten(1);
+    const Groups groups = this->groups();
+    const Tensor first = groups.place + (fresh() ? -overlap : behind());
+    const Tensor index = count_from(first, read).flatten(1);
     const auto group = [&](const Tensor& x) {
-      return take_rows(x, index).reshape_symint(
-          {x.sym_size(0), x.sym_size(1), new_groups(), law().ratio, x.sym_size(3)});
+      Tensor rows = take_rows(x, index);
+      if (overlap > 0) {  // what is before the stream is zero
+        const Tensor token = groups.number.mul(law().ratio).add(law().sinks - overlap);
+        const Tensor before = count_from(token, read).flatten(1).lt(0);
+        rows = rows.masked_fill(before.unsqueeze(1).unsqueeze(-1), 0.0);
+      }
+      return rows.reshape_symint({x.sym_size(0), x.sym_size(1), new_groups(), read, x.sym_size(3)});
     };
     return {group(keys), group(values), first_block()};
   }
@@ -188,7 +197,18 @@ class Sequence {
 
   Tensor past_tokens() const { return count_from(seen_ - behind(), behind()); }
 
-  // Of the past, only what was in the window of the last token can still be seen or compressed.
+  // Those of `past` that can still be compressed or read left of a group, which may be sinks.
+  Tensor stored_tokens(StateIndex window, StateIndex sinks, const Tensor& past) const {
+    const Tensor held =
+        past.ge(edge_of(law(), begun_).sub(law().overlap).unsqueeze(1)).logical_and(past.ge(0));
+    const Tensor tokens = read_ring(memory_[window], past, held);
+    if (law().overlap == 0 || law().sinks == 0) return tokens;
+    const Tensor sink = past.lt(law().sinks).logical_and(held);
+    return at::where(
+        sink.unsqueeze(1).unsqueeze(-1), read_ring(memory_[sinks], past, sink), tokens);
+  }
+
+  // Of the past, only what was in the window of the last token can still be seen.
   Tensor held_tokens(const Tensor& past) const {
     return past.ge(edge_of(law(), begun_).unsqueeze(1)).logical_and(past.ge(0));
   }

@@ -103,19 +103,31 @@ CompressorKind parse_compressor(std::string_view name, const char* where) {
   if (name == "mean") return CompressorKind::kMean;
   if (name == "max") return CompressorKind::kMax;
   if (name == "conv") return CompressorKind::kConv;
+  if (name == "dilated") return CompressorKind::kDilated;
   if (name == "gated") return CompressorKind::kGated;
+  if (name == "most_used") return CompressorKind::kMostUsed;
   if (name == "custom") return CompressorKind::kGiven;
   CTX_CHECK_VALUE(false,
                   where,
-                  "compressor must be \"mean\", \"max\", \"conv\", \"gated\" or \"custom\", got \"",
+                  "compressor must be \"mean\", \"max\", \"conv\", \"dilated\", \"gated\", "
+                  "\"most_used\" or \"custom\", got \"",
                   name,
                   "\"");
+}
+
+int64_t overlap_of(CompressorKind kind, at::TensorList parameters, int64_t ratio) {
+  if (kind == CompressorKind::kDilated) return dilated_overlap(ratio);
+  if (kind != CompressorKind::kConv || parameters.empty()) return 0;
+  const at::Tensor& weight = parameters[0];
+  if (!weight.defined() || weight.dim() != 4) return 0;
+  return std::max<int64_t>(0, weight.sym_size(1).guard_int(__FILE__, __LINE__) - ratio);
 }
 
 void check_parameters(CompressorKind kind,
                       at::TensorList parameters,
                       int64_t kv_heads,
                       int64_t ratio,
+                      int64_t overlap,
                       int64_t head_dim,
                       int64_t value_dim,
                       at::Device device,
@@ -125,9 +137,18 @@ void check_parameters(CompressorKind kind,
         parameters[index], name, at::IntArrayRef(sizes.begin(), sizes.size()), device, where);
   };
   const auto count = parameters.size();
+  const int64_t fixed = kind == CompressorKind::kDilated ? dilated_overlap(ratio) : 0;
+  CTX_CHECK_VALUE(
+      overlap == fixed || kind == CompressorKind::kConv || kind == CompressorKind::kGiven,
+      where,
+      "schedule must have the compressor's overlap = ",
+      fixed,
+      ", got ",
+      overlap);
   switch (kind) {
     case CompressorKind::kMean:
     case CompressorKind::kMax:
+    case CompressorKind::kMostUsed:
     case CompressorKind::kGiven:
       CTX_CHECK_VALUE(count == 0, where, "compressor must have no parameters, got ", count);
       return;
@@ -136,13 +157,26 @@ void check_parameters(CompressorKind kind,
                       where,
                       "compressor \"conv\" must have 2 or 4 parameters, got ",
                       count);
-      check(0, "key_weight", {kv_heads, ratio, head_dim, head_dim});
-      check(1, "value_weight", {kv_heads, ratio, value_dim, value_dim});
+      check(0, "key_weight", {kv_heads, ratio + overlap, head_dim, head_dim});
+      check(1, "value_weight", {kv_heads, ratio + overlap, value_dim, value_dim});
       if (count == 4) {
         check(2, "key_bias", {kv_heads, head_dim});
         check(3, "value_bias", {kv_heads, value_dim});
       }
       return;
+    case CompressorKind::kDilated: {
+      CTX_CHECK_VALUE(
+          count == 6, where, "compressor \"dilated\" must have 6 parameters, got ", count);
+      const int64_t deeper = dilated_layers(ratio) - 1;
+      const int64_t keys = 2 * head_dim, values = 2 * value_dim;
+      check(0, "key_first", {kv_heads, 2, head_dim, keys});
+      check(1, "key_hidden", {kv_heads, deeper, 2, keys, keys});
+      check(2, "key_weight", {kv_heads, ratio, keys, head_dim});
+      check(3, "value_first", {kv_heads, 2, value_dim, values});
+      check(4, "value_hidden", {kv_heads, deeper, 2, values, values});
+      check(5, "value_weight", {kv_heads, ratio, values, value_dim});
+      return;
+    }
     case CompressorKind::kGated:
       CTX_CHECK_VALUE(
           count == 4, where, "compressor \"gated\" must have 4 parameters, got ", count);

@@ -43,11 +43,17 @@ Rotary parse_rotary(
 
 CompressorKind parse_compressor(std::string_view name, const char* where);
 
-// Number, shapes and devices of a compressor's parameters (compressor.h).
+// Tokens left of a group that a compressor of the engine reads, as its parameters say; 0 where they
+// are not what they must be.
+int64_t overlap_of(CompressorKind kind, at::TensorList parameters, int64_t ratio);
+
+// Number, shapes and devices of a compressor's parameters (compressor.h), and that it reads
+// `overlap` tokens left of a group.
 void check_parameters(CompressorKind kind,
                       at::TensorList parameters,
                       int64_t kv_heads,
                       int64_t ratio,
+                      int64_t overlap,
                       int64_t head_dim,
                       int64_t value_dim,
                       at::Device device,

@@ -34,6 +34,7 @@ class KVMemory:
         compressor: str,
         parameters: Sequence[Tensor],
         function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        overlap: int,
         distance: str,
         rotary_dim: int,
         rotary_base: float,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ctx import _check
-from ctx.compression import COMPRESSORS, as_compressor, make_compressor
+from ctx.compression import COMPRESSORS, MostUsed, as_compressor, check_kernel, make_compressor
 from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
@@ -47,7 +47,10 @@ class CompressiveAttention(nn.Module):
         segment: eviction happens only at positions that are multiples of it; default ``ratio``.
         sinks: first tokens of a stream that are kept exactly for ever.
         compression: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
-            ``"conv"``, ``"gated"``), or a module that maps groups to slots as those do.
+            ``"conv"``, ``"dilated"``, ``"gated"``, ``"most_used"``), or a module that maps groups
+            to slots as those do.
+        compression_kernel: tokens that ``"conv"`` reads for a slot, those left of the group
+            included; default ``ratio``.
         memory_content: ``"kv"`` remembers keys and values, and compresses each kv head's own;
             ``"hidden"`` (the paper's) remembers the inputs, E numbers per token, projects them
             with the current weights on every call (slower; the projections get a gradient through
@@ -88,6 +91,7 @@ class CompressiveAttention(nn.Module):
         segment: int | None = None,
         sinks: int = 0,
         compression: str | nn.Module = "conv",
+        compression_kernel: int | None = None,
         memory_content: str = "kv",
         position: str | None = "rotary",
         relative_dim: int | None = None,
@@ -160,6 +164,8 @@ class CompressiveAttention(nn.Module):
             raise ValueError(f"{_WHERE}: relative_dim must be even and positive, got {sinusoids}")
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
+        called = compression if isinstance(compression, str) else "a module"
+        check_kernel(called, schedule.ratio, compression_kernel, _WHERE, "compression_kernel")
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
             embed_dim,
             num_heads,
@@ -178,7 +184,6 @@ class CompressiveAttention(nn.Module):
         self._stored = (
             (1, embed_dim, 0) if memory_content == "hidden" else (kv_heads, head_dim, head_dim)
         )
-        self.schedule = schedule
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **made)
         self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
@@ -186,12 +191,23 @@ class CompressiveAttention(nn.Module):
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
         if isinstance(compression, str):
             heads, widths = self._stored[0], self._stored[1:]
-            compression = make_compressor(compression, heads, ratio, *widths, **made)
+            compression = make_compressor(
+                compression, heads, ratio, *widths, kernel=compression_kernel, **made
+            )
         if not isinstance(compression, nn.Module):
             raise TypeError(
                 f"{_WHERE}: compression must be a name or a module, got {compression!r}"
             )
         self.compressor = as_compressor(compression, self._stored[0], ratio, *self._stored[1:])
+        self.schedule = schedule
+        for name, value, other in (
+            ("aux_loss", aux_loss, None),
+            ("memory_content", memory_content, "kv"),
+        ):
+            if self.compressor.by_usage and value != other:
+                raise ValueError(
+                    f"{_WHERE}: {name} must be {other!r} for compression 'most_used', got {value!r}"
+                )
         self.aux_loss = aux_loss
         if aux_loss == "autoencoding":
             self.decoder = Decoder(self._stored[0], ratio, *self._stored[1:], **made)
@@ -242,7 +258,13 @@ class CompressiveAttention(nn.Module):
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._state = StateShape.of(schedule, *self._stored, self.headroom)
+        self._state = StateShape.of(
+            schedule,
+            *self._stored,
+            self.headroom,
+            overlap=self.compressor.overlap,
+            used=self.compressor.by_usage,
+        )
 
     def init_memory(
         self,
@@ -434,7 +456,8 @@ class CompressiveAttention(nn.Module):
         return (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
 
     def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
-        return (self.schedule.numbers, self.distance, *self._rotary())
+        numbers = (*self.schedule.numbers, self.compressor.overlap)
+        return (numbers, self.distance, *self._rotary())
 
     def _stored_settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
         """:meth:`_settings` of what is stored: inputs are not rotated."""
@@ -498,25 +521,37 @@ class CompressiveAttention(nn.Module):
         state = [] if memory is None else [memory[name] for name in STATE]
         settings, rows = self._settings(), (lengths, reset_at)
         keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
-        slots = self.compressor.slots(keys, values)
-        constants = [slot.detach() for slot in slots]
-        if self.compressor_grad == "aux":
-            slots = (constants[0], constants[1])
-        out, mass = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, None, *self._scores(with_mass)
-        )
         with torch.no_grad():
             if memory is None:
                 memory = self._state.zeros(q.shape[0], k.dtype, k.device)
             else:
                 memory = {name: tensor.clone() for name, tensor in memory.items()}
-            state = [memory[name] for name in STATE]
+            after = [memory[name] for name in STATE]
+        positions = None
+        if self.compressor.by_usage:  # what stays is what streaming keeps
+            with torch.no_grad():
+                tokens = (q.detach(), k.detach(), v.detach())
+                chosen, positions = torch.ops.ctx.choose_(
+                    *tokens, *rows, *after, *self._scores()[:-1], block, keys.shape[2]
+                )
+            slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
+        else:
+            slots = self.compressor.slots(keys, values)
+        constants = [slot.detach() for slot in slots]
+        if self.compressor_grad == "aux":
+            slots = (constants[0], constants[1])
+        out, mass = torch.ops.ctx.attend_sequence(
+            q, k, v, *rows, state, *slots, positions, *self._scores(with_mass)
+        )
+        if self.compressor.by_usage:
+            return out, mass, memory
+        with torch.no_grad():
             compressor = (
                 [operand.detach() for operand in self.compressor.operands()],
                 self.compressor.engine_name,
                 [] if self.compressor.native else [*constants, block],
             )
-            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *state, *compressor, *settings)
+            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *compressor, *settings)
         return out, mass, memory
 
     def _projecting(

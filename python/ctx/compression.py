@@ -1,8 +1,8 @@
 """Compressors: groups of c pairs become one slot each, per kv head.
 
-``Mean``, ``Max`` and ``Conv`` are compression functions of Rae et al. 2019 (arXiv:1911.05507,
-section 3.2). Deviation: the paper compresses hidden states with one network for all heads, here
-every kv head compresses its own (un-rotated) keys and values.
+``Mean``, ``Max``, ``Conv``, ``Dilated`` and ``MostUsed`` are the compression functions of Rae et
+al. 2019 (arXiv:1911.05507, section 3.2). Deviation: the paper compresses hidden states with one
+network for all heads, here every kv head compresses its own (un-rotated) keys and values.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ __all__ = [
     "Compressor",
     "Conv",
     "Custom",
+    "Dilated",
     "Gated",
     "Max",
     "Mean",
+    "MostUsed",
     "make_compressor",
     "register",
 ]
@@ -47,6 +49,8 @@ class Compressor(nn.Module):
     name: ClassVar[str]
     #: Whether the engine computes it by name; otherwise `forward` is called, once for each call.
     native: ClassVar[bool] = False
+    #: Whether slots are tokens, chosen by the attention that they got.
+    by_usage: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -82,12 +86,17 @@ class Compressor(nn.Module):
             )
         self.reset_parameters()
 
+    @property
+    def overlap(self) -> int:
+        """Tokens left of a group that :meth:`forward` gets, too; zeros before a stream."""
+        return 0
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters that this class makes, in the engine's order."""
         return {}
 
     def reset_parameters(self) -> None:
-        """Starts as mean pooling (max: has nothing to start)."""
+        """Starts as mean pooling (max, most_used: have nothing to start)."""
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -113,8 +122,9 @@ class Compressor(nn.Module):
         """Compresses groups. The same tokens must give the same slot, whatever stands beside them.
 
         Args:
-            keys: un-rotated keys [B, Hkv, G, c, D], floating point.
-            values: values [B, Hkv, G, c, Dv], dtype and device of ``keys``.
+            keys: un-rotated keys [B, Hkv, G, overlap + c, D], floating point; the group's own
+                tokens are the last c.
+            values: values [B, Hkv, G, overlap + c, Dv], dtype and device of ``keys``.
 
         Returns:
             Key slots [B, Hkv, G, D] and value slots [B, Hkv, G, Dv].
@@ -168,7 +178,13 @@ class Native(Compressor):
 
 
 class Custom(Compressor):
-    """Any module that maps (keys, values) of groups to (key slots, value slots)."""
+    """Any module that maps (keys, values) of groups to (key slots, value slots).
+
+    An integer ``overlap`` of the module says how many tokens left of a group it wants besides.
+
+    Raises:
+        TypeError, ValueError: ``overlap`` is no integer, or below 0.
+    """
 
     name = "custom"
 
@@ -182,6 +198,16 @@ class Custom(Compressor):
     ) -> None:
         super().__init__(kv_heads, ratio, head_dim, value_dim)
         self.module = module
+        if self.overlap < 0:
+            raise ValueError(
+                f"ctx.compression.Custom: overlap must be at least 0, got {self.overlap}"
+            )
+
+    @property
+    def overlap(self) -> int:
+        """What the module says, else 0."""
+        overlap = getattr(self.module, "overlap", 0)
+        return _check.integer(overlap, "overlap", "ctx.compression.Custom")
 
     def reset_parameters(self) -> None:
         """Every submodule that knows how to begin does so."""
@@ -209,11 +235,19 @@ class Max(Native):
 
 
 class Conv(Native):
-    """A strided convolution over tokens, kernel = stride = c: slot = sum_i x_i W_i (+ b).
+    """A strided convolution over tokens, stride c, kernel k >= c: slot = sum_i x_i W_i (+ b).
 
-    Parameters: ``key_weight`` [Hkv, c, D, D] and ``value_weight`` [Hkv, c, Dv, Dv], which start as
-    the identity over c, that is as mean pooling; with ``bias`` also ``key_bias`` [Hkv, D] and
-    ``value_bias`` [Hkv, Dv].
+    The sum goes over the c tokens of the group and the k - c left of it, zeros before the stream.
+
+    Parameters: ``key_weight`` [Hkv, k, D, D] and ``value_weight`` [Hkv, k, Dv, Dv], which start as
+    the identity over c for the group's tokens and zero for those left of it, that is as mean
+    pooling; with ``bias`` also ``key_bias`` [Hkv, D] and ``value_bias`` [Hkv, Dv].
+
+    Args:
+        kernel: k; default ``ratio``.
+
+    Raises:
+        ValueError: ``kernel`` is below ``ratio``, or a size below 1.
     """
 
     name = "conv"
@@ -226,16 +260,29 @@ class Conv(Native):
         value_dim: int | None = None,
         *,
         bias: bool = False,
+        kernel: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.has_bias = bias
+        self.kernel = ratio
+        if kernel is not None:
+            self.kernel = _check.integer(kernel, "kernel", "ctx.compression.Conv")
+            if self.kernel < ratio:
+                raise ValueError(
+                    f"ctx.compression.Conv: kernel must be at least ratio = {ratio}, got {kernel}"
+                )
         super().__init__(kv_heads, ratio, head_dim, value_dim, device=device, dtype=dtype)
+
+    @property
+    def overlap(self) -> int:
+        """k - c."""
+        return self.kernel - self.ratio
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
-            "key_weight": (self.kv_heads, self.ratio, self.head_dim, self.head_dim),
-            "value_weight": (self.kv_heads, self.ratio, self.value_dim, self.value_dim),
+            "key_weight": (self.kv_heads, self.kernel, self.head_dim, self.head_dim),
+            "value_weight": (self.kv_heads, self.kernel, self.value_dim, self.value_dim),
         }
         if self.has_bias:
             shapes["key_bias"] = (self.kv_heads, self.head_dim)
@@ -246,7 +293,77 @@ class Conv(Native):
         super().reset_parameters()
         with torch.no_grad():
             for name in ("key_weight", "value_weight")[: 2 if self.value_dim else 1]:
-                self.get_parameter(name).diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
+                own = self.get_parameter(name)[:, self.overlap :]
+                own.diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kernel={self.kernel}"
+
+
+class Dilated(Native):
+    """Dilated convolutions over tokens, then a strided one.
+
+    L = max(1, ceil(log2 c)) layers h_t = ReLU(h_(t - 2^l) W_0 + h_t W_1), l = 0 ... L - 1, and
+    slot = sum_i h_i W_i over the group, which so depends on 2^L - 1 tokens left of it, too. There
+    are no biases: before the stream all is zero. The paper does not say how deep or wide its
+    dilated convolutions are; here h has 2 D channels, so that they can start as mean pooling.
+
+    Parameters: ``key_first`` [Hkv, 2, D, 2 D], ``key_hidden`` [Hkv, L - 1, 2, 2 D, 2 D] unless L
+    is 1, ``key_weight`` [Hkv, c, 2 D, D], and ``value_first``, ``value_hidden``, ``value_weight``
+    with Dv.
+    """
+
+    name = "dilated"
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return max(1, (self.ratio - 1).bit_length())
+
+    @property
+    def overlap(self) -> int:
+        """2^L - 1."""
+        return (1 << self.layers) - 1
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, width in (("key", self.head_dim), ("value", self.value_dim)):
+            shapes[f"{name}_first"] = (self.kv_heads, 2, width, 2 * width)
+            if self.layers > 1:  # DDP has no use for a parameter without elements
+                shapes[f"{name}_hidden"] = (self.kv_heads, self.layers - 1, 2, 2 * width, 2 * width)
+            shapes[f"{name}_weight"] = (self.kv_heads, self.ratio, 2 * width, width)
+        return shapes
+
+    def operands(self) -> list[Tensor]:
+        """The parameters as the engine takes them, which wants the layers even where it is none."""
+        operands = super().operands()
+        if self.layers > 1:
+            return operands
+        key_first, key_weight, value_first, value_weight = operands
+        none = [
+            first.new_empty(self.kv_heads, 0, 2, first.shape[3], first.shape[3])
+            for first in (key_first, value_first)
+        ]
+        return [key_first, none[0], key_weight, value_first, none[1], value_weight]
+
+    def reset_parameters(self) -> None:
+        """The later of two tokens passes through, as itself and its negative (ReLU loses neither),
+        and the strided convolution takes the mean.
+        """
+        super().reset_parameters()
+        with torch.no_grad():
+            for name, width in (("key", self.head_dim), ("value", self.value_dim)):
+                if width == 0:
+                    continue
+                first = self.get_parameter(f"{name}_first")[:, 1]
+                first[..., :width].diagonal(dim1=-2, dim2=-1).fill_(1.0)
+                first[..., width:].diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+                if self.layers > 1:
+                    hidden = self.get_parameter(f"{name}_hidden")[:, :, 1]
+                    hidden.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+                last = self.get_parameter(f"{name}_weight")
+                last[..., :width, :].diagonal(dim1=-2, dim2=-1).fill_(1.0 / self.ratio)
+                last[..., width:, :].diagonal(dim1=-2, dim2=-1).fill_(-1.0 / self.ratio)
 
 
 class Gated(Native):
@@ -269,7 +386,42 @@ class Gated(Native):
         }
 
 
-COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Mean, Max, Conv, Gated)}
+class MostUsed(Native):
+    """Of the c k tokens that leave the window at one boundary the k most used, as they are.
+
+    Usage of a token is the attention that it got from all queries since it was written, averaged
+    over the query heads of its kv head; of equals the earlier token stays, and slots are in the
+    order of their tokens. Under the distance "token" they keep their own positions. The choice has
+    no gradient, the chosen pairs do.
+
+    A memory counts usage, so tokens come with their queries (no ``append``), and cannot be taken
+    back (no ``rewind``). Nothing can be trained: there is no auxiliary loss.
+    """
+
+    name = "most_used"
+    by_usage = True
+
+    def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs alone do not say what to keep.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "ctx.compression.MostUsed: forward must not be called: what stays depends on queries"
+        )
+
+    @staticmethod
+    def take(groups: Tensor, chosen: Tensor) -> Tensor:
+        """The slots of groups [B, Hkv, G, c, D] that `torch.ops.ctx.choose_` chose, int64
+        [B, Hkv, G]."""
+        index = chosen.unsqueeze(-1).expand(-1, -1, -1, groups.shape[4])
+        return groups.flatten(2, 3).gather(2, index)
+
+
+COMPRESSORS: dict[str, type[Compressor]] = {
+    kind.name: kind for kind in (Mean, Max, Conv, Dilated, Gated, MostUsed)
+}
 
 
 def register(kind: type[Compressor]) -> type[Compressor]:
@@ -305,15 +457,33 @@ def make_compressor(
     head_dim: int,
     value_dim: int | None = None,
     *,
+    kernel: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Compressor:
     """A compressor by name.
 
+    Args:
+        kernel: of "conv", which alone has one; default ``ratio``.
+
     Raises:
-        ValueError: no compressor has that name.
+        ValueError: no compressor has that name, or it cannot have that kernel.
     """
     if name not in COMPRESSORS:
         known = ", ".join(COMPRESSORS)
         raise ValueError(f"ctx.compression: compressor must be one of {known}, got {name!r}")
-    return COMPRESSORS[name](kv_heads, ratio, head_dim, value_dim, device=device, dtype=dtype)
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
+    if kernel is not None:
+        check_kernel(name, ratio, kernel, "ctx.compression", "kernel")
+        made["kernel"] = kernel
+    return COMPRESSORS[name](kv_heads, ratio, head_dim, value_dim, **made)
+
+
+def check_kernel(name: str, ratio: int, kernel: int | None, where: str, called: str) -> None:
+    """Raises unless the compressor can have that kernel; None: its own."""
+    if kernel is None:
+        return
+    if name != Conv.name:
+        raise ValueError(f'{where}: {called} must be None unless "conv" compresses, got {kernel}')
+    if _check.integer(kernel, called, where) < ratio:
+        raise ValueError(f"{where}: {called} must be at least ratio = {ratio}, got {kernel}")

@@ -36,8 +36,8 @@ class Evictions:
 
     queries: Tensor  #: [B, H, N, S, D] un-rotated queries of the segments that end there
     asked: Tensor  #: bool [B, N, S], true at queries that belong to this call
-    keys: Tensor  #: [B, Hkv, N, K, c, D] un-rotated keys of the groups
-    values: Tensor  #: [B, Hkv, N, K, c, Dv]
+    keys: Tensor  #: [B, Hkv, N, K, overlap + c, D] un-rotated keys of the groups
+    values: Tensor  #: [B, Hkv, N, K, overlap + c, Dv]
     due: Tensor  #: bool [B, N, K], true at groups that leave there
 
     @property
@@ -97,7 +97,7 @@ def evictions(
     due = (group < after[..., None]) & ends_here[..., None]
     if keys.shape[2] == 0:  # no compressive memory
         due = torch.zeros_like(due)
-        shape = (batch, k.shape[1], boundaries, most, ratio)
+        shape = (batch, k.shape[1], boundaries, most, keys.shape[3])
         none = keys.new_zeros(*shape, k.shape[3]), values.new_zeros(*shape, v.shape[3])
         return Evictions(_take(q, place), asked, *none, due)
     index = group - begun[:, None, None]
@@ -143,11 +143,13 @@ def attention_reconstruction(
     Returns:
         A scalar; zero where the call has no boundary.
     """
-    boundaries, groups, ratio = evicted.keys.shape[2:5]
+    boundaries, groups = evicted.keys.shape[2:4]
     scale = evicted.queries.shape[-1] ** -0.5 if scale is None else scale
     flat = [x.flatten(2, 3) for x in (evicted.keys, evicted.values)]
     made = compressor.slots(flat[0], flat[1])
-    tokens = [x.flatten(2, 4) for x in (evicted.keys, evicted.values)]
+    own = [x[..., compressor.overlap :, :] for x in (evicted.keys, evicted.values)]
+    ratio = own[0].shape[4]
+    tokens = [x.flatten(2, 4) for x in own]
     if project is not None:
         made, tokens = project(made[0]), [*project(tokens[0])]
 
@@ -215,10 +217,11 @@ def auto_encoding(evicted: Evictions, compressor: Compressor, decoder: Decoder) 
     """
     groups = [x.flatten(2, 3) for x in (evicted.keys, evicted.values)]
     rebuilt = decoder(*compressor.slots(groups[0], groups[1]))
+    own = [x[..., compressor.overlap :, :] for x in groups]
     error = sum(
         (
             (got - want).square().mean((1, 3, 4))
-            for got, want in zip(rebuilt, groups, strict=True)
+            for got, want in zip(rebuilt, own, strict=True)
             if want.shape[4] > 0
         ),
         start=torch.zeros((), device=groups[0].device, dtype=groups[0].dtype),

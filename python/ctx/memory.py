@@ -98,9 +98,9 @@ class KVMemory:
         head_dim: key width D.
         value_dim: value width Dv; default ``head_dim``.
         compressor: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
-            ``"conv"``, ``"gated"``), a module of :mod:`ctx.compression`, or any module that maps
-            groups to slots as one of those does. Parameters are used as they are at the time of
-            each call.
+            ``"conv"``, ``"dilated"``, ``"gated"``, ``"most_used"``), a module of
+            :mod:`ctx.compression`, or any module that maps groups to slots as one of those does.
+            Parameters are used as they are at the time of each call.
         position: ``"rotary"``, ``"relative"`` (Transformer-XL's), ``"alibi"`` or None. Keys are
             stored as the scheme wants them, so a stored state belongs to it.
         alibi_slopes: one number per query head, for ``"alibi"`` and required there;
@@ -226,6 +226,7 @@ class KVMemory:
             compressor.engine_name,
             [operand.detach() for operand in operands],
             None if compressor.native else compressor.slots,
+            compressor.overlap,
             distance,
             rotary_width(position, rotary_dim, head_dim, where),
             rotary_base,
@@ -290,7 +291,12 @@ class KVMemory:
         lengths: Tensor | None = None,
         reset_at: Tensor | None = None,
     ) -> None:
-        """The first half of :meth:`step`: appends, evicts and compresses."""
+        """The first half of :meth:`step`: appends, evicts and compresses.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit the memory, or the compressor is
+                ``"most_used"``, which needs the queries; nothing has been written then.
+        """
         self._read_parameters()
         try:
             self._native.append(k, v, lengths, reset_at)
@@ -300,7 +306,8 @@ class KVMemory:
             raise
 
     def attend(self, q: Tensor, *, return_mass: bool = False) -> Any:
-        """The second half of :meth:`step`: queries of the last T tokens appended; writes nothing.
+        """The second half of :meth:`step`: queries of the last T tokens appended; writes nothing,
+        and does not count as usage.
 
         Args:
             q: [B, H, T, D] with T at most ``rewindable`` of every row.
@@ -336,7 +343,8 @@ class KVMemory:
             tokens: of each row, or int64 [B]; at most ``rewindable``.
 
         Raises:
-            ValueError, TypeError: more than can be taken back; nothing has been changed then.
+            ValueError, TypeError: more than can be taken back, or the compressor is
+                ``"most_used"``, whose counts cannot be; nothing has been changed then.
         """
         self._native.rewind(as_counts(tokens, self.seen, "ctx.KVMemory.rewind"))
 

@@ -95,13 +95,19 @@ def rewind(memory: Nested, tokens: int | Tensor) -> None:
         tokens: of each row, or int64 [B]; at most the layer's ``rewindable``.
 
     Raises:
-        ValueError, TypeError: more than can be taken back; nothing has been written then.
+        ValueError, TypeError: more than can be taken back, or a compressor is ``"most_used"``,
+            whose counts cannot be; nothing has been written then.
     """
     where = "ctx.rows.rewind"
     layers = _layers(memory, where)
     counts = []
     for layer in layers:
         seen = layer["seen"]
+        if layer["usage"].shape[2]:
+            raise ValueError(
+                f"{where}: compression must be one whose slots follow from the tokens alone, "
+                'got "most_used"'
+            )
         count = as_counts(tokens, seen, where)
         if count.dtype != torch.int64:
             raise TypeError(f"{where}: tokens must be int64, got {count.dtype}")
@@ -203,7 +209,8 @@ def resized(
 
     Raises:
         ValueError, TypeError: ``memory`` is not of ``old``, or does not have what ``new`` shows;
-            the message names the size.
+            the message names the size. Or the compressor is ``"most_used"``: what got attention
+            depends on the sizes.
     """
     where = "ctx.rows.resized"
     layers = _layers(memory, where)
@@ -220,6 +227,11 @@ def resized(
 
 def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str) -> Memory:
     """:func:`resized` of one layer."""
+    if layer["usage"].shape[2]:
+        raise ValueError(
+            f"{where}: compression must be one whose slots follow from the tokens alone, "
+            'got "most_used"'
+        )
     for name in ("ratio", "segment", "sinks"):
         was, asked = getattr(old, name), getattr(new, name)
         if asked != was:
@@ -232,8 +244,7 @@ def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str
             f"{old}, got {keys.shape[2]}"
         )
     widths = (keys.shape[1], keys.shape[3], values.shape[3], headroom)
-    used = layer["usage"].shape[2] > 0
-    shapes = [StateShape.of(one, *widths, overlap=overlap, used=used) for one in (old, new)]
+    shapes = [StateShape.of(one, *widths, overlap=overlap) for one in (old, new)]
     shapes[0].check(layer, len(keys), keys.device, where, "memory")
 
     seen = layer["seen"].tolist()

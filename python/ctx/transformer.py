@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ctx import generation
 from ctx.attention import CompressiveAttention
-from ctx.compression import COMPRESSORS
+from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import POSITIONS, Relative
@@ -72,6 +72,7 @@ class CompressiveTransformerConfig:
     segment: Sizes | None = None
     sinks: Sizes = 0
     compression: str = "conv"
+    compression_kernel: int | None = None
     memory_content: str = "kv"
     position: str | None = "rotary"
     relative_dim: int | None = None
@@ -92,7 +93,13 @@ class CompressiveTransformerConfig:
 
     def __post_init__(self) -> None:
         where = "ctx.CompressiveTransformerConfig"
-        optional = ("num_kv_heads", "mlp_dim", "rotary_dim", "relative_dim")
+        optional = (
+            "num_kv_heads",
+            "mlp_dim",
+            "rotary_dim",
+            "relative_dim",
+            "compression_kernel",
+        )
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "headroom", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
@@ -144,6 +151,18 @@ class CompressiveTransformerConfig:
             object.__setattr__(self, name, sizes)
         each = any(isinstance(getattr(self, name), tuple) for name in SIZES)
         self._schedules(self.num_layers if each else 1)  # refuses what is out of range
+
+        for ratio in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
+            check_kernel(
+                self.compression, ratio, self.compression_kernel, where, "compression_kernel"
+            )
+        chooses = COMPRESSORS[self.compression].by_usage
+        for name, other in (("aux_loss", None), ("memory_content", "kv")):
+            if chooses and getattr(self, name) != other:
+                raise ValueError(
+                    f"{where}: {name} must be {other!r} for compression {self.compression!r}, "
+                    f"got {getattr(self, name)!r}"
+                )
 
     def schedules(self) -> tuple[Schedule, ...]:
         """The memory's sizes as the law reads them, one for each layer."""

@@ -26,7 +26,7 @@ Tensor integers(std::initializer_list<int64_t> values) {
 }
 
 void test_cuts() {
-  for (const char* compressor : {"mean", "max", "conv", "gated"}) {
+  for (const char* compressor : {"mean", "max", "conv", "dilated", "gated"}) {
     KVMemory whole(options(compressor)), cut(options(compressor)), halves(options(compressor));
     const Tensor expected = step(whole, Tokens(0, 61));
     for (int64_t t = 0; t < 61; t += 3) {
@@ -41,6 +41,29 @@ void test_cuts() {
     EXPECT(same(halves, cut));
     EXPECT(same(cut.seen(), integers({61, 61})));
   }
+}
+
+// Slots that are tokens: however a stream is cut; and what such a memory cannot do.
+void test_most_used() {
+  KVMemory whole(options("most_used")), cut(options("most_used"));
+  const Tensor expected = step(whole, Tokens(0, 61));
+  for (int64_t t = 0; t < 61; t += 3) {
+    const int64_t n = std::min<int64_t>(3, 61 - t);
+    EXPECT(close(step(cut, Tokens(t, n)), expected.narrow(2, t, n)));
+  }
+  const Tensor& usage = cut.tensors()[8];
+  const Tensor& positions = cut.tensors()[9];
+  EXPECT(same(positions, whole.tensors()[9]) && usage.gt(0).any().item<bool>());
+  const Tensor slots = positions.narrow(2, 0, 3).to(at::kDouble);
+  EXPECT(slots.ge(1).all().item<bool>() && slots.lt(61).all().item<bool>());
+  const KVMemory before = cut.clone();
+  const Tokens x(61, 3);
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.KVMemory.append: compressor must be one that needs no queries",
+                cut.append(x.k, x.v));
+  EXPECT_THROWS(c10::ValueError, "ctx.KVMemory.rewind: compressor must", cut.rewind(1));
+  EXPECT(cut.attend(Tokens(58, 3).q).sizes() == at::IntArrayRef({kBatch, 4, 3, 4}));
+  EXPECT(same(cut, before));
 }
 
 void test_types() {
@@ -265,6 +288,7 @@ void test_bad_calls() {
 
 int main() {
   test_cuts();
+  test_most_used();
   test_types();
   test_lengths();
   test_reset_at();

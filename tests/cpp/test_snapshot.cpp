@@ -50,7 +50,7 @@ std::vector<char> read_bytes(const std::string& path) {
 }
 
 void test_round_trip(const Folder& folder) {
-  for (const char* compressor : {"mean", "max", "conv", "gated"}) {
+  for (const char* compressor : {"mean", "max", "conv", "dilated", "gated"}) {
     for (at::ScalarType dtype : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
       KVMemory memory(options(compressor, dtype)), restored(options(compressor, dtype));
       step(memory, Tokens(0, 37, dtype));

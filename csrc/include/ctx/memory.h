@@ -89,14 +89,15 @@ class CTX_API KVMemory {
       const std::optional<at::Tensor>& lengths = std::nullopt,
       const std::optional<at::Tensor>& reset_at = std::nullopt);
 
-  // The first half of step: appends, evicts and compresses.
+  // The first half of step: appends, evicts and compresses. Refused with a ValueError where the
+  // compressor chooses by usage, which needs the queries.
   void append(const at::Tensor& k,
               const at::Tensor& v,
               const std::optional<at::Tensor>& lengths = std::nullopt,
               const std::optional<at::Tensor>& reset_at = std::nullopt);
 
   // The second half: q [B, H, T, D] are the queries of the last T tokens of every row, T at most
-  // rewindable() of each. Returns [B, H, T, Dv]. Writes nothing.
+  // rewindable() of each. Returns [B, H, T, Dv]. Writes nothing, and does not count as usage.
   at::Tensor attend(const at::Tensor& q) const;
 
   // As attend, and the weights of the regions as step_with_mass gives them.
@@ -109,7 +110,7 @@ class CTX_API KVMemory {
 
   // Takes back the last tokens of every row, as if they had not come: `tokens` of each, or int64
   // [B]. Exact, and refused with a ValueError beyond rewindable(), which is the headroom once a
-  // stream is that long.
+  // stream is that long, and where the compressor chooses by usage, which cannot be taken back.
   void rewind(int64_t tokens);
   void rewind(const at::Tensor& tokens);
 
@@ -153,7 +154,7 @@ class CTX_API KVMemory {
 
   const MemoryOptions& options() const { return options_; }
 
-  // Other parameters for the slots made from now on; the same compressor. Throws what
+  // Other parameters for the slots made from now on; the same compressor and overlap. Throws what
   // MemoryOptions::validate throws.
   void set_parameters(std::vector<at::Tensor> parameters);
 

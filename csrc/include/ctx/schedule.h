@@ -11,7 +11,7 @@
 //   segment (S) eviction happens only at absolute positions that are multiples of S
 //   sinks   (A) first tokens of a stream, kept exactly for ever
 //   overlap tokens left of a group that its compressor reads, too: they stay stored a little longer,
-//           and nothing that a query sees depends on it
+//           and nothing that a query sees depends on it; memories take it from their compressor
 //
 // Rae et al. 2019 (arXiv:1911.05507) is segment = n_s, sinks = 0; tokens that wait for their group
 // to fill stay exact and visible here, where the authors' code pads them with zeros.

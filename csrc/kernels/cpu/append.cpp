@@ -30,6 +30,8 @@ void append_token(const AppendArgs& args, int64_t b, int64_t i, Acc<T>* key) {
     std::copy_n(row<T>(args.values, b, h, source),
                 m.value_dim,
                 ring_row<T>(values, m.kv_heads, capacity, m.value_dim, b, h, index));
+    if (m.usage != nullptr && !sink)
+      *ring_row<Acc<T>>(m.usage, m.kv_heads, capacity, 1, b, h, index) = Acc<T>(0);
   }
 }
 

@@ -1,12 +1,12 @@
-// c tokens -> 1 slot: a group is read back from the window ring, its keys are rotated back by their
-// tokens' positions, compressed in the arithmetic's type, and rotated to the slot's position.
+// c tokens -> 1 slot: a group, and what its compressor reads left of it, is read back from the rings,
+// its keys are rotated back by their tokens' positions, compressed in the arithmetic's type, and
+// rotated to the slot's position.
 #include <ATen/Parallel.h>
 
-#include <limits>
 #include <vector>
 
-#include "kernels/cpu/blocks.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/pooling.h"
 #include "kernels/cpu/rotary.h"
 #include "kernels/cpu/slots.h"
 #include "kernels/cpu/table.h"
@@ -14,115 +14,43 @@
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGroups = 8;  // of a head that are made together
-
-template <typename A>
-void pool_mean(const A* x, int64_t c, int64_t width, A* slot) {
-  std::fill_n(slot, width, A(0));
-  for (int64_t i = 0; i < c; ++i) axpy(A(1), x + i * width, slot, width);
-  scale_row(A(1) / static_cast<A>(c), slot, width);
-}
-
-template <typename A>
-void pool_max(const A* x, int64_t c, int64_t width, A* slot) {
-  std::copy_n(x, width, slot);
-  for (int64_t i = 1; i < c; ++i) {
-    // A NaN stays a NaN, as in torch.amax.
-    for (int64_t d = 0; d < width; ++d) {
-      const A candidate = x[i * width + d];
-      if (candidate > slot[d] || candidate != candidate) slot[d] = candidate;
-    }
-  }
-}
-
-// slot = sum_i x_i W_i (+ bias) for some groups of a head, which read its weight [c, width, width]
-// once; x [groups, c, width], slots [groups, padded width].
-template <typename A, typename P>
-void convolve(const A* x,
-              const P* weight,
-              const P* bias,
-              int64_t groups,
-              int64_t c,
-              int64_t width,
-              A* slots) {
-  for (int64_t g = 0; g < groups; ++g) {
-    A* slot = slots + g * padded<A>(width);
-    std::fill_n(slot, padded<A>(width), A(0));
-    if (bias != nullptr) load_row(bias, slot, width);
-  }
-  A factors[kGroups * kBlock];
-  for (int64_t j = 0; j < c * width; j += kBlock) {
-    const int64_t count = std::min(kBlock, c * width - j);
-    for (int64_t g = 0; g < groups; ++g)
-      std::copy_n(x + g * c * width + j, count, factors + g * kBlock);
-    by_rows(groups, [&](auto number, int64_t g) {
-      add_rows<decltype(number)::value>(factors + g * kBlock,
-                                        weight + j * width,
-                                        count,
-                                        width,
-                                        width,
-                                        slots + g * padded<A>(width));
-    });
-  }
-}
-
-// slot = sum_i softmax_i(key_i . gate + position_i) x_i
-template <typename A, typename P>
-void gate(const A* keys,
-          const A* x,
-          const P* direction,
-          const P* position,
-          int64_t c,
-          int64_t key_width,
-          int64_t width,
-          A* slot,
-          A* parameter_row,
-          A* weights) {
-  load_row(direction, parameter_row, key_width);
-  load_row(position, weights, c);
-  A largest = -std::numeric_limits<A>::infinity();
-  for (int64_t i = 0; i < c; ++i) {
-    weights[i] += dot(keys + i * key_width, parameter_row, key_width);
-    largest = std::max(largest, weights[i]);
-  }
-  A total = 0;
-  for (int64_t i = 0; i < c; ++i) total += weights[i] = std::exp(weights[i] - largest);
-  std::fill_n(slot, width, A(0));
-  for (int64_t i = 0; i < c; ++i) axpy(weights[i] / total, x + i * width, slot, width);
-}
-
-// The angles that due groups need, made once for all heads: [B, groups, c + 1, rotary dim], of the
-// tokens and then of the slot.
+// The angles that due groups need, made once for all heads: [B, groups, tokens read + 1, rotary dim],
+// of the tokens and then of the slot.
 template <typename A>
 class GroupAngles {
  public:
   GroupAngles(const CompressArgs& args, int64_t groups, std::vector<A>& storage)
-      : m_(args.memory), groups_(groups), c_(m_.clock.schedule.ratio), storage_(storage) {
-    const size_t size = m_.batch * groups_ * (c_ + 1) * m_.rotary.dim;
+      : m_(args.memory),
+        groups_(groups),
+        left_(m_.clock.schedule.overlap),
+        read_(m_.clock.schedule.ratio + left_),
+        storage_(storage) {
+    const size_t size = m_.batch * groups_ * (read_ + 1) * m_.rotary.dim;
     if (storage_.size() < size) storage_.resize(size);
   }
 
-  // `number` counts a row's due groups, i a group's tokens, and then its slot.
+  // `number` counts a row's due groups, i the tokens read, and then its slot.
   RotaryTable<A> at(int64_t b, int64_t number, int64_t i) const {
     const A* table = memory(b, number, i);
     return {table, table + m_.rotary.dim / 2};
   }
 
   void fill(int64_t b, int64_t number, int64_t group) {
-    const int64_t first = m_.clock.schedule.first_token(group);
-    for (int64_t i = 0; i < c_; ++i)
+    const int64_t first = m_.clock.schedule.first_token(group) - left_;
+    for (int64_t i = 0; i < read_; ++i)
       make_rotary_table(m_.rotary, static_cast<double>(first + i), memory(b, number, i));
-    make_rotary_table(m_.rotary, m_.clock.group_key(group), memory(b, number, c_));
+    make_rotary_table(m_.rotary, m_.clock.group_key(group), memory(b, number, read_));
   }
 
  private:
   A* memory(int64_t b, int64_t number, int64_t i) const {
-    return storage_.data() + ((b * groups_ + number) * (c_ + 1) + i) * m_.rotary.dim;
+    return storage_.data() + ((b * groups_ + number) * (read_ + 1) + i) * m_.rotary.dim;
   }
 
   const MemoryView& m_;
   int64_t groups_;
-  int64_t c_;
+  int64_t left_;
+  int64_t read_;
   std::vector<A>& storage_;
 };
 
@@ -133,25 +61,33 @@ class GroupCompressor {
   using A = Acc<T>;
 
   GroupCompressor(const CompressArgs& args, const GroupAngles<A>& angles, std::vector<A>& storage)
-      : args_(args), m_(args.memory), angles_(angles), c_(m_.clock.schedule.ratio) {
+      : args_(args),
+        m_(args.memory),
+        angles_(angles),
+        c_(m_.clock.schedule.ratio),
+        read_(c_ + m_.clock.schedule.overlap) {
     const int64_t wide = padded<A>(std::max(m_.head_dim, m_.value_dim));
-    const size_t size = kGroups * c_ * (m_.head_dim + m_.value_dim) + kGroups * wide + wide + c_;
+    const int64_t hidden = args.kind == CompressorKind::kDilated ? 2 * wide : 0;
+    const size_t size = kGroups * read_ * (m_.head_dim + m_.value_dim) + kGroups * wide + wide +
+                        hidden + c_ + 2 * read_ * hidden;
     if (storage.size() < size) storage.resize(size);
     keys_ = storage.data();
-    values_ = keys_ + kGroups * c_ * m_.head_dim;
-    slots_ = values_ + kGroups * c_ * m_.value_dim;
+    values_ = keys_ + kGroups * read_ * m_.head_dim;
+    slots_ = values_ + kGroups * read_ * m_.value_dim;
     row_ = slots_ + kGroups * wide;
-    weights_ = row_ + wide;
+    weights_ = row_ + wide + hidden;
+    hidden_[0] = weights_ + c_;
+    hidden_[1] = hidden_[0] + read_ * hidden;
   }
 
   // Groups first ... first + count - 1 of row b; `number` counts the row's due groups.
   void run(int64_t b, int64_t h, int64_t number, int64_t first, int64_t count) {
     for (int64_t g = 0; g < count && args_.kind != CompressorKind::kGiven; ++g)
-      read(b, h, number + g, first + g, g);
+      read_group(b, h, number + g, first + g, g);
     make(b, h, first, count, 0);
     for (int64_t g = 0; g < count; ++g) {
       A* slot = slots_ + g * padded<A>(m_.head_dim);
-      rotate_row(m_.rotary, angles_.at(b, number + g, c_), A(1), slot);
+      rotate_row(m_.rotary, angles_.at(b, number + g, read_), A(1), slot);
       store(slot, m_.compressed_keys, m_.head_dim, b, h, first + g);
     }
     make(b, h, first, count, 1);
@@ -172,20 +108,29 @@ class GroupCompressor {
     });
   }
 
-  // The pairs of a group, as its g-th here; keys are rotated back.
-  void read(int64_t b, int64_t h, int64_t number, int64_t group, int64_t g) {
-    const auto window = [&](void* ring, int64_t width, int64_t index) {
-      return ring_row<T>(ring, m_.kv_heads, m_.window_capacity, width, b, h, index);
-    };
-    const int64_t first = m_.clock.schedule.first_token(group);
-    for (int64_t i = 0; i < c_; ++i) {
-      const int64_t index = (first + i) % m_.window_capacity;
-      A* key = keys_ + (g * c_ + i) * m_.head_dim;
-      load_row(window(m_.window_keys, m_.head_dim, index), key, m_.head_dim);
+  // The pairs of a group and left of it, as its g-th here; keys are rotated back, and what is before
+  // the stream is zero.
+  void read_group(int64_t b, int64_t h, int64_t number, int64_t group, int64_t g) {
+    const Schedule& schedule = m_.clock.schedule;
+    const int64_t first = schedule.first_token(group) - (read_ - c_);
+    for (int64_t i = 0; i < read_; ++i) {
+      A* key = keys_ + (g * read_ + i) * m_.head_dim;
+      A* value = values_ + (g * read_ + i) * m_.value_dim;
+      const int64_t t = first + i;
+      if (t < 0) {
+        std::fill_n(key, m_.head_dim, A(0));
+        std::fill_n(value, m_.value_dim, A(0));
+        continue;
+      }
+      const bool sink = t < schedule.sinks;
+      const int64_t capacity = sink ? schedule.sinks : m_.window_capacity;
+      const int64_t index = t % capacity;
+      const auto ring = [&](void* rows, int64_t width) {
+        return ring_row<T>(rows, m_.kv_heads, capacity, width, b, h, index);
+      };
+      load_row(ring(sink ? m_.sink_keys : m_.window_keys, m_.head_dim), key, m_.head_dim);
       rotate_row(m_.rotary, angles_.at(b, number, i), A(-1), key);
-      load_row(window(m_.window_values, m_.value_dim, index),
-               values_ + (g * c_ + i) * m_.value_dim,
-               m_.value_dim);
+      load_row(ring(sink ? m_.sink_values : m_.window_values, m_.value_dim), value, m_.value_dim);
     }
   }
 
@@ -200,12 +145,13 @@ class GroupCompressor {
     const A* x = side == 0 ? keys_ : values_;
     const int64_t width = side == 0 ? m_.head_dim : m_.value_dim;
     if (args_.kind == CompressorKind::kConv) {
-      const P* weight = parameter(side, h, c_ * width * width);
-      convolve(x, weight, parameter(2 + side, h, width), count, c_, width, slots_);
+      const P* weight = parameter(side, h, read_ * width * width);
+      convolve(x, weight, parameter(2 + side, h, width), count, read_, width, width, slots_);
       return;
     }
     for (int64_t g = 0; g < count; ++g)
-      make_one(b, h, first + g, g, x + g * c_ * width, width, side, slots_ + g * padded<A>(width));
+      make_one(
+          b, h, first + g, g, x + g * read_ * width, width, side, slots_ + g * padded<A>(width));
   }
 
   void make_one(int64_t b,
@@ -221,8 +167,10 @@ class GroupCompressor {
         return pool_mean(x, c_, width, slot);
       case CompressorKind::kMax:
         return pool_max(x, c_, width, slot);
+      case CompressorKind::kDilated:
+        return make_dilated(h, x, width, side, slot);
       case CompressorKind::kGated:
-        return gate(keys_ + g * c_ * m_.head_dim,
+        return gate(keys_ + g * read_ * m_.head_dim,
                     x,
                     parameter(2 * side, h, m_.head_dim),
                     parameter(2 * side + 1, h, c_),
@@ -235,8 +183,29 @@ class GroupCompressor {
       case CompressorKind::kGiven:
         return take_given(b, h, group, width, side, slot);
       case CompressorKind::kConv:
+      case CompressorKind::kMostUsed:  // choose.cpp
         return;
     }
+  }
+
+  // Dilations 1, 2, 4, ...: each layer has as many rows fewer, and c are left.
+  void make_dilated(int64_t h, const A* x, int64_t width, int64_t side, A* slot) {
+    const int64_t hidden = 2 * width;
+    const int64_t layers = dilated_layers(c_);
+    const int index = static_cast<int>(3 * side);
+    int64_t rows = read_ - 1;
+    dilate(x, parameter(index, h, 2 * width * hidden), rows, 1, width, hidden, hidden_[0], row_);
+    const P* deeper = parameter(index + 1, h, (layers - 1) * 2 * hidden * hidden);
+    for (int64_t layer = 1; layer < layers; ++layer) {
+      const int64_t dilation = int64_t{1} << layer;
+      const P* weight = deeper + (layer - 1) * 2 * hidden * hidden;
+      rows -= dilation;
+      const A* from = hidden_[(layer - 1) % 2];
+      dilate(from, weight, rows, dilation, hidden, hidden, hidden_[layer % 2], row_);
+    }
+    const P* last = parameter(index + 2, h, c_ * hidden * width);
+    const P* none = nullptr;
+    convolve(hidden_[(layers - 1) % 2], last, none, 1, c_, hidden, width, slot);
   }
 
   void take_given(int64_t b, int64_t h, int64_t group, int64_t width, int side, A* slot) const {
@@ -253,11 +222,13 @@ class GroupCompressor {
   const MemoryView& m_;
   const GroupAngles<A>& angles_;
   int64_t c_;
+  int64_t read_;  // tokens of a group and left of it
   A* keys_;
   A* values_;
   A* slots_;
   A* row_;
   A* weights_;
+  A* hidden_[2];
 };
 
 template <typename T, typename P>
@@ -270,11 +241,11 @@ void compress_rows(const CompressArgs& args) {
     most = std::max(most, due.last - due.first);
   }
   if (most == 0) return;
-  const int64_t c = m.clock.schedule.ratio;
+  const int64_t read = m.clock.schedule.ratio + m.clock.schedule.overlap;
   thread_local std::vector<A> angle_memory;  // kept from step to step
   GroupAngles<A> angles(args, most, angle_memory);
   at::parallel_for(
-      0, m.batch * most, grain((c + 1) * m.rotary.dim * 4), [&](int64_t begin, int64_t end) {
+      0, m.batch * most, grain((read + 1) * m.rotary.dim * 4), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const DueGroups due = due_groups(m, args.block, task / most);
           const int64_t number = task % most;
@@ -283,8 +254,8 @@ void compress_rows(const CompressArgs& args) {
       });
   const int64_t tiles = (most + kGroups - 1) / kGroups;
   const int64_t wide = m.head_dim + m.value_dim;
-  const int64_t work =
-      kGroups * c * wide * (args.kind == CompressorKind::kConv ? m.head_dim + 4 : 4);
+  const bool matrices = args.kind == CompressorKind::kConv || args.kind == CompressorKind::kDilated;
+  const int64_t work = kGroups * read * wide * (matrices ? m.head_dim + 4 : 4);
   at::parallel_for(0, m.batch * m.kv_heads * tiles, grain(work), [&](int64_t begin, int64_t end) {
     thread_local std::vector<A> memory;  // kept from step to step
     GroupCompressor<T, P> compressor(args, angles, memory);
@@ -303,6 +274,7 @@ void compress_rows(const CompressArgs& args) {
 
 void compress(const CompressArgs& args) {
   if (args.memory.compressed_capacity == 0) return;
+  if (args.kind == CompressorKind::kMostUsed) return choose(args);
   dispatch(args.memory.storage, [&](auto type) {
     using T = decltype(type);
     args.wide_parameters ? compress_rows<T, Acc<T>>(args) : compress_rows<T, T>(args);

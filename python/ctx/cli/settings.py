@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ctx.cli.errors import CliError
+from ctx.compression import COMPRESSORS
 from ctx.transformer import CompressiveTransformerConfig
 
 __all__ = [
@@ -46,6 +47,12 @@ MODEL: dict[str, Any] = {
     "segment": 64,
 }
 
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
 # option, name in CompressiveTransformerConfig, type or choices, meaning
 MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--width", "embed_dim", int, "width of the residual stream"),
@@ -57,7 +64,8 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--ratio", "ratio", sizes, "tokens per slot; or per layer"),
     ("--segment", "segment", sizes, "tokens between evictions; or per layer"),
     ("--sinks", "sinks", sizes, "first tokens that are kept for ever; or per layer"),
-    ("--compression", "compression", str, "mean, max, conv or gated"),
+    ("--compression", "compression", str, _either(COMPRESSORS)),
+    ("--compression-kernel", "compression_kernel", int, "of conv: tokens it reads for a slot"),
     ("--memory-content", "memory_content", str, "kv, or hidden: layer inputs, as in the paper"),
     ("--position", "position", str, "rotary, relative, alibi or none"),
     ("--distance", "distance", str, "slot or token"),
@@ -91,7 +99,9 @@ RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
 
 def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
     """The default model with some settings changed."""
-    if changed.get("compressor_grad") == "aux":  # something must train it
+    compressor = COMPRESSORS.get(changed.get("compression", "conv"))
+    trained = compressor is None or not compressor.by_usage
+    if changed.get("compressor_grad") == "aux" and trained:  # something must train it
         changed = {"aux_loss": "reconstruction", **changed}
     if changed.get("position") == "none":
         changed = {**changed, "position": None}

@@ -5,7 +5,17 @@ kernels compute, compare against it to know that they do. It is slow, and nothin
 """
 
 from .attention import attend, compressive_attention, working_dtype
-from .compression import COMPRESSORS, compress_group, conv, gated, initial_parameters, maximum, mean
+from .compression import (
+    COMPRESSORS,
+    compress_group,
+    conv,
+    dilated,
+    gated,
+    initial_parameters,
+    maximum,
+    mean,
+    most_used,
+)
 from .losses import attention_reconstruction
 from .memory import KVMemory
 from .positions import Relative, alibi_slopes, sinusoid
@@ -24,10 +34,12 @@ __all__ = [
     "compress_group",
     "compressive_attention",
     "conv",
+    "dilated",
     "gated",
     "initial_parameters",
     "maximum",
     "mean",
+    "most_used",
     "sinusoid",
     "working_dtype",
 ]

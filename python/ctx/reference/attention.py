@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compression import COMPRESSORS, Compressor, compress_group, make_compressor
-from .positions import Relative, Scores
+from .compression import (
+    COMPRESSORS,
+    Compressor,
+    compress_group,
+    is_by_usage,
+    make_compressor,
+    most_used,
+    overlap,
+)
+from .positions import Relative, Scores, added_by_head
 from .rotary import make_position
 from .schedule import Schedule
 
@@ -43,26 +51,39 @@ def attend(
     scale: float | None = None,
     compressor_grad: str = "task",
     return_mass: bool = False,
+    carried: int | None = None,
 ) -> Any:
-    """What the last T tokens of a stream of L see, [B, H, T, Dv].
+    """What the last tokens of a stream of L see, [B, H, L - carried, Dv].
 
-    Keys carry no rotation. The first L - T tokens came with earlier calls: they and the slots made
-    by then are constants, as the carried memory of Transformer-XL is (Dai et al. 2019,
-    arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a constant. With
+    Keys carry no rotation. The first `carried` tokens (L - T unless given) came with earlier calls:
+    they and the slots made by then are constants, as the carried memory of Transformer-XL is (Dai
+    et al. 2019, arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a
+    constant. Where the most used tokens stay, q must be that of the whole stream, T = L. With
     `return_mass` also what share of its attention each of them gives to sinks, compressed slots and
-    window, [B, H, T, 3], a constant.
+    window, [B, H, L - carried, 3], a constant.
     """
     work = working_dtype(k.dtype)
     kv_heads, length, width = k.shape[1:]
-    carried = length - q.shape[2]
+    carried = length - q.shape[2] if carried is None else carried
     compress = make_compressor(compressor, kv_heads, schedule.ratio, width, v.shape[3], work)
+
+    by_usage = is_by_usage(compress)
+    if by_usage and q.shape[2] < length:
+        raise ValueError(
+            f"ctx.reference.attend: q must have all L = {length} tokens, got {q.shape}"
+        )
+    left = overlap(compress, schedule.ratio)
 
     keys = [k[:, :, j].detach() if j < carried else k[:, :, j] for j in range(length)]
     values = [v[:, :, j].detach() if j < carried else v[:, :, j] for j in range(length)]
     keys, values = [key.to(work) for key in keys], [value.to(work) for value in values]
 
     def make_slot(g: int, constant: bool) -> tuple[Tensor, Tensor]:
-        group = [keys[j] for j in schedule.members(g)], [values[j] for j in schedule.members(g)]
+        members = schedule.members(g)
+        reads = range(members.start - left, members.stop)
+        group = [
+            [x[j] if j >= 0 else torch.zeros_like(x[0]) for j in reads] for x in (keys, values)
+        ]
         key, value = compress_group(compress, *group)
         return (key.detach(), value.detach()) if constant else (key, value)
 
@@ -83,6 +104,8 @@ def attend(
         scale=scale,
         compressor_grad=compressor_grad,
         return_mass=return_mass,
+        carried=carried,
+        by_usage=by_usage,
     )
 
 
@@ -104,14 +127,19 @@ def walk(
     scale: float | None,
     compressor_grad: str,
     return_mass: bool,
+    carried: int | None = None,
+    by_usage: bool = False,
 ) -> Any:
-    """What the last T tokens see, one after the other; `make_slot(g, constant)` gives key and value
+    """What the last tokens see, one after the other; `make_slot(g, constant)` gives key and value
     of group g, once its tokens have left the window. Arguments as in `attend`.
+
+    `by_usage`: slots are tokens instead, for every head the most used of those that leave.
     """
     work = keys[0].dtype if keys else working_dtype(q.dtype)
     heads, width = q.shape[1], q.shape[3]
     length = len(keys)
-    carried = length - q.shape[2]
+    asked = length - q.shape[2]  # the token of the first query
+    carried = asked if carried is None else carried
     scale = width**-0.5 if scale is None else scale
     turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
     scheme = Scores(position, alibi_slopes, relative, work)
@@ -119,32 +147,52 @@ def walk(
     slot_keys: list[Tensor] = []
     slot_values: list[Tensor] = []
     outputs, masses = [], []
+    usage = torch.zeros(*(keys[0].shape[:2] if keys else (0, 0)), length, dtype=work)
+    slot_tokens: list[Tensor] = []  # [B, Hkv], the token that each slot is
     for t in range(length):
-        for g in range(len(slot_keys), schedule.groups(t)):
-            key, value = make_slot(g, t < carried or compressor_grad == "aux")
+        due = range(len(slot_keys), schedule.groups(t))
+        if by_usage:
+            leaving = [j for g in due for j in schedule.members(g)]
+            slot_tokens += _choose(usage, leaving, len(due))
+        for g in due:
+            constant = t < carried or compressor_grad == "aux"
+            if by_usage:
+                key, value = (_pick(x, slot_tokens[g]) for x in (keys, values))
+                key, value = (key.detach(), value.detach()) if constant else (key, value)
+            else:
+                key, value = make_slot(g, constant)
             slot_keys.append(key)
             slot_values.append(value)
-        if t < carried:
+        if t < carried and not by_usage:
             continue
         sinks, groups, tokens = schedule.visible(t)
         seen_keys = [keys[j] for j in sinks] + [slot_keys[g] for g in groups]
         seen_values = [values[j] for j in sinks] + [slot_values[g] for g in groups]
         seen_keys += [keys[j] for j in tokens]
         seen_values += [values[j] for j in tokens]
-        distances = schedule.distances(t, distance)
-        turned = turn(torch.stack(seen_keys, 2), [-delta for delta in distances])
-        query = q[:, :, t - carried].to(work)
-        scores = scale * scores_of(scheme.content_query(query), turned)
         first, last = len(sinks), len(sinks) + len(groups)
+        apart = torch.tensor(schedule.distances(t, distance), dtype=torch.float64)
+        apart = apart.expand(*keys[0].shape[:2], -1).clone()  # [B, Hkv, n]
+        if by_usage and distance == "token":  # every head has slots of its own
+            for i, g in enumerate(groups, start=first):
+                apart[:, :, i] = t - slot_tokens[g]
+        turned = turn(torch.stack(seen_keys, 2), (-apart).tolist())
+        query = q[:, :, t - asked].to(work)
+        scores = scale * scores_of(scheme.content_query(query), turned)
         added = torch.zeros_like(scores)
         added[:, :, first:last] = bias[:, None]
-        added = added + scheme.added(query, distances, range(first, last), scale)
+        slots = range(first, last)
+        added = added + added_by_head(scheme, query, apart.tolist(), slots, scale)
         weights = (scores + added).softmax(-1)
+        shared = weights.detach().unflatten(1, (keys[0].shape[1], -1)).mean(2)  # [B, Hkv, n]
+        usage[:, :, list(tokens)] += shared[:, :, last:]
+        if t < carried:
+            continue
         masses.append(mass_of(weights, first, last))
         outputs.append(mix(weights, torch.stack(seen_values, 2)))
     if not outputs:
-        out = q.new_zeros(*q.shape[:3], values[0].shape[2] if values else width)
-        return (out, out.new_zeros(*q.shape[:3], 3, dtype=work)) if return_mass else out
+        out = q.new_zeros(*q.shape[:2], 0, values[0].shape[2] if values else width)
+        return (out, out.new_zeros(*q.shape[:2], 0, 3, dtype=work)) if return_mass else out
     out = torch.stack(outputs, 2).to(q.dtype)
     return (out, torch.stack(masses, 2)) if return_mass else out
 
@@ -187,7 +235,6 @@ def compressive_attention(
     new = x.shape[1] if new is None else new
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     q = split_heads(project(x, weights, "q_proj"), num_heads)
-    q = q[:, :, x.shape[1] - new :]
     own = {name[11:]: w for name, w in weights.items() if name.startswith("compressor.")}
     relative = None
     if position == "relative":
@@ -213,23 +260,29 @@ def compressive_attention(
         return k, split_heads(project(inputs, weights, "v_proj"), kv_heads)
 
     if memory_content == "kv":
-        compress = partial(COMPRESSORS[compression], **own)
+        compress = partial(COMPRESSORS[compression], **own) if own else compression
         k, v = pair_of(x)
         pairs = (rounded(k), rounded(v))
-        out, mass = attend(rounded(q), *pairs, schedule, compressor=compress, **options)
+        carried = x.shape[1] - new
+        options |= {"compressor": compress, "carried": carried}
+        out, mass = attend(rounded(q), *pairs, schedule, **options)
     else:
         carried = x.shape[1] - new
         held = torch.cat([x[:, :carried].detach(), x[:, carried:]], 1)
         compress_inputs = inputs_compressor(compression, own)
+        left = overlap(inputs_pooling(compression, own), schedule.ratio)
+        padded = torch.nn.functional.pad(held, (0, 0, left, 0))  # token j stands at left + j
 
         def make_slot(g: int, constant: bool) -> tuple[Tensor, Tensor]:
             members = schedule.members(g)
-            slot = compress_inputs(held[:, members[0] : members[-1] + 1])
+            group = padded[:, members[0] : members[-1] + 1 + left]
+            slot = compress_inputs(group)
             key, value = pair_of(slot.detach() if constant else slot)
             return key[:, :, 0], value[:, :, 0]
 
         keys, values = (pair.unbind(2) for pair in pair_of(held))
-        out, mass = walk(q, [*keys], [*values], make_slot, schedule, scale=None, **options)
+        queries = q[:, :, carried:]
+        out, mass = walk(queries, [*keys], [*values], make_slot, schedule, scale=None, **options)
     y = project(out.to(x.dtype).transpose(1, 2).flatten(2), weights, "out_proj")
     return (y, mass) if return_usage else y
 
@@ -239,14 +292,35 @@ def inputs_compressor(compression: str, own: Mapping[str, Tensor]) -> Callable[[
 
     What a compressor of pairs makes of values is thrown away, so its parameters do not matter.
     """
-    parameters = {**own, **{name.replace("key_", "value_"): w for name, w in own.items()}}
+    pooling = inputs_pooling(compression, own)
 
     def compress(inputs: Tensor) -> Tensor:
         group = inputs[:, None, None]
-        slot: Tensor = COMPRESSORS[compression](group, group, **parameters)[0]
+        slot: Tensor = pooling(group, group)[0]
         return slot[:, 0]
 
     return compress
+
+
+def inputs_pooling(compression: str, own: Mapping[str, Tensor]) -> Compressor:
+    """The compressor, with the keys' parameters for values, too."""
+    parameters = {**own, **{name.replace("key_", "value_"): w for name, w in own.items()}}
+    return partial(COMPRESSORS[compression], **parameters)
+
+
+def _choose(usage: Tensor, leaving: list[int], slots: int) -> list[Tensor]:
+    """The tokens that become slots, [B, Hkv] for each; `usage` [B, Hkv, L]."""
+    if not slots:
+        return []
+    rows = [most_used(row, slots) for row in usage[:, :, leaving]]
+    kept = torch.tensor([[[leaving[i] for i in head] for head in row] for row in rows])
+    return list(kept.unbind(-1))
+
+
+def _pick(x: list[Tensor], tokens: Tensor) -> Tensor:
+    """x[j] [B, Hkv, D] of another token j for every head: tokens [B, Hkv]."""
+    rows = [[x[j][b, h] for h, j in enumerate(row)] for b, row in enumerate(tokens.tolist())]
+    return torch.stack([torch.stack(row) for row in rows])
 
 
 def scores_of(query: Tensor, keys: Tensor) -> Tensor:

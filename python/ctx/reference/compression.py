@@ -11,13 +11,17 @@ A compressor is a function of whole groups
     keys [B, Hkv, G, c, D], values [B, Hkv, G, c, Dv]  ->  [B, Hkv, G, D], [B, Hkv, G, Dv]
 
 and always receives keys without their rotation. The ones below take their parameters by name; bind
-them with `functools.partial(conv, key_weight=..., value_weight=...)`.
+them with `functools.partial(conv, key_weight=..., value_weight=...)`. A convolution may read tokens
+left of the group, too, `overlap` of them; then there are overlap + c where c stands above.
+
+`most_used` is no such function: which tokens stay depends on the attention they got.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +42,45 @@ def maximum(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def conv(
     keys: Tensor,
     values: Tensor,
-    key_weight: Tensor,  # [Hkv, c, D, D]
-    value_weight: Tensor,  # [Hkv, c, Dv, Dv]
+    key_weight: Tensor,  # [Hkv, k, D, D]
+    value_weight: Tensor,  # [Hkv, k, Dv, Dv]
     key_bias: Tensor | None = None,  # [Hkv, D]
     value_bias: Tensor | None = None,  # [Hkv, Dv]
 ) -> tuple[Tensor, Tensor]:
-    """Strided convolution, kernel = stride = c: token i of the group has a matrix of its own."""
+    """Convolution, stride c, kernel k >= c: each of the k tokens has a matrix of its own."""
     return _convolve(keys, key_weight, key_bias), _convolve(values, value_weight, value_bias)
+
+
+def dilated(
+    keys: Tensor,
+    values: Tensor,
+    key_first: Tensor,  # [Hkv, 2, D, 2 D]
+    key_weight: Tensor,  # [Hkv, c, 2 D, D]
+    value_first: Tensor,  # [Hkv, 2, Dv, 2 Dv]
+    value_weight: Tensor,  # [Hkv, c, 2 Dv, Dv]
+    key_hidden: Tensor | None = None,  # [Hkv, layers - 1, 2, 2 D, 2 D]
+    value_hidden: Tensor | None = None,  # [Hkv, layers - 1, 2, 2 Dv, 2 Dv]
+) -> tuple[Tensor, Tensor]:
+    """Layers that look 1, 2, 4, ... tokens back, then a strided convolution over the group."""
+    key = _dilate(keys, [key_first, *(() if key_hidden is None else key_hidden.unbind(1))])
+    value = _dilate(
+        values, [value_first, *(() if value_hidden is None else value_hidden.unbind(1))]
+    )
+    return _convolve(key, key_weight, None), _convolve(value, value_weight, None)
+
+
+def most_used(usage: Tensor, slots: int) -> list[list[int]]:
+    """Which of the tokens that leave stay, for every kv head, in their order.
+
+    Args:
+        usage: [Hkv, n], the attention that each of the tokens got.
+        slots: how many stay: those used the most, of equals the earlier.
+    """
+    chosen = []
+    for used in usage.tolist():
+        by_use = sorted(range(len(used)), key=lambda j: (-used[j], j))
+        chosen.append(sorted(by_use[:slots]))
+    return chosen
 
 
 def gated(
@@ -62,10 +98,22 @@ def gated(
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    slot = torch.zeros_like(x[..., 0, :])  # [B, Hkv, G, D]
+    slot = x.new_zeros(*x.shape[:-2], weight.shape[-1])  # [B, Hkv, G, D]
     for i in range(weight.shape[1]):
         slot = slot + x[..., i, :] @ weight[:, i].to(x.dtype)
     return slot if bias is None else slot + bias[:, None].to(x.dtype)
+
+
+def _dilate(x: Tensor, weights: list[Tensor]) -> Tensor:
+    tokens = list(x.unbind(-2))  # each [B, Hkv, G, D]
+    for layer, weight in enumerate(weights):
+        back = 2**layer
+        earlier, later = weight[:, 0].to(x.dtype), weight[:, 1].to(x.dtype)
+        tokens = [
+            (tokens[i - back] @ earlier + tokens[i] @ later).relu()
+            for i in range(back, len(tokens))
+        ]
+    return torch.stack(tokens, -2)
 
 
 def _gate(keys: Tensor, gate: Tensor, position: Tensor) -> Tensor:
@@ -78,18 +126,64 @@ COMPRESSORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "mean": mean,
     "max": maximum,
     "conv": conv,
+    "dilated": dilated,
     "gated": gated,
 }
 
 
+def dilated_layers(ratio: int) -> int:
+    """As many as it takes for a token to depend on a whole group, at least one."""
+    layers = 1
+    while 2**layers < ratio:
+        layers += 1
+    return layers
+
+
+def is_by_usage(compressor: Any) -> bool:
+    """Whether slots are tokens, chosen by the attention that they got."""
+    return compressor is most_used
+
+
+def overlap(compressor: Any, ratio: int) -> int:
+    """How many tokens left of a group of `ratio` the compressor reads."""
+    if getattr(compressor, "func", None) is conv:
+        return int(compressor.keywords["key_weight"].shape[1]) - ratio
+    if getattr(compressor, "func", None) is dilated:
+        return int(2 ** dilated_layers(ratio)) - 1
+    return int(getattr(compressor, "overlap", 0))
+
+
 def initial_parameters(
-    name: str, kv_heads: int, ratio: int, head_dim: int, value_dim: int, dtype: torch.dtype
+    name: str,
+    kv_heads: int,
+    ratio: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    kernel: int | None = None,
 ) -> dict[str, Tensor]:
-    """The parameters a compressor starts with; both kinds start as mean pooling."""
+    """The parameters a compressor starts with; all that have any start as mean pooling."""
     if name == "conv":
-        each = [torch.eye(dim, dtype=dtype) / ratio for dim in (head_dim, value_dim)]
-        weights = [eye.expand(kv_heads, ratio, *eye.shape).clone() for eye in each]
+        weights = []
+        for dim in (head_dim, value_dim):
+            weight = torch.zeros(kv_heads, kernel or ratio, dim, dim, dtype=dtype)
+            weight[:, -ratio:] = torch.eye(dim, dtype=dtype) / ratio
+            weights.append(weight)
         return {"key_weight": weights[0], "value_weight": weights[1]}
+    if name == "dilated":
+        parameters: dict[str, Tensor] = {}
+        layers = dilated_layers(ratio)
+        for part, dim in (("key", head_dim), ("value", value_dim)):
+            eye = torch.eye(dim, dtype=dtype)
+            first = torch.zeros(kv_heads, 2, dim, 2 * dim, dtype=dtype)
+            first[:, 1] = torch.cat([eye, -eye], 1)
+            hidden = torch.zeros(kv_heads, layers - 1, 2, 2 * dim, 2 * dim, dtype=dtype)
+            hidden[:, :, 1] = torch.eye(2 * dim, dtype=dtype)
+            last = (torch.cat([eye, -eye]) / ratio).expand(kv_heads, ratio, 2 * dim, dim).clone()
+            parameters |= {f"{part}_first": first, f"{part}_weight": last}
+            if layers > 1:
+                parameters[f"{part}_hidden"] = hidden
+        return parameters
     if name == "gated":
         return {
             "key_gate": torch.zeros(kv_heads, head_dim, dtype=dtype),
@@ -108,7 +202,11 @@ def make_compressor(
     value_dim: int,
     dtype: torch.dtype,
 ) -> Compressor:
-    """A compressor by name, with its initial parameters; anything else is taken as it is."""
+    """A compressor by name, with its initial parameters; anything else is taken as it is, the name
+    of the one that is no function, too.
+    """
+    if compressor == "most_used":
+        return most_used  # type: ignore[return-value]  # told apart by whoever has the usage
     if not isinstance(compressor, str):
         return compressor
     if compressor not in COMPRESSORS:
@@ -123,6 +221,9 @@ def make_compressor(
 def compress_group(
     compressor: Compressor, keys: list[Tensor], values: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """One group, as lists of its tokens' [B, Hkv, D] and [B, Hkv, Dv], becomes one slot."""
+    """One group, as lists of its tokens' [B, Hkv, D] and [B, Hkv, Dv], becomes one slot.
+
+    With an overlap the lists begin that much earlier; what is before the stream is zero.
+    """
     key, value = compressor(torch.stack(keys, 2)[:, :, None], torch.stack(values, 2)[:, :, None])
     return key[:, :, 0], value[:, :, 0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention import mix, scores_of
-from .compression import Compressor
+from .compression import Compressor, compress_group, overlap
 from .schedule import Schedule
 
 
@@ -46,8 +46,8 @@ def attention_reconstruction(
         tokens = [j for g in groups for j in schedule.members(g)]
         queries = range(max(seen, b - segment), b)
         keys, values = k[:, tokens].detach(), v[:, tokens].detach()
-        shape = (1, k.shape[0], len(groups), schedule.ratio, -1)
-        slot_keys, slot_values = compressor(keys.reshape(shape), values.reshape(shape))
+        slots = [_slot(k, v, schedule.members(g), compressor) for g in groups]
+        slot_keys, slot_values = (torch.stack(parts, 2) for parts in zip(*slots, strict=True))
         if project is not None:
             keys, values = project(keys[0])
             slot_keys, slot_values = (x[None] for x in project(slot_keys[0, 0]))
@@ -59,6 +59,16 @@ def attention_reconstruction(
             each.append((got - want).square().mean())
         errors.append(torch.stack(each).mean())
     return errors
+
+
+def _slot(k: Tensor, v: Tensor, members: range, compressor: Compressor) -> tuple[Tensor, Tensor]:
+    """The slot [1, Hkv, D], [1, Hkv, Dv] of a group, which is constant."""
+    reads = range(members.start - overlap(compressor, len(members)), members.stop)
+    keys, values = (
+        [x[None, :, j].detach() if j >= 0 else torch.zeros_like(x[None, :, 0]) for j in reads]
+        for x in (k, v)
+    )
+    return compress_group(compressor, keys, values)
 
 
 def _weights(query: Tensor, keys: Tensor) -> Tensor:

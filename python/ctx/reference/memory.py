@@ -12,6 +12,7 @@ rounded to the dtype of the memory.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +20,15 @@ import torch
 from torch import Tensor
 
 from .attention import mass_of, mix, scores_of, slot_bias, working_dtype
-from .compression import Compressor, compress_group, make_compressor
-from .positions import Scores
+from .compression import (
+    Compressor,
+    compress_group,
+    is_by_usage,
+    make_compressor,
+    most_used,
+    overlap,
+)
+from .positions import Scores, added_by_head
 from .rotary import make_position
 from .schedule import Schedule
 
@@ -38,12 +46,16 @@ class Row:
     def __init__(self) -> None:
         self.tokens: list[Pair] = []
         self.slots: list[Pair] = []
+        self.usage: list[Tensor] = []  # of every token, [Hkv]: the attention it got
+        self.positions: list[list[int]] = []  # of every slot, [Hkv]: the token it is, if it is one
+        self.margin = math.inf
         self.rewindable = 0  # tokens that the rings of the real memory could take back
 
     def copy(self) -> Row:
         """The same stream, to go on by itself."""
         row = Row()
         row.tokens, row.slots, row.rewindable = [*self.tokens], [*self.slots], self.rewindable
+        row.usage, row.positions, row.margin = [*self.usage], [*self.positions], self.margin
         return row
 
 
@@ -98,6 +110,8 @@ class KVMemory:
         self.compress = make_compressor(
             compressor, kv_heads, schedule.ratio, head_dim, self.value_dim, self.work
         )
+        self.overlap = overlap(self.compress, schedule.ratio)
+        self.by_usage = is_by_usage(self.compress)
         self.reset()
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
@@ -109,7 +123,12 @@ class KVMemory:
                 self.rows[b] = Row()
 
     def rewind(self, tokens: Sequence[int]) -> None:
-        """Takes back the last tokens of every row, as if they had not come."""
+        """Takes back the last tokens of every row, as if they had not come.
+
+        What was counted cannot be taken back: refused where usage matters.
+        """
+        if self.by_usage:
+            raise ValueError("ctx.reference.KVMemory.rewind: compressor must not be 'most_used'")
         for row, count in zip(self.rows, tokens, strict=True):
             if not 0 <= count <= row.rewindable:
                 raise ValueError(
@@ -119,6 +138,7 @@ class KVMemory:
         for row, count in zip(self.rows, tokens, strict=True):
             left = len(row.tokens) - count
             del row.tokens[left:]
+            del row.usage[left:]
             del row.slots[self.schedule.groups(left - 1) if left else 0 :]
             row.rewindable -= count
 
@@ -172,13 +192,15 @@ class KVMemory:
                 self._append_token(self.rows[b], k[b, :, i], v[b, :, i])
                 row = self.rows[b]
                 out[b, :, i], mass[b, :, i] = self._attend_token(
-                    row, len(row.tokens) - 1, q[b, :, i]
+                    row, len(row.tokens) - 1, q[b, :, i], count=True
                 )
         return (out, mass) if return_mass else out
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> None:
         """Appends T tokens, k [B, Hkv, T, D] without rotation and v [B, Hkv, T, Dv]."""
+        if self.by_usage:
+            raise ValueError("ctx.reference.KVMemory.append: compressor must not be 'most_used'")
         for b, row in enumerate(self.rows):
             for i in range(k.shape[2]):
                 self._append_token(row, k[b, :, i], v[b, :, i])
@@ -196,14 +218,22 @@ class KVMemory:
 
     def _append_token(self, row: Row, key: Tensor, value: Tensor) -> None:
         t = len(row.tokens)
+        if self.by_usage:
+            self._choose_slots(row, range(len(row.slots), self.schedule.groups(t)))
         for g in range(len(row.slots), self.schedule.groups(t)):
             row.slots.append(self._make_slot(row, g))
         row.tokens.append(self._store(key.to(self.work), value, position=t))
+        row.usage.append(torch.zeros(self.kv_heads, dtype=self.work))
         row.rewindable = min(row.rewindable + 1, self.headroom)
 
     def _make_slot(self, row: Row, g: int) -> Pair:
         keys, values = [], []
-        for j in self.schedule.members(g):
+        members = self.schedule.members(g)
+        for j in range(members.start - self.overlap, members.stop):
+            if j < 0:
+                keys.append(torch.zeros(1, self.kv_heads, self.head_dim, dtype=self.work))
+                values.append(torch.zeros(1, self.kv_heads, self.value_dim, dtype=self.work))
+                continue
             token = row.tokens[j]
             keys.append(self.turn(token.key.to(self.work), -j)[None])
             values.append(token.value.to(self.work)[None])
@@ -218,6 +248,28 @@ class KVMemory:
         scale = x.abs().amax(-1, keepdim=True) / 127
         return torch.where(scale > 0, (x / scale).round(), 0.0).clamp(-127, 127) * scale
 
+    def _choose_slots(self, row: Row, groups: range) -> None:
+        """Of all tokens that leave now the most used become slots, as they are."""
+        leaving = [j for g in groups for j in self.schedule.members(g)]
+        if not leaving:
+            return
+        usage = torch.stack([row.usage[j] for j in leaving], 1)
+        if len(leaving) > len(groups):
+            order = usage.sort(-1, descending=True).values
+            ahead = order[:, len(groups) - 1] - order[:, len(groups)]
+            row.margin = min(row.margin, float(ahead.min()))
+        kept = [[leaving[i] for i in chosen] for chosen in most_used(usage, len(groups))]
+        for g, tokens in zip(groups, zip(*kept, strict=True), strict=True):
+            keys, values = [], []
+            for head, j in enumerate(tokens):
+                clock = g if self.distance == "slot" else j
+                key = self.turn(row.tokens[j].key[None, head].to(self.work), -j)
+                keys.append(self.turn(key, clock)[0])
+                values.append(row.tokens[j].value[head].to(self.work))
+            pair = self._round_slot(torch.stack(keys)), self._round_slot(torch.stack(values))
+            row.slots.append(Pair(*pair))
+            row.positions.append(list(tokens))
+
     def _store(self, key: Tensor, value: Tensor, position: float) -> Pair:
         turned = self.turn(key, position)
         return Pair(turned.to(self.dtype, copy=True), value.to(self.dtype, copy=True))
@@ -225,10 +277,14 @@ class KVMemory:
     def _slot_clock(self, g: int) -> float:
         return g if self.distance == "slot" else self.schedule.centre(g)
 
-    def _attend_token(self, row: Row, t: int, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_token(
+        self, row: Row, t: int, q: Tensor, count: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The output [H, Dv], and what share of the attention each region gets, [H, 3].
 
         Every region has a clock of its own, to which the query is turned.
+
+        `count`: what the window's tokens are attended to becomes part of their usage.
         """
         sinks, groups, tokens = self.schedule.visible(t)
         sink_clock = group_clock = t
@@ -252,10 +308,19 @@ class KVMemory:
             score = self.scale * scores_of(self.turn(content, clock)[None], keys[None])[0]
             scores.append(score + biased * bias[:, None])
             values += [pair.value.to(self.work) for pair in pairs]
-        distances = self.schedule.distances(t, self.distance)
+        heads = [self.schedule.distances(t, self.distance) for _ in range(self.kv_heads)]
+        if self.by_usage and self.distance == "token":  # every head has slots of its own
+            for i, g in enumerate(groups, start=len(sinks)):
+                for own, token in zip(heads, row.positions[g], strict=True):
+                    own[i] = t - token
         first, last = len(sinks), len(sinks) + len(groups)
-        added = self.scheme.added(query[None], distances, range(first, last), self.scale)
+        slots = range(first, last)
+        added = added_by_head(self.scheme, query[None], [heads], slots, self.scale)
         weights = (torch.cat(scores, 1) + added[0]).softmax(-1)[None]
+        if count:
+            shared = weights[0].reshape(self.kv_heads, -1, weights.shape[2]).mean(1)
+            for j, weight in zip(reversed(tokens), reversed(shared.unbind(1)), strict=False):
+                row.usage[j] = row.usage[j] + weight
         return mix(weights, torch.stack(values, 1)[None])[0], mass_of(weights, first, last)[0]
 
     @property
@@ -269,6 +334,13 @@ class KVMemory:
         return torch.tensor([row.rewindable for row in self.rows], dtype=torch.int64)
 
     @property
+    def margin(self) -> float:
+        """By how much, at least, a token that stayed was used more than one that did not: another
+        computation that rounds by more may choose otherwise.
+        """
+        return min(row.margin for row in self.rows)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The lists laid out as the real memory lays them out: token t >= A of the window and
         group g of the compressed memory stand at their number modulo the capacity of the ring, and
@@ -276,7 +348,7 @@ class KVMemory:
         """
         s = self.schedule
         segment = s.segment or s.ratio
-        window = s.window + segment + s.ratio - 1 + self.headroom
+        window = s.window + segment + s.ratio - 1 + self.headroom + self.overlap
         late = segment * -(-(self.headroom - 1) // segment)  # tokens evicted late by long calls
         compressed = s.compressed + -(-late // s.ratio) if s.compressed else 0
         places = {"window": window, "compressed": compressed, "sink": s.sinks}
@@ -300,8 +372,16 @@ class KVMemory:
 
     def _choices(self, window: int, compressed: int) -> dict[str, Tensor]:
         """What a compressor that chooses by usage keeps besides: nothing for any other."""
-        empty = torch.zeros(self.batch_size, self.kv_heads, 0)
-        return {"usage": empty.to(self.work), "slot_positions": empty.to(torch.int64)}
+        sizes = (window, compressed) if self.by_usage else (0, 0)
+        shape = self.batch_size, self.kv_heads
+        usage = torch.zeros(*shape, sizes[0], dtype=self.work)
+        positions = torch.zeros(*shape, sizes[1], dtype=torch.int64)
+        for b, row in enumerate(self.rows if self.by_usage else []):
+            for t in range(self.schedule.sinks, len(row.usage)):
+                usage[b, :, t % window] = row.usage[t]
+            for g, tokens in enumerate(row.positions if compressed else []):
+                positions[b, :, g % compressed] = torch.tensor(tokens)
+        return {"usage": usage, "slot_positions": positions}
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +86,19 @@ class Scores:
         if self.slopes is not None:
             added = added - self.slopes[:, None] * torch.tensor(distances, dtype=query.dtype)
         return added
+
+
+def added_by_head(
+    scheme: Scores, query: Tensor, distances: Any, slots: range, scale: float
+) -> Tensor:
+    """`Scores.added` where every kv head has its own distances: distances[b][kv], n numbers."""
+    rows = []
+    for b, heads in enumerate(distances):
+        share = query.shape[1] // len(heads)
+        each = [scheme.added(query[b : b + 1], own, slots, scale) for own in heads]
+        mine = [x[:, kv * share : (kv + 1) * share] for kv, x in enumerate(each)]
+        rows.append(torch.cat(mine, 1))
+    return torch.cat(rows)
 
 
 def of_distance(query: Tensor, weight: Tensor, distances: Sequence[float]) -> Tensor:
