@@ -175,8 +175,8 @@ def memories(
     schedule: dict[str, Any] | None = None,
     compressor: str | None = None,
     bias: str | None = None,
-    by_usage: bool = True,
     positions: Sequence[str | None] = POSITIONS,
+    by_usage: bool = True,
 ) -> Setting:
     """A Setting; the arguments fix parts of it. Not `by_usage`: its compressor is of POOLING."""
     kv_heads = draw(st.integers(1, 2))

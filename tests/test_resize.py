@@ -35,7 +35,7 @@ def assert_same_memory(got, want):
 @given(data=st.data())
 def test_other_numbers_of_slots(dtype, data):
     """Bit-equal where the law allows it, and goes on as such; refused where slots are missing."""
-    setting = data.draw(memories())
+    setting = data.draw(memories(by_usage=False))
     length, new = data.draw(lengths(setting)), data.draw(st.integers(0, 8))
     inputs, sizes = setting.inputs(length, dtype), data.draw(cuts(length))
     memory = begun(setting, dtype, inputs, sizes)
@@ -59,7 +59,7 @@ def test_other_numbers_of_slots(dtype, data):
 @given(st.data())
 def test_other_windows(data):
     """Where both windows have let go the same, all that is visible is the same; refused else."""
-    setting = data.draw(memories())
+    setting = data.draw(memories(by_usage=False))
     length, window = data.draw(lengths(setting)), data.draw(st.integers(0, 14))
     inputs, sizes = setting.inputs(length, F64), data.draw(cuts(length))
     memory = begun(setting, F64, inputs, sizes)

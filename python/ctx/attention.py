@@ -55,7 +55,7 @@ class CompressiveAttention(nn.Module):
             ``"hidden"`` (the paper's) remembers the inputs, E numbers per token, projects them
             with the current weights on every call (slower; the projections get a gradient through
             the memory) and compresses them: the compressor sees one head of width E as keys, and
-            values of width 0.
+            values of width 0; not with ``"most_used"``.
         position: ``"rotary"``; ``"relative"``, the paper's, adds a :class:`ctx.positions.Relative`
             to the parameters; ``"alibi"`` adds the constants of :func:`ctx.positions.alibi_slopes`,
             in the module's dtype; or None.
