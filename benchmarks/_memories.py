@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ctx
 
-__all__ = ["CatLoop", "fill", "full_memory", "sdpa_ways", "visible"]
+__all__ = ["CatLoop", "as_int8", "fill", "full_memory", "sdpa_ways", "visible"]
 
 
 def fill(state: dict[str, Any], seen: int) -> dict[str, Any]:
@@ -26,6 +26,13 @@ def fill(state: dict[str, Any], seen: int) -> dict[str, Any]:
     filled["seen"] = torch.full_like(state["seen"], seen)
     filled["rewindable"] = torch.ones_like(state["rewindable"])
     return filled
+
+
+def as_int8(x: Tensor) -> Tensor:
+    """Rows [..., width] as int8 slots are stored: multiples of a scale, and the scale behind."""
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    steps = (x / scale).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([steps, scale.view(torch.int8)], -1)
 
 
 def full_memory(

@@ -3,7 +3,7 @@
 Attention over a memory of at least 64 MiB against the read bandwidth of the machine, measured in
 the same turns by a parallel sum over as many bytes, and against torch's own attention over the same
 slots; a whole step against its attention alone; a small memory against the reference and against
-the loop that everyone writes.
+the loop that everyone writes; int8 slots against bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 import ctx
 from benchmarks._harness import arguments, interleave, start
-from benchmarks._memories import CatLoop, full_memory, sdpa_ways, visible
+from benchmarks._memories import CatLoop, as_int8, full_memory, sdpa_ways, visible
 from benchmarks._report import Report, bars
 
 __all__ = ["main"]
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for shape in SHAPES:
             _large(report, shape, args)
         _small(report, args)
-    report.note('item 6 (int8 CMem): no figure; ctx.KVMemory has no compressed_dtype="int8" yet')
+        _int8(report, args)
     return report.finish(_draw)
 
 
@@ -134,6 +134,40 @@ def _small(report: Report, args: Any) -> None:
     at = f"{cat.slots} slots, 8 heads, D 64, step, times as fast as"
     report.at_least("2", f"{at} ctx.reference", times["reference"].median / ours, 10.0)
     report.at_least("2", f"{at} cat + SDPA", times["cat + SDPA"].median / ours, 3.0)
+
+
+def _int8(report: Report, args: Any) -> None:
+    """The compressed region alone, the same slots as float32, bfloat16 and int8."""
+    heads, kv_heads = 32, 8
+    slots = max(64 if args.quick else 4096, args.mib * MIB // (2 * kv_heads * HEAD_DIM * 2))
+    schedule = ctx.Schedule(0, slots, RATIO)
+    memories = {
+        name: full_memory(schedule, kv_heads, HEAD_DIM, dtype=pairs, compressed_dtype=stored)
+        for name, pairs, stored in (
+            ("float32", torch.float32, None),
+            ("bfloat16", torch.bfloat16, None),
+            ("int8", torch.bfloat16, torch.int8),
+            ("float32 with int8", torch.float32, torch.int8),
+        )
+    }
+    held = memories["float32"].tensors
+    for name in ("bfloat16", "int8", "float32 with int8"):
+        for part, tensor in memories[name].tensors.items():
+            tensor.copy_(as_int8(held[part]) if tensor.dtype == torch.int8 else held[part])
+    q = torch.randn(1, heads, 1, HEAD_DIM)
+    exact, narrow = (memories[name].attend(q) for name in ("float32", "float32 with int8"))
+    error = ((narrow - exact).norm() / exact.norm()).item()
+    low = q.bfloat16()
+    candidates = {
+        f"ctx attend, {name} slots": lambda memory=memories[name]: memory.attend(low)
+        for name in ("bfloat16", "int8")
+    }
+    times = interleave(candidates, args.repeat)
+    for name, timing in times.items():
+        report.row(shape="GQA-4, CMem alone", slots=slots, what=name, time=timing)
+    wide, fast = (timing.median for timing in times.values())
+    report.at_least("6", "GQA-4, CMem alone, int8 times as fast as bfloat16", wide / fast, 1.6)
+    report.at_most("6", "relative error of int8 slots in a float32 memory", error, 1e-2)
 
 
 def _draw(figure: Any, report: Report) -> None:
