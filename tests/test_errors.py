@@ -168,7 +168,7 @@ def test_compressor_of_other_sizes(kind, sizes):
     module = getattr(ctx.compression, kind)(*sizes)
     if kind == "Gated" and sizes == (HKV, 2, D, D):
         pytest.skip("gated pooling has no parameter of the width of values")
-    with pytest.raises(ValueError, match=r"key_weight|value_weight|key_gate|key_position"):
+    with pytest.raises(ValueError, match=r"key_weight|value_weight|key_gate|ratio must be 2"):
         memory(compressor=module)
 
 
@@ -178,7 +178,7 @@ class TestCompressors:
             with pytest.raises(ValueError, match=name):
                 ctx.compression.Mean(*sizes)
         with pytest.raises(ValueError, match=r"value_dim"):
-            ctx.compression.Conv(1, 2, 4, 0)
+            ctx.compression.Conv(1, 2, 4, -1)
 
     def test_groups(self):
         conv = ctx.compression.Conv(2, 3, 4, 5)
