@@ -448,8 +448,8 @@ def as_compressor(
     if isinstance(module, Compressor):
         if module.ratio != ratio:  # a longer kernel of conv would pass for one with an overlap
             raise ValueError(
-                f"ctx.compression.{type(module).__name__}: ratio must be {ratio} as the schedule's, "
-                f"got {module.ratio}"
+                f"ctx.compression.{type(module).__name__}: ratio must be {ratio} as the "
+                f"schedule's, got {module.ratio}"
             )
         return module
     return Custom(module, kv_heads, ratio, head_dim, value_dim)
