@@ -1,5 +1,6 @@
 """`python -m ctx` as a user runs it: subprocesses, their output and their exit codes."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -43,12 +44,15 @@ def environment(**changed):
 
 
 def start(*args, cwd, **changed):
+    # A shell that runs tests in the background has them ignore SIGINT, and children inherit that.
+    listening = {"preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
     return subprocess.Popen(
         [sys.executable, "-m", "ctx", *map(str, args)],
         cwd=cwd,
         env=environment(**changed),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        **listening,
     )
 
 
