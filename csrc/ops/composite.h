@@ -14,14 +14,7 @@
 
 namespace ctx::ops {
 
-enum Region : int { kSinks = 0, kCompressed = 1, kWindow = 2, kRegions = 3 };
-
 // Rows and tokens of a call that are handled together, and the keys that they can see.
-struct Range {
-  int64_t begin = 0;
-  int64_t end = 0;
-  int64_t size() const { return end - begin; }
-};
 struct Tile {
   Range rows;
   Range tokens;
@@ -345,17 +338,15 @@ class Composite {
       Tile tile{{b, b + 1}, {begin, std::min(begin + step, tokens_)}, {}};
       for (int64_t i = begin; i < tile.tokens.end; ++i) {
         const int64_t t = value(t_, i);
-        const Range visible[kRegions] = {
-            {0, s.visible_sinks(t)}, {s.groups(t) - s.slots(t), s.groups(t)}, {s.edge(t), t + 1}};
+        const Ranges seen = visible(s, t);
         for (int region = 0; region < kRegions; ++region) {
-          if (visible[region].size() <= 0) continue;
+          if (seen[region].size() <= 0) continue;
           const int64_t first = value(first_[region], i);
           Range& keys = tile.keys[region];
           const bool none = keys.size() == 0;
-          keys.begin = none ? visible[region].begin - first
-                            : std::min(keys.begin, visible[region].begin - first);
-          keys.end =
-              none ? visible[region].end - first : std::max(keys.end, visible[region].end - first);
+          keys.begin =
+              none ? seen[region].begin - first : std::min(keys.begin, seen[region].begin - first);
+          keys.end = none ? seen[region].end - first : std::max(keys.end, seen[region].end - first);
         }
       }
       for (int region = 0; region < kRegions; ++region) {  // tokens before the stream see too much

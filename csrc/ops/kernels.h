@@ -16,6 +16,27 @@ namespace ctx {
 enum class Storage : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };
 constexpr int64_t kScaleBytes = 4;
 
+// The parts of a memory, in this order wherever something is kept for each.
+enum Region : int { kSinks = 0, kCompressed = 1, kWindow = 2, kRegions = 3 };
+
+// Numbers begin ... end - 1 of a region: tokens, or groups.
+struct Range {
+  int64_t begin = 0;
+  int64_t end = 0;
+  CTX_HOST_DEVICE int64_t size() const { return end - begin; }
+};
+struct Ranges {
+  Range of[kRegions];
+  CTX_HOST_DEVICE Range& operator[](int64_t region) { return of[region]; }
+  CTX_HOST_DEVICE const Range& operator[](int64_t region) const { return of[region]; }
+};
+
+// What the query of token t sees of each region.
+CTX_HOST_DEVICE inline Ranges visible(const Schedule& schedule, int64_t t) {
+  const int64_t n = schedule.groups(t);
+  return {{{0, schedule.visible_sinks(t)}, {n - schedule.slots(t), n}, {schedule.edge(t), t + 1}}};
+}
+
 // A [B, heads, T, width] tensor whose last dimension is contiguous; strides count elements.
 struct Strided {
   void* data = nullptr;

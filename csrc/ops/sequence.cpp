@@ -173,8 +173,8 @@ class Sequence {
     s.compressed_keys = at::cat({past_slots(kCompressedKeys), s.compressed_keys}, 2);
     s.compressed_values = at::cat({past_slots(kCompressedValues), s.compressed_values}, 2);
     if (s.slot_positions.defined()) {
-      const Tensor held = read_ring(memory_[kSlotPositions].unsqueeze(-1), slots, made);
-      s.slot_positions = at::cat({held.squeeze(-1), s.slot_positions}, 2);
+      const Tensor tokens = read_ring(memory_[kSlotPositions].unsqueeze(-1), slots, made);
+      s.slot_positions = at::cat({tokens.squeeze(-1), s.slot_positions}, 2);
     }
     return s;
   }

@@ -18,27 +18,15 @@ constexpr int kPanelVectors = 2;  // 6 x 2 sums: 15 of 16 registers
 #endif
 constexpr int kProductRows = 6;
 
-// A vector of A (float or double), and the integers that its comparisons give.
+// Integers that lanes of A are compared by.
 template <typename A>
-struct Lanes {
-  static constexpr int64_t kCount = kVectorBytes / sizeof(A);
-  using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  typedef A Vector __attribute__((vector_size(kVectorBytes)));
-  typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
-
-  static Vector load(const A* source) {
-    Vector x;
-    std::memcpy(&x, source, sizeof(x));
-    return x;
-  }
-  static Integers load_integers(const Integer* source) {
-    Integers x;
-    std::memcpy(&x, source, sizeof(x));
-    return x;
-  }
-  static void store(Vector x, A* target) { std::memcpy(target, &x, sizeof(x)); }
-  static Vector all(A value) { return value - Vector{}; }
-};
+using LaneInteger = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+template <typename A>
+inline typename VectorOf<LaneInteger<A>>::type load_integers(const LaneInteger<A>* source) {
+  typename VectorOf<LaneInteger<A>>::type x;
+  std::memcpy(&x, source, sizeof(x));
+  return x;
+}
 
 // Buffers of one task, aligned to the widest vector: a row that straddles two cache lines costs
 // two loads.
@@ -72,15 +60,14 @@ inline void tile(int64_t depth,
                  A* __restrict c,
                  int64_t c_stride,
                  bool add) {
-  using L = Lanes<A>;
-  typename L::Vector sum[kRows][kVectors] = {};
+  Vec<A> sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    typename L::Vector right[kVectors];
+    Vec<A> right[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) right[v] = L::load(b + v * L::kCount);
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kLanes<A>);
 #pragma GCC unroll 6
     for (int m = 0; m < kRows; ++m) {
-      const auto left = L::all(kLeft == Left::kRows ? a[m * a_stride] : a[m]);
+      const auto left = broadcast(kLeft == Left::kRows ? a[m * a_stride] : a[m]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[m][v] += left * right[v];
     }
@@ -91,8 +78,8 @@ inline void tile(int64_t depth,
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      A* target = c + m * c_stride + v * L::kCount;
-      L::store(add ? L::load(target) + sum[m][v] : sum[m][v], target);
+      A* target = c + m * c_stride + v * kLanes<A>;
+      store(target, add ? load(target) + sum[m][v] : sum[m][v]);
     }
   }
 }
@@ -132,7 +119,7 @@ inline void panel(int64_t rows,
   }
 }
 
-// C (+)= A B: C [rows, columns], B [depth, columns], `columns` a multiple of Lanes<A>::kCount. Rows
+// C (+)= A B: C [rows, columns], B [depth, columns], `columns` a multiple of kLanes<A>. Rows
 // of B and C are read and written as whole vectors.
 template <Left kLeft, typename A>
 inline void multiply(int64_t rows,
@@ -145,7 +132,7 @@ inline void multiply(int64_t rows,
                      A* c,
                      int64_t c_stride,
                      bool add) {
-  constexpr int64_t kCount = Lanes<A>::kCount;
+  constexpr int64_t kCount = kLanes<A>;
   const auto run = [&](auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     panel<kLeft, kVectors>(rows, depth, a, a_stride, b, b_stride, c, c_stride, add);

@@ -65,7 +65,7 @@ class Plan {
 
   // What the first of the rows' tokens sees.
   Ranges visible(const Rows& rows) const {
-    return cpu::CTX_CPU_CAPABILITY::visible(m_, args_.block.first(rows.b) + rows.tokens.begin);
+    return ctx::visible(m_.clock.schedule, args_.block.first(rows.b) + rows.tokens.begin);
   }
 
   // What all tokens see: what the last one still sees of what the first one saw.
@@ -96,7 +96,7 @@ class Plan {
 
 inline int64_t slots_of(const Ranges& ranges) {
   int64_t slots = 0;
-  for (const Range& range : ranges) slots += range.size();
+  for (const Range& range : ranges.of) slots += range.size();
   return slots;
 }
 
@@ -105,7 +105,7 @@ inline Ranges part_of(Ranges all, int64_t part, int64_t parts) {
   const int64_t slots = slots_of(all);
   int64_t skip = slots * part / parts;
   int64_t take = slots * (part + 1) / parts - skip;
-  for (Range& range : all) {
+  for (Range& range : all.of) {
     const int64_t skipped = std::min(skip, range.size());
     const int64_t taken = std::min(take, range.size() - skipped);
     range = {range.begin + skipped, range.begin + skipped + taken};

@@ -11,23 +11,6 @@
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
-enum Region : int64_t { kSinks = 0, kCompressed = 1, kWindow = 2, kRegions = 3 };
-
-// Numbers begin ... end - 1 of a region: tokens, or groups.
-struct Range {
-  int64_t begin = 0;
-  int64_t end = 0;
-  int64_t size() const { return end - begin; }
-};
-using Ranges = std::array<Range, kRegions>;
-
-// What the query of token t sees.
-inline Ranges visible(const MemoryView& m, int64_t t) {
-  const Schedule& s = m.clock.schedule;
-  const int64_t n = s.groups(t);
-  return {Range{0, s.visible_sinks(t)}, Range{n - s.slots(t), n}, Range{s.edge(t), t + 1}};
-}
-
 // [regions, B, Hkv, tokens, share, padded D]: the rows that a kv head's slots are read for lie
 // together. Tokens before the stream or past a row's length are not filled in.
 template <typename A>
@@ -68,7 +51,7 @@ class RotatedQueries {
     const int64_t t = args_.block.first(b) + i;
     if (t < 0 || i >= args_.block.count(b)) return;
     const std::array<int64_t, kRegions> clocks = {m.clock.sink_query(t), m.clock.group_query(t), t};
-    const Ranges seen = visible(m, t);
+    const Ranges seen = visible(m.clock.schedule, t);
     for (int64_t region = 0; region < kRegions; ++region) {
       if (seen[region].size() == 0) continue;
       const auto table = rotary_table<A>(m.rotary, static_cast<double>(clocks[region]));

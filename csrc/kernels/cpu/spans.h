@@ -17,17 +17,6 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 constexpr int64_t kBlockLanes = 64;  // queries of a block, where so many belong together
 constexpr int64_t kBlockKeys = 120;  // scores of both fit the first-level cache
 
-constexpr int64_t kSinkSpan = 0;
-constexpr int64_t kCompressedSpan = 1;
-constexpr int64_t kWindowSpan = 2;
-constexpr int64_t kSpans = 3;
-
-struct KeyRange {
-  int64_t begin = 0;
-  int64_t end = 0;
-  int64_t size() const { return end - begin; }
-};
-
 // out [columns, rows] = in [rows, columns]
 template <typename A>
 inline void transpose(
@@ -43,13 +32,13 @@ inline void transpose(
 
 // Rows of a span in the arithmetic's type: where they lie, or widened copies.
 template <typename A>
-struct Rows {
+struct SpanRows {
   const A* data;
   int64_t stride;
 };
 template <typename T, typename A>
-inline Rows<A> rows_of(
-    const Strided& x, int64_t b, int64_t h, KeyRange keys, int64_t width, A* buffer) {
+inline SpanRows<A> rows_of(
+    const Strided& x, int64_t b, int64_t h, Range keys, int64_t width, A* buffer) {
   if constexpr (std::is_same_v<T, A>) {
     return {row<T>(x, b, h, keys.begin), x.token};
   } else {
@@ -65,14 +54,13 @@ template <typename T>
 class QueryBlock {
  public:
   using A = Acc<T>;
-  using L = Lanes<A>;
-  using Integer = typename L::Integer;
+  using Integer = LaneInteger<A>;
 
   explicit QueryBlock(const SpansArgs& args)
       : args_(args),
         share_(args.heads / args.kv_heads),
         most_tokens_(tokens_per_block(args)),
-        most_lanes_(round_up(share_ * most_tokens_, L::kCount)),
+        most_lanes_(round_up(share_ * most_tokens_, kLanes<A>)),
         width_(round_up(args.head_dim, kSpanWidthStep)) {
     scores_ = scratch_.take(kBlockKeys * most_lanes_);
     rows_ = scratch_.take(most_lanes_ * width_);
@@ -81,7 +69,7 @@ class QueryBlock {
     slope_ = scratch_.take(most_lanes_);
     distance_ = scratch_.take(most_lanes_);
     table_ = scratch_.take(most_tokens_ * std::max<int64_t>(1, args.rotary.dim));
-    numbers_.resize(kSpans * 2 * most_lanes_);
+    numbers_.resize(kRegions * 2 * most_lanes_);
   }
 
   static int64_t tokens_per_block(const SpansArgs& args) {
@@ -94,8 +82,8 @@ class QueryBlock {
     b_ = b, kv_ = kv, first_ = first;
     turned_ = false;
     tokens_ = std::min(most_tokens_, args_.tokens - first);
-    lanes_ = round_up(used(), L::kCount);
-    for (int64_t span = 0; span < kSpans; ++span) find_visible(span);
+    lanes_ = round_up(used(), kLanes<A>);
+    for (int64_t span = 0; span < kRegions; ++span) find_visible(span);
   }
 
   int64_t b() const { return b_; }
@@ -119,7 +107,7 @@ class QueryBlock {
     const int64_t blocks = (size + kBlockKeys - 1) / kBlockKeys;
     const int64_t step = round_up((size + blocks - 1) / blocks, kProductRows);
     for (int64_t j = seen_by_some_[span].begin; j < seen_by_some_[span].end; j += step)
-      run(KeyRange{j, std::min(j + step, seen_by_some_[span].end)});
+      run(Range{j, std::min(j + step, seen_by_some_[span].end)});
   }
   bool sees(int64_t span) const { return seen_by_some_[span].size() > 0; }
 
@@ -153,7 +141,7 @@ class QueryBlock {
   const A* shift() const { return shift_; }
 
   // Scores against the given keys, `shift` apart, minus infinity where the law shows nothing.
-  A* score(KeyRange keys, Rows<A> rows) {
+  A* score(Range keys, SpanRows<A> rows) {
     multiply<Left::kRows>(keys.size(),
                           lanes_,
                           args_.head_dim,
@@ -170,7 +158,7 @@ class QueryBlock {
   }
 
   // Whether some query does not see some of these keys.
-  bool hides(KeyRange keys) const {
+  bool hides(Range keys) const {
     return keys.begin < seen_by_all_[span_].begin || keys.end > seen_by_all_[span_].end;
   }
 
@@ -182,29 +170,16 @@ class QueryBlock {
     return args_.spans[span].first[b_ * args_.tokens + first_ + i];
   }
 
-  // Numbers that the law shows to token t.
-  KeyRange law(int64_t span, int64_t t) const {
-    const Schedule& s = args_.clock.schedule;
-    if (t < 0) return {};
-    switch (span) {
-      case kSinkSpan:
-        return {0, s.visible_sinks(t)};
-      case kCompressedSpan:
-        return {s.groups(t) - s.slots(t), s.groups(t)};
-      default:
-        return {s.edge(t), t + 1};
-    }
-  }
-
   // Which keys each lane sees, and the block as a whole.
   void find_visible(int64_t span) {
     const int64_t size = args_.spans[span].size;
-    KeyRange some;
-    KeyRange all{0, size};
+    Range some;
+    Range all{0, size};
     for (int64_t i = 0; i < tokens_; ++i) {
-      KeyRange keys;
+      Range keys;
       if (size > 0) {
-        const KeyRange numbers = law(span, position(i));
+        const int64_t t = position(i);
+        const Range numbers = t < 0 ? Range{} : visible(args_.clock.schedule, t)[span];
         const int64_t first = first_number(span, i);
         keys.begin = std::clamp<int64_t>(numbers.begin - first, 0, size);
         keys.end = std::clamp<int64_t>(numbers.end - first, keys.begin, size);
@@ -226,9 +201,9 @@ class QueryBlock {
   }
 
   double clock(int64_t span, int64_t t) const {
-    const int64_t turned = span == kSinkSpan         ? args_.clock.sink_query(t)
-                           : span == kCompressedSpan ? args_.clock.group_query(t)
-                                                     : t;
+    const int64_t turned = span == kSinks        ? args_.clock.sink_query(t)
+                           : span == kCompressed ? args_.clock.group_query(t)
+                                                 : t;
     return static_cast<double>(turned);
   }
 
@@ -249,20 +224,20 @@ class QueryBlock {
     std::fill_n(slope_, lanes_, A(0));
     std::fill_n(distance_, lanes_, A(0));
     for (int64_t lane = 0; lane < used(); ++lane) {
-      if (span == kCompressedSpan) shift_[lane] = per_head(args_.bias, lane);
+      if (span == kCompressed) shift_[lane] = per_head(args_.bias, lane);
       if (args_.slopes == nullptr) continue;
       const int64_t i = lane % tokens_;
       const int64_t first = first_number(span, i);
       const double key =
-          span == kCompressedSpan ? args_.clock.group_key(first) : static_cast<double>(first);
+          span == kCompressed ? args_.clock.group_key(first) : static_cast<double>(first);
       slope_[lane] = per_head(args_.slopes, lane);
       distance_[lane] = static_cast<A>(clock(span, position(i)) - key);
     }
   }
 
   // ALiBi: a key is `step` nearer than the one before it.
-  void take_distances(KeyRange keys) {
-    const bool tokens = span_ == kCompressedSpan && args_.clock.token_distance;
+  void take_distances(Range keys) {
+    const bool tokens = span_ == kCompressed && args_.clock.token_distance;
     const A step = static_cast<A>(tokens ? args_.clock.schedule.ratio : 1);
     for (int64_t j = 0; j < keys.size(); ++j) {
       A* scores = scores_ + j * lanes_;
@@ -273,16 +248,16 @@ class QueryBlock {
     }
   }
 
-  void hide(KeyRange keys) {
-    const auto nothing = L::all(-std::numeric_limits<A>::infinity());
-    for (int64_t v = 0; v < lanes_; v += L::kCount) {
-      const auto begin = L::load_integers(begins(span_) + v);
-      const auto end = L::load_integers(ends(span_) + v);
+  void hide(Range keys) {
+    const auto nothing = broadcast(-std::numeric_limits<A>::infinity());
+    for (int64_t v = 0; v < lanes_; v += kLanes<A>) {
+      const auto begin = load_integers<A>(begins(span_) + v);
+      const auto end = load_integers<A>(ends(span_) + v);
       for (int64_t j = 0; j < keys.size(); ++j) {
         const auto number = static_cast<Integer>(keys.begin + j);
         A* scores = scores_ + j * lanes_ + v;
         const auto visible = (number >= begin) & (number < end);
-        L::store(visible ? L::load(scores) : nothing, scores);
+        store(scores, visible ? load(scores) : nothing);
       }
     }
   }
@@ -299,8 +274,8 @@ class QueryBlock {
   int64_t lanes_ = 0;
   int64_t span_ = 0;
   bool turned_ = false;
-  KeyRange seen_by_some_[kSpans];
-  KeyRange seen_by_all_[kSpans];
+  Range seen_by_some_[kRegions];
+  Range seen_by_all_[kRegions];
   Scratch<A> scratch_;
   A* scores_;
   A* rows_;

@@ -12,7 +12,6 @@ template <typename T>
 class SpansBackward {
  public:
   using A = Acc<T>;
-  using L = Lanes<A>;
 
   explicit SpansBackward(const SpansBackwardArgs& args)
       : args_(args), forward_(args.forward), block_(args.forward) {
@@ -35,21 +34,21 @@ class SpansBackward {
   void run(int64_t part, int64_t b, int64_t kv, int64_t first) {
     part_ = part;
     block_.place(b, kv, first);
-    load();
-    for (int64_t span = 0; span < kSpans; ++span) {
+    load_block();
+    for (int64_t span = 0; span < kRegions; ++span) {
       if (!block_.sees(span)) continue;
       block_.turn_to(span);
       std::fill_n(query_columns_, forward_.head_dim * block_.lanes(), A(0));
-      block_.for_each_key_block(span, [&](KeyRange keys) { attend(span, keys); });
+      block_.for_each_key_block(span, [&](Range keys) { attend(span, keys); });
       add_query_grads();
     }
-    store();
+    store_block();
   }
 
  private:
   // Gradients of the outputs, as rows and as columns, and what every weight's gradient is relative
   // to: sum_j p_j dp_j = grad . out; the log-sum-exp's own gradient enters with the other sign.
-  void load() {
+  void load_block() {
     const int64_t lanes = block_.lanes();
     const int64_t width = args_.value_width;
     std::fill_n(base_, lanes, A(0));
@@ -72,7 +71,7 @@ class SpansBackward {
     transpose(out_rows_, width, block_.used(), forward_.value_dim, out_columns_, lanes);
   }
 
-  void attend(int64_t span, KeyRange keys) {
+  void attend(int64_t span, Range keys) {
     const Span& s = forward_.spans[span];
     const int64_t b = block_.b();
     const int64_t kv = block_.kv();
@@ -127,26 +126,26 @@ class SpansBackward {
   }
 
   // Scores to weights, and the weights' gradients to the scores'.
-  void make_grads(int64_t span, KeyRange keys, A* scores) {
+  void make_grads(int64_t span, Range keys, A* scores) {
     const int64_t lanes = block_.lanes();
     const bool hides = block_.hides(keys);
-    const auto zero = L::all(A(0));
-    for (int64_t v = 0; v < lanes; v += L::kCount) {
-      const auto subtract = L::load(logsumexp_ + v) - L::load(block_.shift() + v);
-      const auto base = L::load(base_ + v);
+    const auto zero = broadcast(A(0));
+    for (int64_t v = 0; v < lanes; v += kLanes<A>) {
+      const auto subtract = load(logsumexp_ + v) - load(block_.shift() + v);
+      const auto base = load(base_ + v);
       auto sum = zero;
       for (int64_t j = 0; j < keys.size(); ++j) {
         A* place = scores + j * lanes + v;
         A* grads = grads_ + j * lanes + v;
-        const auto weight = exponential(L::load(place) - subtract);
-        auto grad = (L::load(grads) - base) * weight;
+        const auto weight = exponential(load(place) - subtract);
+        auto grad = (load(grads) - base) * weight;
         // Whatever a hidden value holds, even if its product has left the range of numbers.
         if (hides) grad = weight == zero ? zero : grad;
-        L::store(weight, place);
-        L::store(grad, grads);
+        store(place, weight);
+        store(grads, grad);
         sum += grad;
       }
-      if (span == kCompressedSpan) L::store(L::load(bias_ + v) + sum, bias_ + v);
+      if (span == kCompressed) store(bias_ + v, load(bias_ + v) + sum);
     }
   }
 
@@ -167,7 +166,7 @@ class SpansBackward {
     }
   }
 
-  void store() {
+  void store_block() {
     for (int64_t lane = 0; lane < block_.used(); ++lane) {
       const int64_t head = block_.head(lane);
       store_row(query_sums_ + lane * forward_.head_dim,

@@ -13,13 +13,12 @@ template <typename T>
 class SpansForward {
  public:
   using A = Acc<T>;
-  using L = Lanes<A>;
 
   explicit SpansForward(const SpansArgs& args) : args_(args), block_(args) {
     const int64_t lanes = block_.most_lanes();
     sums_ = scratch_.take(args.value_dim * lanes);
     largest_ = scratch_.take(lanes);
-    totals_ = scratch_.take(kSpans * lanes);
+    totals_ = scratch_.take(kRegions * lanes);
     shrink_ = scratch_.take(lanes);
     out_ = scratch_.take(args.value_dim * lanes);
     wide_ = scratch_.take(kBlockKeys * std::max(args.head_dim, args.value_dim));
@@ -30,23 +29,23 @@ class SpansForward {
     const int64_t lanes = block_.lanes();
     std::fill_n(sums_, args_.value_dim * lanes, A(0));
     std::fill_n(largest_, lanes, -std::numeric_limits<A>::infinity());
-    std::fill_n(totals_, kSpans * lanes, A(0));
-    for (int64_t span = 0; span < kSpans; ++span) {
+    std::fill_n(totals_, kRegions * lanes, A(0));
+    for (int64_t span = 0; span < kRegions; ++span) {
       if (!block_.sees(span)) continue;
       block_.turn_to(span);
-      block_.for_each_key_block(span, [&](KeyRange keys) { attend(span, keys); });
+      block_.for_each_key_block(span, [&](Range keys) { attend(span, keys); });
     }
-    store();
+    store_block();
   }
 
  private:
-  void attend(int64_t span, KeyRange keys) {
+  void attend(int64_t span, Range keys) {
     const Span& s = args_.spans[span];
     const int64_t b = block_.b();
     const int64_t kv = block_.kv();
     A* weights = block_.score(keys, rows_of<T>(s.keys, b, kv, keys, args_.head_dim, wide_));
     if (weigh(span, keys.size(), weights)) shrink_sums();
-    const Rows<A> values = rows_of<T>(s.values, b, kv, keys, args_.value_dim, wide_);
+    const SpanRows<A> values = rows_of<T>(s.values, b, kv, keys, args_.value_dim, wide_);
     multiply<Left::kColumns>(args_.value_dim,
                              block_.lanes(),
                              keys.size(),
@@ -62,37 +61,37 @@ class SpansForward {
   // Scores to weights relative to the largest so far; true if that grew, by `shrink_`.
   bool weigh(int64_t span, int64_t count, A* scores) {
     const int64_t lanes = block_.lanes();
-    const auto least = L::all(-std::numeric_limits<A>::infinity());
+    const auto least = broadcast(-std::numeric_limits<A>::infinity());
     bool grew = false;
-    for (int64_t v = 0; v < lanes; v += L::kCount) {
+    for (int64_t v = 0; v < lanes; v += kLanes<A>) {
       auto highest = least;
       for (int64_t j = 0; j < count; ++j) {
-        const auto x = L::load(scores + j * lanes + v);
+        const auto x = load(scores + j * lanes + v);
         highest = highest < x ? x : highest;
       }
-      const auto shift = L::load(block_.shift() + v);
-      const auto before = L::load(largest_ + v);
+      const auto shift = load(block_.shift() + v);
+      const auto before = load(largest_ + v);
       highest += shift;
       const auto largest = before < highest ? highest : before;
       // All scores minus infinity so far (hidden, or by a bias): weights are zero, not NaN.
-      const auto reference = largest == least ? L::all(A(0)) : largest;
+      const auto reference = largest == least ? broadcast(A(0)) : largest;
       const auto subtract = reference - shift;
-      auto total = L::all(A(0));
+      auto total = broadcast(A(0));
       for (int64_t j = 0; j < count; ++j) {
         A* place = scores + j * lanes + v;
-        const auto weight = exponential(L::load(place) - subtract);
-        L::store(weight, place);
+        const auto weight = exponential(load(place) - subtract);
+        store(place, weight);
         total += weight;
       }
       const auto shrink = exponential(before - reference);
-      for (int64_t earlier = 0; earlier < kSpans; ++earlier) {
+      for (int64_t earlier = 0; earlier < kRegions; ++earlier) {
         A* sum = totals_ + earlier * lanes + v;
-        const auto shrunk = L::load(sum) * shrink;
-        L::store(earlier == span ? shrunk + total : shrunk, sum);
+        const auto shrunk = load(sum) * shrink;
+        store(sum, earlier == span ? shrunk + total : shrunk);
       }
-      L::store(largest, largest_ + v);
-      L::store(shrink, shrink_ + v);
-      for (int64_t i = 0; i < L::kCount; ++i) grew |= shrink_[v + i] != A(1);
+      store(largest_ + v, largest);
+      store(shrink_ + v, shrink);
+      for (int64_t i = 0; i < kLanes<A>; ++i) grew |= shrink_[v + i] != A(1);
     }
     return grew;
   }
@@ -106,7 +105,7 @@ class SpansForward {
     }
   }
 
-  void store() {
+  void store_block() {
     const int64_t lanes = block_.lanes();
     transpose(sums_, lanes, args_.value_dim, block_.used(), out_, args_.value_dim);
     for (int64_t lane = 0; lane < block_.used(); ++lane) {
@@ -121,8 +120,8 @@ class SpansForward {
       const int64_t index = block_.index(lane);
       static_cast<A*>(args_.logsumexp)[index] = largest_[lane] + std::log(total);
       if (args_.mass == nullptr) continue;
-      for (int64_t span = 0; span < kSpans; ++span)
-        static_cast<A*>(args_.mass)[index * kSpans + span] = totals[span * lanes] * share;
+      for (int64_t span = 0; span < kRegions; ++span)
+        static_cast<A*>(args_.mass)[index * kRegions + span] = totals[span * lanes] * share;
     }
   }
 
