@@ -6,9 +6,11 @@ import pytest
 import torch
 
 import ctx
+import test_transformer
 from ctx.cli.errors import CliError
 from ctx.cli.limits import check_fits
 from ctx.cli.settings import model_config, sizes
+from test_transformer import tokens
 
 PER_LAYER = {
     "window": [8, 4, 0],
@@ -20,20 +22,11 @@ PER_LAYER = {
 
 
 def config(**changed):
-    settings = {"vocab_size": 50, "embed_dim": 32, "num_layers": 3, "num_heads": 4, **PER_LAYER}
-    return ctx.CompressiveTransformerConfig(**{**settings, **changed})
+    return test_transformer.config(**{"num_layers": 3, **PER_LAYER, **changed})
 
 
 def model(**changed):
-    built = ctx.CompressiveTransformer(config(**changed)).eval()
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return built
-
-
-def tokens(rows, length):
-    return torch.randint(0, 50, (rows, length))
+    return test_transformer.model(**{"num_layers": 3, **PER_LAYER, **changed})
 
 
 def test_every_layer_has_its_own_schedule():

@@ -471,6 +471,12 @@ class CompressiveAttention(nn.Module):
         operands = (self.compressed_bias, self.alibi_slopes, relative)
         return (*operands, *self._settings(), self.head_dim**-0.5, with_mass)
 
+    def _filled(self, memory: Memory | None, stored: Tensor, *, copied: bool) -> Memory:
+        """The memory that a call is going to fill: the one given or its copy, or an empty one."""
+        if memory is None:
+            return self._state.zeros(stored.shape[0], stored.dtype, stored.device)
+        return {name: x.clone() for name, x in memory.items()} if copied else memory
+
     def _auxiliary(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
     ) -> Tensor:
@@ -493,8 +499,7 @@ class CompressiveAttention(nn.Module):
         memory: Memory | None,
         with_mass: bool,
     ) -> tuple[Tensor, Tensor, Memory]:
-        if memory is None:
-            memory = self._state.zeros(q.shape[0], k.dtype, k.device)
+        memory = self._filled(memory, k, copied=False)
         state = [memory[name] for name in STATE]
         made: list[Tensor] = []
         if not self.compressor.native:
@@ -522,10 +527,7 @@ class CompressiveAttention(nn.Module):
         settings, rows = self._settings(), (lengths, reset_at)
         keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
         with torch.no_grad():
-            if memory is None:
-                memory = self._state.zeros(q.shape[0], k.dtype, k.device)
-            else:
-                memory = {name: tensor.clone() for name, tensor in memory.items()}
+            memory = self._filled(memory, k, copied=True)
             after = [memory[name] for name in STATE]
         positions = None
         if self.compressor.by_usage:  # what stays is what streaming keeps
@@ -587,10 +589,7 @@ class CompressiveAttention(nn.Module):
         )
         copied = torch.is_grad_enabled()
         with torch.no_grad():
-            if memory is None:
-                memory = self._state.zeros(q.shape[0], hidden.dtype, hidden.device)
-            elif copied:
-                memory = {name: tensor.clone() for name, tensor in memory.items()}
+            memory = self._filled(memory, hidden, copied=copied)
             state = [memory[name] for name in STATE]
             compressor = ("custom", [*made, block])
             torch.ops.ctx.append_(

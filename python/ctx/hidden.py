@@ -51,7 +51,7 @@ def pairs_of(
         project: inputs to keys and values, of one dtype.
     """
     seen = memory["seen"]
-    begun = torch.where(seen > 0, groups_at(schedule, (seen - 1).clamp_min(0)), 0)
+    begun = groups_at(schedule, seen - 1)
     due = groups_at(schedule, seen)
     window = ring_positions(seen - 1, memory["window_keys"].shape[2])
     slots = ring_positions(begun - 1, memory["compressed_keys"].shape[2])

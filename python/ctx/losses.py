@@ -47,7 +47,7 @@ class Evictions:
 
 
 def groups_at(schedule: Schedule, t: Tensor) -> Tensor:
-    """n(t) of the law for a tensor of positions >= 0."""
+    """n(t) of the law for a tensor of positions; none before the first token."""
     begun = t.div(schedule.segment, rounding_mode="floor") * schedule.segment
     left = begun - schedule.sinks - schedule.window
     return left.clamp_min(0).div(schedule.ratio, rounding_mode="floor")
@@ -81,7 +81,7 @@ def evictions(
     ahead = [nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)]
     longer = None if lengths is None else lengths + 1
     keys, values, _ = torch.ops.ctx.due_groups(*ahead, longer, None, state, *settings)
-    begun = torch.where(seen > 0, groups_at(schedule, (seen - 1).clamp_min(0)), 0)
+    begun = groups_at(schedule, seen - 1)
 
     boundaries = -(-tokens // segment)
     first = (seen.div(segment, rounding_mode="floor") + 1) * segment

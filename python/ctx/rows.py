@@ -248,9 +248,9 @@ def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str
     shapes[0].check(layer, len(keys), keys.device, where, "memory")
 
     seen = layer["seen"].tolist()
-    groups = [_groups(old, count - 1) for count in seen]
+    groups = [old.groups(count - 1) for count in seen]
     for row, (count, made) in enumerate(zip(seen, groups, strict=True)):
-        asked = _groups(new, count - 1)
+        asked = new.groups(count - 1)
         if asked != made:
             raise ValueError(
                 f"{where}: window must leave {made} groups compressed, as there are in row {row}, "
@@ -278,15 +278,10 @@ def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str
     return result
 
 
-def _groups(schedule: Schedule, t: int) -> int:
-    """n(t) of the law, and none before the first token."""
-    return schedule.groups(t) if t >= 0 else 0
-
-
 def _agreeing(old: Schedule, new: Schedule, seen: int, most: int) -> int:
     """How many tokens can be taken back so that both schedules have the same groups throughout."""
     for count in range(1, most + 1):
-        if _groups(old, seen - 1 - count) != _groups(new, seen - 1 - count):
+        if old.groups(seen - 1 - count) != new.groups(seen - 1 - count):
             return count - 1
     return most
 
