@@ -135,22 +135,14 @@ class Attention {
     for (int64_t r = 0; r < rows.count(); ++r)
       state.weigh(r, region, scores + r * kBlock, piece.count);
     apply_scales(piece.values, piece.value_stride, m_.value_dim, piece.count, rows.count(), scores);
-    // Some values at a time, and as many keys of what most likely comes next are asked for.
-    constexpr int64_t kGroup = 16;
-    const S* next = piece.keys + piece.count * piece.key_stride;
-    for (int64_t j = 0; j < piece.count; j += kGroup) {
-      const int64_t count = std::min(kGroup, piece.count - j);
-      prefetch(next + j * piece.key_stride,
-               count * piece.key_stride * static_cast<int64_t>(sizeof(S)));
-      by_rows(rows.count(), [&](auto number, int64_t r) {
-        add_rows<decltype(number)::value>(scores + r * kBlock + j,
-                                          piece.values + j * piece.value_stride,
-                                          count,
-                                          m_.value_dim,
-                                          piece.value_stride,
-                                          state.sums + r * state.width);
-      });
-    }
+    by_rows(rows.count(), [&](auto number, int64_t r) {
+      add_rows<decltype(number)::value>(scores + r * kBlock,
+                                        piece.values,
+                                        piece.count,
+                                        m_.value_dim,
+                                        piece.value_stride,
+                                        state.sums + r * state.width);
+    });
   }
 
   void store(Softmax<A>& state, const Rows& rows) const {

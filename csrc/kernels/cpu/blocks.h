@@ -12,57 +12,78 @@
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
 inline constexpr int64_t kBlock = 64;  // slots whose scores are held at once
-static_assert(kBlock % kAccumulators == 0);
+static_assert(kBlock % kLanes<float> == 0);
 
-// Asks for bytes that are needed soon. The processor's own prefetcher stops at the end of a page and
-// does not know that values follow keys; without this, arithmetic and memory take turns.
-inline void prefetch(const void* begin, int64_t bytes) {
-  constexpr int64_t kCacheLine = 64;
-  const char* line = static_cast<const char*>(begin);
-  for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(line + i, 0, 2);
+// Asks for the cache line that is read soon. The processor's own prefetcher stops at the end of a
+// page, and a block of values is read between two blocks of keys.
+inline void prefetch_ahead(const void* now) {
+  constexpr int64_t kAhead = 4096;  // bytes; measured
+  __builtin_prefetch(static_cast<const char*>(now) + kAhead, 0, 3);
+}
+// The same for the elements of a pair: every line once.
+template <typename T>
+inline void prefetch_pair_ahead(const T* now, int64_t d) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kPair = 2 * kLanes<Acc<T>>;
+  if constexpr (kPair < kLine) {
+    if (d % kLine == 0) prefetch_ahead(now);
+  } else {
+    CTX_UNROLL for (int64_t i = 0; i < kPair; i += kLine) prefetch_ahead(now + i);
+  }
 }
 
 // Scores of R rows with `count` keys, scores[r * kBlock + j] = queries[r] . keys[j]; keys are
-// `key_stride` elements apart, rows `padded`, and rows end in zeros. Places up to the next multiple
-// of kAccumulators are written, too. Meanwhile as many rows of `ahead` are asked for, if it is not null.
+// `key_stride` elements apart, rows row_width, end in zeros and are in T's order (load_as). Places
+// up to the next whole vector are written, too.
 template <int R, typename T>
 inline void score_rows(const Acc<T>* __restrict queries,
                        const T* __restrict keys,
                        int64_t count,
                        int64_t width,
                        int64_t key_stride,
-                       const char* ahead,
-                       int64_t ahead_bytes,  // of a row
                        Acc<T>* __restrict scores) {
   using A = Acc<T>;
   constexpr int kLane = kLanes<A>;
-  constexpr int K = kAccumulators / R;  // keys at once
-  const int64_t stride = padded<A>(width);
-  const int64_t whole = width / kLane * kLane;
-  for (int64_t j = 0; j < count; j += K) {
-    if (ahead != nullptr) prefetch(ahead + j * ahead_bytes, K * ahead_bytes);
-    const T* key[K];  // past the end: the last one again
-    CTX_UNROLL for (int k = 0; k < K; ++k) key[k] = keys + std::min(j + k, count - 1) * key_stride;
-    Vec<A> sums[kAccumulators] = {};
-    const auto multiply = [&](int64_t d, auto load_key) {
-      Vec<A> q[R];
-      CTX_UNROLL for (int r = 0; r < R; ++r) q[r] = load(queries + r * stride + d);
-      CTX_UNROLL for (int k = 0; k < K; ++k) {
-        const Vec<A> x = load_key(key[k] + d);
-        CTX_UNROLL for (int r = 0; r < R; ++r) sums[r * K + k] += q[r] * x;
-      }
-    };
-    for (int64_t d = 0; d < whole; d += kLane) multiply(d, [](const T* x) { return load(x); });
-    if (whole < width) multiply(whole, [&](const T* x) { return load_some(x, width - whole); });
-    A total[kAccumulators];
-    CTX_UNROLL for (int i = 0; i < kAccumulators; i += kLane)
-        store(total + i, sums_of<A>(sums + i));
-    for (int r = 0; r < R; ++r) std::memcpy(scores + r * kBlock + j, total + r * K, K * sizeof(A));
+  constexpr int K = std::min({4, kAccumulators / R, kLane});  // keys at once
+  const int64_t stride = row_width<A>(width);
+  const int64_t whole = width / (2 * kLane) * (2 * kLane);
+  const int64_t left = width - whole;
+  for (int64_t j = 0; j < count; j += kLane) {
+    Vec<A> sums[R][kLane];
+    if (count - j < kLane) std::memset(sums, 0, sizeof(sums));
+    for (int64_t i = 0; i < std::min<int64_t>(kLane, count - j); i += K) {
+      const T* key[K];  // past the end: the last one again
+      CTX_UNROLL for (int k = 0; k < K; ++k) key[k] =
+          keys + std::min(j + i + k, count - 1) * key_stride;
+      Vec<A> sum[R][K] = {};
+      const auto multiply = [&](int64_t d, auto load_key) {
+        Pair<A> q[R];
+        CTX_UNROLL for (int r = 0; r < R; ++r) {
+          const A* query = queries + r * stride + d;
+          q[r] = {load(query), load(query + kLane)};
+        }
+        CTX_UNROLL for (int k = 0; k < K; ++k) {
+          prefetch_pair_ahead(key[k] + d, d);
+          const Pair<A> x = load_key(key[k] + d);
+          CTX_UNROLL for (int r = 0; r < R; ++r) {
+            sum[r][k] += q[r].first * x.first;
+            sum[r][k] += q[r].second * x.second;
+          }
+        }
+      };
+      for (int64_t d = 0; d < whole; d += 2 * kLane)
+        multiply(d, [](const T* x) { return load_pair(x); });
+      if (left > 0) multiply(whole, [&](const T* x) { return load_some_of_pair(x, left); });
+      CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int k = 0; k < K; ++k)
+          sums[r][i + k] = sum[r][k];
+    }
+    CTX_UNROLL for (int r = 0; r < R; ++r) store(scores + r * kBlock + j, sums_of<A>(sums[r]));
   }
 }
 
-// sums[r] += sum_j weights[r * kBlock + j] values[j] for R rows, V vectors from column d on.
-template <int R, int V, typename T>
+// sums[r] += sum_j weights[r * kBlock + j] values[j] for R rows, P pairs of vectors from column d
+// on; rows of sums are row_width apart.
+template <int R, int P, typename T>
 inline void add_columns(const Acc<T>* __restrict weights,
                         const T* __restrict values,
                         int64_t count,
@@ -71,29 +92,36 @@ inline void add_columns(const Acc<T>* __restrict weights,
                         int64_t d,
                         Acc<T>* __restrict sums) {
   using A = Acc<T>;
-  const int64_t stride = padded<A>(width);
+  constexpr int64_t kPair = 2 * kLanes<A>;
+  const int64_t stride = row_width<A>(width);
   const int64_t left = width - d;
-  Vec<A> sum[R][V];
-  CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int i = 0; i < V; ++i) sum[r][i] =
-      load(sums + r * stride + d + i * kLanes<A>);
-  const auto add = [&](auto load_value) {
+  Pair<A> sum[R][P];
+  CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int i = 0; i < P; ++i) sum[r][i] =
+      load_as<T>(sums + r * stride + d + i * kPair);
+  const auto add = [&](auto load_values) {
     for (int64_t j = 0; j < count; ++j) {
-      Vec<A> value[V];
-      CTX_UNROLL for (int i = 0; i < V; ++i) value[i] =
-          load_value(values + j * value_stride + d + i * kLanes<A>);
+      Pair<A> value[P];
+      CTX_UNROLL for (int i = 0; i < P; ++i) {
+        const T* source = values + j * value_stride + d + i * kPair;
+        prefetch_pair_ahead(source, d + i * kPair);
+        value[i] = load_values(source);
+      }
       CTX_UNROLL for (int r = 0; r < R; ++r) {
         const Vec<A> weight = broadcast(weights[r * kBlock + j]);
-        CTX_UNROLL for (int i = 0; i < V; ++i) sum[r][i] += weight * value[i];
+        CTX_UNROLL for (int i = 0; i < P; ++i) {
+          sum[r][i].first += weight * value[i].first;
+          sum[r][i].second += weight * value[i].second;
+        }
       }
     }
   };
-  if (V == 1 && left < kLanes<A>) {
-    add([&](const T* x) { return load_some(x, left); });
+  if (P == 1 && left < kPair) {
+    add([&](const T* x) { return load_some_of_pair(x, left); });
   } else {
-    add([](const T* x) { return load(x); });
+    add([](const T* x) { return load_pair(x); });
   }
-  CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int i = 0; i < V; ++i)
-      store(sums + r * stride + d + i * kLanes<A>, sum[r][i]);
+  CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int i = 0; i < P; ++i)
+      store_from<T>(sums + r * stride + d + i * kPair, sum[r][i]);
 }
 
 // The same for all columns.
@@ -104,16 +132,17 @@ inline void add_rows(const Acc<T>* weights,
                      int64_t width,
                      int64_t value_stride,
                      Acc<T>* sums) {
-  constexpr int kMost = R == 1 ? 8 : kAccumulators / R;
+  constexpr int64_t kPair = 2 * kLanes<Acc<T>>;
+  constexpr int kMost = std::min(4, kAccumulators / R / 2);
+  static_assert(kMost >= 1);
   int64_t d = 0;
-  const auto columns = [&](auto vectors) {
-    constexpr int V = decltype(vectors)::value;
-    if constexpr (V <= kMost) {
-      for (; d + V * kLanes<Acc<T>> <= width; d += V * kLanes<Acc<T>>)
-        add_columns<R, V>(weights, values, count, width, value_stride, d, sums);
+  const auto columns = [&](auto pairs) {
+    constexpr int P = decltype(pairs)::value;
+    if constexpr (P <= kMost) {
+      for (; d + P * kPair <= width; d += P * kPair)
+        add_columns<R, P>(weights, values, count, width, value_stride, d, sums);
     }
   };
-  columns(std::integral_constant<int, 8>{});
   columns(std::integral_constant<int, 4>{});
   columns(std::integral_constant<int, 2>{});
   columns(std::integral_constant<int, 1>{});

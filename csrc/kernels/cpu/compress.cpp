@@ -66,7 +66,7 @@ class GroupCompressor {
         angles_(angles),
         c_(m_.clock.schedule.ratio),
         read_(c_ + m_.clock.schedule.overlap) {
-    const int64_t wide = padded<A>(std::max(m_.head_dim, m_.value_dim));
+    const int64_t wide = row_width<A>(std::max(m_.head_dim, m_.value_dim));
     const int64_t hidden = args.kind == CompressorKind::kDilated ? 2 * wide : 0;
     const size_t size = kGroups * read_ * (m_.head_dim + m_.value_dim) + kGroups * wide + wide +
                         hidden + c_ + 2 * read_ * hidden;
@@ -86,13 +86,13 @@ class GroupCompressor {
       read_group(b, h, number + g, first + g, g);
     make(b, h, first, count, 0);
     for (int64_t g = 0; g < count; ++g) {
-      A* slot = slots_ + g * padded<A>(m_.head_dim);
+      A* slot = slots_ + g * row_width<A>(m_.head_dim);
       rotate_row(m_.rotary, angles_.at(b, number + g, read_), A(1), slot);
       store(slot, m_.compressed_keys, m_.head_dim, b, h, first + g);
     }
     make(b, h, first, count, 1);
     for (int64_t g = 0; g < count; ++g) {
-      const A* slot = slots_ + g * padded<A>(m_.value_dim);
+      const A* slot = slots_ + g * row_width<A>(m_.value_dim);
       store(slot, m_.compressed_values, m_.value_dim, b, h, first + g);
     }
   }
@@ -151,7 +151,7 @@ class GroupCompressor {
     }
     for (int64_t g = 0; g < count; ++g)
       make_one(
-          b, h, first + g, g, x + g * read_ * width, width, side, slots_ + g * padded<A>(width));
+          b, h, first + g, g, x + g * read_ * width, width, side, slots_ + g * row_width<A>(width));
   }
 
   void make_one(int64_t b,

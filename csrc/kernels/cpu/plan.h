@@ -12,6 +12,7 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 inline constexpr int64_t kTileRows =
     32;  // query heads times tokens that a block of slots is read for
 inline constexpr int64_t kFewestSlots = 256;  // of a part that a thread takes
+inline constexpr int64_t kParts = 64;         // of a row's kv heads together: enough for most threads
 
 // Tokens of one row that attend together, for one kv head.
 struct Tile {
@@ -77,11 +78,14 @@ class Plan {
     return both;
   }
 
-  // A power of two, so that as many threads have as much to do. Several tiles of tokens are enough
-  // work for the threads without it.
+  // A power of two, so that as many threads have as much to do, and no more of them than there will
+  // be threads, as they have to be merged. Several tiles of tokens are enough work without it.
   int64_t parts(int64_t slots) const {
     if (tiles_ > 1 || slots < kFewestSlots) return 1;
-    return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(slots / kFewestSlots)));
+    const int64_t enough = (kParts + m_.kv_heads - 1) / m_.kv_heads;
+    return static_cast<int64_t>(
+        std::min(std::bit_floor(static_cast<uint64_t>(slots / kFewestSlots)),
+                 std::bit_ceil(static_cast<uint64_t>(enough))));
   }
 
  private:

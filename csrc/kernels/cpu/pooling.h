@@ -30,7 +30,7 @@ void pool_max(const A* x, int64_t c, int64_t width, A* slot) {
 }
 
 // slot = sum_i x_i W_i (+ bias) for some groups of a head, which read its weight [k, inner, width]
-// once; x [groups, k, inner], slots [groups, padded width].
+// once; x [groups, k, inner], slots [groups, row_width].
 template <typename A, typename P>
 void convolve(const A* x,
               const P* weight,
@@ -41,8 +41,8 @@ void convolve(const A* x,
               int64_t width,
               A* slots) {
   for (int64_t g = 0; g < groups; ++g) {
-    A* slot = slots + g * padded<A>(width);
-    std::fill_n(slot, padded<A>(width), A(0));
+    A* slot = slots + g * row_width<A>(width);
+    std::fill_n(slot, row_width<A>(width), A(0));
     if (bias != nullptr) load_row(bias, slot, width);
   }
   A factors[kGroups * kBlock];
@@ -56,7 +56,7 @@ void convolve(const A* x,
                                         count,
                                         width,
                                         width,
-                                        slots + g * padded<A>(width));
+                                        slots + g * row_width<A>(width));
     });
   }
 }

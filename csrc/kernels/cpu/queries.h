@@ -11,15 +11,15 @@
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
-// [regions, B, Hkv, tokens, share, padded D]: the rows that a kv head's slots are read for lie
-// together. Tokens before the stream or past a row's length are not filled in.
+// [regions, B, Hkv, tokens, share, row_width of D]: the rows that a kv head's slots are read for lie
+// together, in the order of the region's slots (load_as). Tokens before the stream or past a row's length are not filled in.
 template <typename A>
 class RotatedQueries {
  public:
   RotatedQueries(const AttendArgs& args, std::vector<A>& storage)
       : args_(args),
         share_(args.heads / args.memory.kv_heads),
-        width_(padded<A>(args.memory.head_dim)),
+        width_(row_width<A>(args.memory.head_dim)),
         storage_(storage) {
     const int64_t size = kRegions * args.memory.batch * args.block.tokens * args.heads * width_;
     if (static_cast<int64_t>(storage.size()) < size) storage.resize(size);
@@ -54,6 +54,8 @@ class RotatedQueries {
     const Ranges seen = visible(m.clock.schedule, t);
     for (int64_t region = 0; region < kRegions; ++region) {
       if (seen[region].size() == 0) continue;
+      const Storage storage = region == kCompressed ? m.compressed_storage : m.storage;
+      const bool splits = storage == Storage::kBFloat16;
       const auto table = rotary_table<A>(m.rotary, static_cast<double>(clocks[region]));
       for (int64_t h = 0; h < args_.heads; ++h) {
         A* query = rows(region, b, h / share_, i) + h % share_ * width_;
@@ -61,6 +63,17 @@ class RotatedQueries {
         std::fill(query + m.head_dim, query + width_, A(0));
         rotate_row(m.rotary, table, A(1), query);
         scale_row(static_cast<A>(args_.scale), query, m.head_dim);
+        if (splits) split_row(query);
+      }
+    }
+  }
+
+  void split_row([[maybe_unused]] A* row) const {
+    if constexpr (std::is_same_v<A, float>) {
+      for (int64_t d = 0; d < width_; d += 2 * kLanes<A>) {
+        const Pair<A> x = load_as<c10::BFloat16>(row + d);
+        store(row + d, x.first);
+        store(row + d + kLanes<A>, x.second);
       }
     }
   }

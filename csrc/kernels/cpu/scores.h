@@ -128,7 +128,7 @@ inline void apply_scales([[maybe_unused]] const T* stored,
   }
 }
 
-// scores[r * kBlock + j] of every row with slot j of a piece, whose values are asked for meanwhile.
+// scores[r * kBlock + j] of every row with slot j of a piece.
 template <typename T>
 inline void score_piece(const AttendArgs& args,
                         const RotatedQueries<Acc<T>>& queries,
@@ -140,13 +140,11 @@ inline void score_piece(const AttendArgs& args,
   const auto* query = queries.rows(region, rows.b, rows.kv, rows.tokens.begin);
   by_rows(rows.count(), [&](auto number, int64_t r) {
     constexpr int R = decltype(number)::value;
-    score_rows<R>(query + r * padded<Acc<T>>(width),
+    score_rows<R>(query + r * row_width<Acc<T>>(width),
                   piece.keys,
                   piece.count,
                   width,
                   piece.key_stride,
-                  r == 0 ? reinterpret_cast<const char*>(piece.values) : nullptr,
-                  piece.value_stride * static_cast<int64_t>(sizeof(T)),
                   scores + r * kBlock);
   });
   apply_scales(piece.keys, piece.key_stride, width, piece.count, rows.count(), scores);

@@ -39,6 +39,12 @@ constexpr int64_t padded(int64_t n) {
   return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
+// n elements as whole pairs of vectors.
+template <typename A>
+constexpr int64_t row_width(int64_t n) {
+  return (n + 2 * kLanes<A> - 1) / (2 * kLanes<A>) * (2 * kLanes<A>);
+}
+
 template <typename A>
 inline Vec<A> broadcast(A a) {
   return a - Vec<A>{};  // not +: minus zero stays minus zero, so the compiler adds nothing
@@ -120,6 +126,80 @@ inline Vec<Acc<T>> load_some(const T* source, int64_t n) {
   T whole[kLanes<Acc<T>>] = {};
   std::copy_n(source, n, whole);
   return load(whole);
+}
+
+// Two vectors of elements that lie together, in the order in which they are cheapest to widen: as
+// they lie, but bfloat16 split into the even and the odd ones. In a pair of either, an element is
+// the upper half of 32 bits, so that one load gives both.
+template <typename A>
+struct Pair {
+  Vec<A> first;
+  Vec<A> second;
+};
+template <typename T>
+inline constexpr bool kSplit = std::is_same_v<T, c10::BFloat16>;
+
+inline Pair<float> split(Wide bits) {
+  return {std::bit_cast<Vec<float>>(bits << 16), std::bit_cast<Vec<float>>(bits & 0xffff0000u)};
+}
+
+template <typename T>
+inline Pair<Acc<T>> load_pair(const T* source) {
+  if constexpr (kSplit<T>) {
+    Wide bits;
+    std::memcpy(&bits, source, sizeof(bits));
+    return split(bits);
+  } else {
+    return {load(source), load(source + kLanes<Acc<T>>)};
+  }
+}
+
+// The first n elements of a pair, the others zero; what stands behind them is not read.
+template <typename T>
+inline Pair<Acc<T>> load_some_of_pair(const T* source, int64_t n) {
+  constexpr int64_t kLane = kLanes<Acc<T>>;
+  if constexpr (kSplit<T>) {
+#if defined(__AVX512F__)
+    return split(std::bit_cast<Wide>(
+        _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << n) - 1), source)));
+#else
+    T whole[2 * kLane] = {};
+    std::copy_n(source, n, whole);
+    return load_pair(whole);
+#endif
+  } else {
+    if (n <= kLane) return {load_some(source, n), Vec<Acc<T>>{}};
+    return {load(source), load_some(source + kLane, n - kLane)};
+  }
+}
+
+template <typename A, size_t... Lane>
+inline Pair<A> split_pair(Pair<A> x, std::index_sequence<Lane...>) {
+  return {__builtin_shufflevector(x.first, x.second, static_cast<int>(2 * Lane)...),
+          __builtin_shufflevector(x.first, x.second, static_cast<int>(2 * Lane + 1)...)};
+}
+template <typename A, size_t... Lane>
+inline Pair<A> join_pair(Pair<A> x, std::index_sequence<Lane...>) {
+  constexpr int kLane = kLanes<A>;
+  constexpr auto source = [](int i) { return i / 2 + i % 2 * kLane; };
+  return {__builtin_shufflevector(x.first, x.second, source(static_cast<int>(Lane))...),
+          __builtin_shufflevector(x.first, x.second, source(static_cast<int>(Lane) + kLane)...)};
+}
+
+// Numbers of the arithmetic's type, brought to T's order and back.
+template <typename T>
+inline Pair<Acc<T>> load_as(const Acc<T>* source) {
+  using A = Acc<T>;
+  const Pair<A> x{load(source), load(source + kLanes<A>)};
+  if constexpr (!kSplit<T>) return x;
+  return split_pair<A>(x, std::make_index_sequence<kLanes<A>>{});
+}
+template <typename T>
+inline void store_from(Acc<T>* target, Pair<Acc<T>> x) {
+  using A = Acc<T>;
+  if constexpr (kSplit<T>) x = join_pair<A>(x, std::make_index_sequence<kLanes<A>>{});
+  store(target, x.first);
+  store(target + kLanes<A>, x.second);
 }
 
 template <typename A>

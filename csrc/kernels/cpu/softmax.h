@@ -14,19 +14,19 @@ template <typename A>
 struct Softmax {
   int64_t rows = 0;
   int64_t share = 1;     // rows that are one token's
-  int64_t width = 0;     // of a row of sums: padded
+  int64_t width = 0;     // of a row of sums: row_width
   A* sums = nullptr;     // [rows, width] weighted values
   A* largest = nullptr;  // [rows] largest score so far
   A* totals = nullptr;   // [rows, regions] weights of each region
 
   static int64_t size(int64_t rows, int64_t value_dim) {
-    return rows * (padded<A>(value_dim) + 1 + kRegions);
+    return rows * (row_width<A>(value_dim) + 1 + kRegions);
   }
 
   Softmax(A* memory, int64_t row_count, int64_t share_of_token, int64_t value_dim)
       : rows(row_count),
         share(share_of_token),
-        width(padded<A>(value_dim)),
+        width(row_width<A>(value_dim)),
         sums(memory),
         largest(memory + rows * width),
         totals(largest + rows) {}
