@@ -14,6 +14,7 @@ set(CTX_SOURCES
     csrc/ops/attend.cpp
     csrc/ops/compress.cpp
     csrc/ops/memory.cpp
+    csrc/ops/past.cpp
     csrc/ops/registry.cpp
     csrc/ops/rotary.cpp
     csrc/ops/sequence.cpp

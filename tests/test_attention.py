@@ -334,6 +334,32 @@ def test_carried_memory_is_constant():
     assert (second.grad.abs().amax((0, 2)) > 0).all()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_over_a_memory_that_streaming_filled(mode):
+    """It does not matter to a gradient how the memory was filled."""
+    attn, tokens = make(), torch.randn(2, 30, 8)
+    _, memory = attn(tokens[:, :20])
+    attn(tokens[:, 20:], memory)[0].sum().backward()
+    want = [p.grad.clone() for p in attn.parameters()]
+    attn.zero_grad()
+    with mode():
+        _, memory = attn(tokens[:, :20], attn.init_memory(2))
+    attn(tokens[:, 20:], memory)[0].sum().backward()
+    for parameter, gradient in zip(attn.parameters(), want, strict=True):
+        assert_close(parameter.grad, gradient, 1e-5)
+
+
+def test_a_memory_changed_before_backward_is_noticed():
+    """Rings are read where they lie, not copied: the gradients would be those of another memory."""
+    attn = make()
+    _, memory = attn(torch.randn(1, 20, 8))
+    y, _ = attn(torch.randn(1, 10, 8), memory)
+    with torch.no_grad():
+        attn(torch.randn(1, 10, 8), memory)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("compression", ["conv", "gated"])
 def test_aux_gives_the_compressor_no_gradient(compression):
     """The task treats slots as constants: same output, other gradients."""

@@ -109,19 +109,21 @@ def compress(dtype, grad):
     return keys, values, *compressor(dtype, grad)[:2]
 
 
-def attend(dtype, grad, with_mass=True):
+def attend(dtype, grad, with_mass=True, kernels=False):
+    """What torch's operators do, or what our kernels do: no relative positions then."""
     q = drawn(B, H, T, D, dtype=dtype, grad=grad)
     spans = []
     for count in (1, 4, 9):
         for width in (D, DV):
             spans.append(drawn(B, HKV, count, width, dtype=dtype, grad=grad))
     numbers = [torch.arange(17, 17 + T).expand(B, T)]
-    numbers += [torch.full((B, T), first) for first in (0, 3, 13)]
+    numbers += [torch.full((B, T), first) for first in (0, 0, 5)]
     bias, slopes, _ = scores(dtype, grad)
     relative = [drawn(B, H, T, P, dtype=dtype, grad=grad) for _ in range(2)]
-    positions = torch.randint(0, 12, (B, HKV, 4))
-    operands = (positions, bias, slopes, *relative)
-    settings = (SETTINGS[0], "token", *SETTINGS[2:], SCALE)
+    positions = torch.randint(0, 12, (B, HKV, SCHEDULE.compressed + 4))
+    operands = (None, bias, slopes, None, None) if kernels else (positions, bias, slopes, *relative)
+    past = [*memory(dtype)[:4], torch.tensor([[5, 7, 0, 1]]).expand(B, 4)]
+    settings = (SETTINGS[0], "token", *SETTINGS[2:], SCALE, past)
     mass = (with_mass,) if with_mass is not None else ()
     return (q, numbers[0], *spans, *numbers[1:], *operands, *settings, *mass)
 
@@ -156,9 +158,10 @@ def test_functional_operators(name, grad, dtype):
     opcheck(getattr(torch.ops.ctx, name).default, FUNCTIONAL[name](dtype, grad))
 
 
-def test_attend_backward():
+@pytest.mark.parametrize("kernels", [False, True])
+def test_attend_backward(kernels):
     """The backward is an operator, too."""
-    arguments = attend(torch.float64, False, with_mass=None)
+    arguments = attend(torch.float64, False, with_mass=None, kernels=kernels)
     out, logsumexp, mass = torch.ops.ctx.attend(*arguments, True)
     assert_close(mass.sum(-1), torch.ones(B, H, T, dtype=torch.float64), 1e-12)
     grads = torch.randn_like(out), torch.randn_like(logsumexp)

@@ -50,6 +50,8 @@ class Problem:
     rotary_dim: int = 0
     interleaved: bool = False
     seed: int = 0
+    past: int | None = None  # number of the first token and slot that rings hold; None: no rings
+    slots_dtype: torch.dtype = torch.float32  # of the ring of slots
 
     def arguments(self):
         generator = torch.Generator().manual_seed(self.seed)
@@ -68,7 +70,27 @@ class Problem:
         rotary = self.rotary_dim, 10000.0, self.interleaved
         optional = None, bias, slopes, None, None
         settings = self.schedule.numbers, self.distance, *rotary, head_dim**-0.5
-        return (q, self.position, *spans, *self.first, *optional, *settings)
+        first, rings = self.first, []
+        if self.past is not None:
+            law = self.schedule
+            counts = law.max_slots - law.sinks - law.compressed, law.compressed
+            first = [first[0], first[1] - counts[1], first[2] - counts[0]]
+            for count, dtype in zip(counts, (self.dtype, self.slots_dtype), strict=True):
+                for width in (head_dim, value_dim):
+                    ring = normal(batch, kv_heads, count + self.seed % 3, width)
+                    rings.append(as_int8(ring) if dtype == torch.int8 else ring.to(dtype))
+            numbers = torch.full((batch, 4), self.past) + torch.arange(batch).unsqueeze(1)
+            rings.append(numbers - torch.tensor([0, 1, 0, 1]))  # all of them are still seen
+        return (q, self.position, *spans, *first, *optional, *settings, rings)
+
+
+def as_int8(x):
+    """Rows as int8 slots are stored: multiples of a scale, and the scale behind."""
+    if x.numel() == 0:
+        return torch.empty(*x.shape[:-1], x.shape[-1] + 4, dtype=torch.int8)
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    steps = (x.float() / scale).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([steps, scale.view(torch.int8)], -1)
 
 
 @st.composite
@@ -98,6 +120,7 @@ def problems(draw, dtype):
         size = draw(st.integers(1, 140))
         position, place = integers(0, 120), integers(0, size)
     slots = draw(st.integers(0, 150))
+    stored = [dtype] if dtype == torch.float64 else [dtype, torch.float32, torch.int8]
     before = draw(st.integers(0, 3))
     keys = law.sinks + before, slots, size
     numbers = [torch.full_like(position, -before), integers(-5, 30), position - place]
@@ -114,6 +137,8 @@ def problems(draw, dtype):
         rotary_dim=draw(st.sampled_from([0, 2, head_dim])),
         interleaved=draw(st.booleans()),
         seed=seed,
+        past=draw(st.sampled_from([None, 0, 7, 1000])),
+        slots_dtype=draw(st.sampled_from(stored)),
     )
 
 

@@ -19,7 +19,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 
-void check_spans(const Tensor& q, const Tensor& position, const Spans& s, const Scores& scores) {
+void check_spans(const Tensor& q,
+                 const Tensor& position,
+                 const Spans& s,
+                 const Scores& scores,
+                 const Schedule& schedule) {
   constexpr const char* where = "ctx.attend";
   CTX_CHECK_VALUE(q.dim() == 4, where, "q must be [B, H, T, D], got ", q.sizes());
   storage_of(q.scalar_type(), where, "q");
@@ -109,12 +113,15 @@ void check_spans(const Tensor& q, const Tensor& position, const Spans& s, const 
   };
   per_head(scores.bias, "bias");
   per_head(scores.slopes, "slopes");
+  s.past.check(schedule, s.window_keys, s.window_values, where);
   if (s.slot_positions.defined()) {
-    CTX_CHECK_VALUE(s.slot_positions.sizes() == s.compressed_keys.sizes().slice(0, 3) &&
+    const std::vector<int64_t> sizes = {
+        batch, kv_heads, s.past.size(schedule, kCompressed) + s.compressed_keys.size(2)};
+    CTX_CHECK_VALUE(s.slot_positions.sizes() == at::IntArrayRef(sizes) &&
                         s.slot_positions.scalar_type() == at::kLong,
                     where,
                     "slot_positions must be int64 [B, Hkv, G] = ",
-                    s.compressed_keys.sizes().slice(0, 3),
+                    at::IntArrayRef(sizes),
                     ", got ",
                     s.slot_positions.scalar_type(),
                     " ",
@@ -148,11 +155,13 @@ void check_spans(const Tensor& q, const Tensor& position, const Spans& s, const 
       [[maybe_unused]] const OptionalTensor &compressed_relative,                                 \
       [[maybe_unused]] at::IntArrayRef schedule, [[maybe_unused]] c10::string_view distance,      \
       [[maybe_unused]] int64_t rotary_dim, [[maybe_unused]] double rotary_base,                   \
-      [[maybe_unused]] bool rotary_interleaved, [[maybe_unused]] double scale
-#define CTX_ATTEND_ARGUMENTS                                                                      \
-  q, position, sink_keys, sink_values, compressed_keys, compressed_values, window_keys,           \
-      window_values, first_sink, first_slot, first_token, slot_positions, bias, slopes, relative, \
-      compressed_relative, schedule, distance, rotary_dim, rotary_base, rotary_interleaved, scale
+      [[maybe_unused]] bool rotary_interleaved, [[maybe_unused]] double scale,                    \
+      [[maybe_unused]] at::TensorList past
+#define CTX_ATTEND_ARGUMENTS                                                                       \
+  q, position, sink_keys, sink_values, compressed_keys, compressed_values, window_keys,            \
+      window_values, first_sink, first_slot, first_token, slot_positions, bias, slopes, relative,  \
+      compressed_relative, schedule, distance, rotary_dim, rotary_base, rotary_interleaved, scale, \
+      past
 
 AttendCall check_call(CTX_ATTEND_PARAMETERS) {
   constexpr const char* where = "ctx.attend";
@@ -165,9 +174,10 @@ AttendCall check_call(CTX_ATTEND_PARAMETERS) {
                     first_sink,
                     first_slot,
                     first_token,
-                    slot_positions.value_or(Tensor())};
+                    slot_positions.value_or(Tensor()),
+                    Past::of(past, where)};
   const Scores scores{bias, slopes, relative, compressed_relative};
-  check_spans(q, position, spans, scores);
+  check_spans(q, position, spans, scores, parse_schedule(schedule, where));
   const Clock clock{parse_schedule(schedule, where),
                     parse_token_distance({distance.data(), distance.size()}, where)};
   const Rotary turned = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
@@ -177,7 +187,13 @@ AttendCall check_call(CTX_ATTEND_PARAMETERS) {
 Composite make_composite(CTX_ATTEND_PARAMETERS) {
   const AttendCall c = check_call(CTX_ATTEND_ARGUMENTS);
   const Scores scores{bias, slopes, relative, compressed_relative};
-  return {q, position, c.spans, scores, c.clock, c.rotary, scale};
+  return {q,
+          position,
+          joined(c.spans, c.clock.schedule, arithmetic_type(q.scalar_type())),
+          scores,
+          c.clock,
+          c.rotary,
+          scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS, bool with_mass) {
@@ -218,13 +234,17 @@ Gradients attend_backward(const Tensor& grad_out,
   const auto precision = own_precision();
   auto g = make_composite(CTX_ATTEND_ARGUMENTS).backward(grad_out, grad_logsumexp, out, logsumexp);
   const auto type = q.scalar_type();
+  const auto own = [&](const Tensor& grad, const Tensor& keys) {  // without the past's
+    const int64_t count = keys.size(2);
+    return grad.narrow(2, grad.size(2) - count, count).to(type).contiguous();
+  };
   return {g.q.to(type),
           g.keys[kSinks].to(type),
           g.values[kSinks].to(type),
-          g.keys[kCompressed].to(type),
-          g.values[kCompressed].to(type),
-          g.keys[kWindow].to(type),
-          g.values[kWindow].to(type),
+          own(g.keys[kCompressed], compressed_keys),
+          own(g.values[kCompressed], compressed_values),
+          own(g.keys[kWindow], window_keys),
+          own(g.values[kWindow], window_values),
           bias ? g.bias.to(bias->scalar_type()) : at::zeros({0}, q.options()),
           relative_gradient(relative, {g.relative[kWindow], g.relative[kSinks]}, q),
           relative_gradient(compressed_relative, {g.relative[kCompressed]}, q)};
@@ -299,24 +319,26 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                                .typed<decltype(attend_forward)>();
     auto [out, logsumexp, mass] = op.call(CTX_ATTEND_ARGUMENTS, with_mass);
     saved->mark_non_differentiable({mass});
-    saved->save_for_backward({out,
-                              logsumexp,
-                              q,
-                              position,
-                              sink_keys,
-                              sink_values,
-                              compressed_keys,
-                              compressed_values,
-                              window_keys,
-                              window_values,
-                              first_sink,
-                              first_slot,
-                              first_token,
-                              slot_positions.value_or(Tensor()),
-                              bias.value_or(Tensor()),
-                              slopes.value_or(Tensor()),
-                              relative.value_or(Tensor()),
-                              compressed_relative.value_or(Tensor())});
+    torch::autograd::variable_list kept = {out,
+                                           logsumexp,
+                                           q,
+                                           position,
+                                           sink_keys,
+                                           sink_values,
+                                           compressed_keys,
+                                           compressed_values,
+                                           window_keys,
+                                           window_values,
+                                           first_sink,
+                                           first_slot,
+                                           first_token,
+                                           slot_positions.value_or(Tensor()),
+                                           bias.value_or(Tensor()),
+                                           slopes.value_or(Tensor()),
+                                           relative.value_or(Tensor()),
+                                           compressed_relative.value_or(Tensor())};
+    kept.insert(kept.end(), past.begin(), past.end());
+    saved->save_for_backward(kept);
     saved->saved_data["schedule"] = schedule.vec();
     saved->saved_data["distance"] = std::string(distance);
     saved->saved_data["rotary_dim"] = rotary_dim;
@@ -338,6 +360,7 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
       return x[i].defined() ? OptionalTensor(x[i]) : std::nullopt;
     };
     const auto& data = saved->saved_data;
+    const at::TensorList past = at::TensorList(x).slice(18);
     auto [q, sk, sv, ck, cv, wk, wv, b, r, cr] = op.call(grad_out,
                                                          grad_logsumexp,
                                                          x[0],
@@ -363,8 +386,9 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                                                          data.at("rotary_dim").toInt(),
                                                          data.at("rotary_base").toDouble(),
                                                          data.at("rotary_interleaved").toBool(),
-                                                         data.at("scale").toDouble());
-    torch::autograd::variable_list result(23);
+                                                         data.at("scale").toDouble(),
+                                                         past);
+    torch::autograd::variable_list result(23 + past.size());
     result[0] = q, result[2] = sk, result[3] = sv, result[4] = ck, result[5] = cv, result[6] = wk,
     result[7] = wv;
     if (given(14)) result[12] = b;
@@ -398,6 +422,20 @@ struct Queries {
 };
 
 }  // namespace
+
+Spans joined(Spans s, const Schedule& schedule, at::ScalarType type) {
+  if (!s.past.defined()) return s;
+  const auto join = [&](const Tensor& ring, Tensor& keys, Region region) {
+    if (s.past.size(schedule, region) == 0) return;
+    keys = at::cat({s.past.read(ring, schedule, region, type), keys.to(type)}, 2);
+  };
+  join(s.past.window_keys, s.window_keys, kWindow);
+  join(s.past.window_values, s.window_values, kWindow);
+  join(s.past.compressed_keys, s.compressed_keys, kCompressed);
+  join(s.past.compressed_values, s.compressed_values, kCompressed);
+  s.past = {};
+  return s;
+}
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q,
                                   const Tensor& position,
@@ -435,6 +473,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q,
               rotary.base,
               rotary.interleaved,
               scale,
+              s.past.list(),
               with_mass);
   return {out, mass};
 }
@@ -451,10 +490,11 @@ Attended attend_now(const Tensor& q,
   const Queries queries(q, operands.relative);
   const Scores scores{
       operands.bias, operands.slopes, queries.relative, queries.compressed_relative};
-  const Composite call(queries.content, position, spans, scores, clock, rotary, scale);
+  const Spans all = joined(spans, clock.schedule, arithmetic_type(q.scalar_type()));
+  const Composite call(queries.content, position, all, scores, clock, rotary, scale);
   Tensor usage;
   if (with_usage) {
-    usage = at::zeros({q.size(0), spans.window_keys.size(1), spans.window_keys.size(2), 1},
+    usage = at::zeros({q.size(0), all.window_keys.size(1), all.window_keys.size(2), 1},
                       q.options().dtype(arithmetic_type(q.scalar_type())));
   }
   const auto [out, logsumexp, mass] = call.forward(with_mass, usage);
@@ -469,7 +509,7 @@ Attended attend_now(const Tensor& q,
   "Tensor? bias, Tensor? slopes, Tensor? relative, Tensor? compressed_relative, int[] schedule, "  \
   "str distance, int rotary_dim, float rotary_base, bool "                                         \
   "rotary_interleaved, "                                                                           \
-  "float scale"
+  "float scale, Tensor[] past"
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def("attend(" CTX_ATTEND_SCHEMA

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "ops/kernels.h"
+#include "ops/past.h"
 #include "ops/settings.h"
 #include "ops/state.h"
 
@@ -13,7 +14,7 @@ namespace ctx::ops {
 
 // What queries attend to: three spans of keys, already rotated to their clocks, and which number
 // the first key of each span has in the stream of the query (a call may hold several streams of a
-// row).
+// row). The past's tokens and slots are the first keys of their spans.
 struct Spans {
   at::Tensor sink_keys;          // [B, Hkv, sinks, D]
   at::Tensor sink_values;        // [B, Hkv, sinks, Dv]
@@ -24,9 +25,14 @@ struct Spans {
   at::Tensor first_sink;         // int64 [B, T]: token, negative where the stream begins later
   at::Tensor first_slot;         // int64 [B, T]: group
   at::Tensor first_token;        // int64 [B, T]: token
-  at::Tensor slot_positions;  // int64 [B, Hkv, G]: tokens that the slots are; undefined: they are
-                              // groups
+  at::Tensor slot_positions;  // int64 [B, Hkv, G], of the past's slots, too: tokens that the slots
+                              // are; undefined: they are groups
+  Past past;
 };
+
+// The past's keys in one tensor with the others, for torch's operators; those that the next token does
+// not see are zero. Spans that had a past become `type`.
+Spans joined(Spans spans, const Schedule& schedule, at::ScalarType type);
 
 // [B, H, T, 3] in the arithmetic's type where it is asked for, else [0].
 inline at::Tensor new_mass(const at::Tensor& q, bool with_mass) {

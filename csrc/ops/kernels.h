@@ -171,11 +171,23 @@ struct RotateArgs {
   Strided out;
 };
 
+// Keys that a memory holds before those of a call: the entries of its ring [B, Hkv, capacity, width],
+// contiguous, from number first[b] on. Numbers below zero are nothing, and no query sees them.
+struct PastSpan {
+  int64_t size = 0;
+  int64_t capacity = 0;
+  Storage storage = Storage::kFloat32;
+  void* keys = nullptr;
+  void* values = nullptr;
+  const int64_t* first = nullptr;  // [B]
+};
+
 // One of the three spans of the differentiable path: keys and values already rotated to their
 // clocks, and the number of the first of them in each query's stream (ops/attend.h).
 struct Span {
-  int64_t size = 0;  // keys
-  Strided keys;
+  int64_t size = 0;  // keys, with those of the past
+  PastSpan past;     // the first of them
+  Strided keys;      // the others
   Strided values;
   const int64_t* first = nullptr;  // [B, T]
 };
@@ -210,8 +222,8 @@ struct SpansBackwardArgs {
   Strided grad_out;
   const void* grad_logsumexp = nullptr;  // [B, H, T] in the arithmetic's type
   Strided grad_queries;                  // written
-  // Sums over queries, in the arithmetic's type: [parts, B, Hkv, keys, width], rows padded to
-  // key_width and value_width (kSpanWidthStep), zero before. Each part takes its own share of the
+  // Sums over queries, in the arithmetic's type: [parts, B, Hkv, keys, width] of the keys that are
+  // not of the past, rows padded to key_width and value_width (kSpanWidthStep), zero before. Each part takes its own share of the
   // queries, so that threads need no lock and sums have a fixed order.
   int64_t parts = 1;
   int64_t key_width = 0;

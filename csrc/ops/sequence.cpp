@@ -8,6 +8,7 @@
 // its stream, and the stream that the memory carries starts at -seen.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -158,25 +159,16 @@ class Sequence {
     s.window_values = v_;
     s.first_token = start_.neg() - behind();
     if (fresh()) return s;
-    const Tensor past = past_tokens();
-    const Tensor held = held_tokens(past);
-    s.window_keys = at::cat({read_ring(memory_[kWindowKeys], past, held), keys}, 2);
-    s.window_values = at::cat({read_ring(memory_[kWindowValues], past, held), v_}, 2);
-    if (law().compressed == 0) return s;
-    const Tensor slots = count_from(begun_ - slots_behind(), slots_behind());
-    // A slot that the next token no longer sees may hold what was taken back since, even a NaN.
-    const Tensor oldest = groups_of(law(), seen_).sub(law().compressed).clamp_min(0);
-    const Tensor made = slots.ge(oldest.unsqueeze(1));
-    const auto past_slots = [&](StateIndex index) {
-      return slots_as(read_ring(memory_[index], slots, made), type);
-    };
-    s.compressed_keys = at::cat({past_slots(kCompressedKeys), s.compressed_keys}, 2);
-    s.compressed_values = at::cat({past_slots(kCompressedValues), s.compressed_values}, 2);
-    if (s.slot_positions.defined()) {
-      const Tensor tokens = read_ring(memory_[kSlotPositions].unsqueeze(-1), slots, made);
+    s.past = past();
+    if (s.slot_positions.defined() && law().compressed > 0) {
+      const Tensor ring = memory_[kSlotPositions].unsqueeze(-1);
+      const Tensor tokens = s.past.read(ring, law(), kCompressed, at::kLong);
       s.slot_positions = at::cat({tokens.squeeze(-1), s.slot_positions}, 2);
     }
-    return s;
+    // Rings are constants, unless they were made out of something else.
+    const bool constant = std::none_of(
+        memory_.begin(), memory_.begin() + kSinkKeys, [](auto& x) { return x.requires_grad(); });
+    return constant ? s : joined(s, law(), type);
   }
 
  private:
@@ -195,7 +187,23 @@ class Sequence {
   // Past slots that are put before the new ones.
   int64_t slots_behind() const { return fresh() ? 0 : law().compressed; }
 
-  Tensor past_tokens() const { return count_from(seen_ - behind(), behind()); }
+  // The rings as they are, and where the past begins in them. Of the past, only what was in the
+  // window of the last token can still be seen; a slot that the next token no longer sees may hold
+  // what was taken back since, even a NaN.
+  Past past() const {
+    const Tensor oldest = groups_of(law(), seen_).sub(law().compressed).clamp_min(0);
+    // Autograd keeps them, and cannot keep a tensor that was made in inference mode.
+    const auto ring = [&](StateIndex index) {
+      const Tensor x = memory_[index].contiguous();
+      return x.is_inference() && at::GradMode::is_enabled() ? x.clone() : x;
+    };
+    return {
+        ring(kWindowKeys),
+        ring(kWindowValues),
+        ring(kCompressedKeys),
+        ring(kCompressedValues),
+        at::stack({seen_ - behind(), edge_of(law(), begun_), begun_ - slots_behind(), oldest}, 1)};
+  }
 
   // Those of `past` that can still be compressed or read left of a group, which may be sinks.
   Tensor stored_tokens(StateIndex window, StateIndex sinks, const Tensor& past) const {
@@ -206,11 +214,6 @@ class Sequence {
     const Tensor sink = past.lt(law().sinks).logical_and(held);
     return at::where(
         sink.unsqueeze(1).unsqueeze(-1), read_ring(memory_[sinks], past, sink), tokens);
-  }
-
-  // Of the past, only what was in the window of the last token can still be seen.
-  Tensor held_tokens(const Tensor& past) const {
-    return past.ge(edge_of(law(), begun_).unsqueeze(1)).logical_and(past.ge(0));
   }
 
   // The most groups that this call can make due.

@@ -46,11 +46,26 @@ Prepared prepare(const AttendCall& call) {
   a.position = p.keep_integers(call.position);
   a.queries = p.keep_rows(q);
   const auto span = [&](const Tensor& keys, const Tensor& values, const Tensor& first) {
-    return Span{keys.size(2), p.keep_rows(keys), p.keep_rows(values), p.keep_integers(first)};
+    return Span{keys.size(2), {}, p.keep_rows(keys), p.keep_rows(values), p.keep_integers(first)};
   };
-  a.spans[0] = span(s.sink_keys, s.sink_values, s.first_sink);
-  a.spans[1] = span(s.compressed_keys, s.compressed_values, s.first_slot);
-  a.spans[2] = span(s.window_keys, s.window_values, s.first_token);
+  a.spans[kSinks] = span(s.sink_keys, s.sink_values, s.first_sink);
+  a.spans[kCompressed] = span(s.compressed_keys, s.compressed_values, s.first_slot);
+  a.spans[kWindow] = span(s.window_keys, s.window_values, s.first_token);
+  const auto add_past = [&](Region region, const Tensor& keys, const Tensor& values) {
+    const int64_t size = s.past.size(call.clock.schedule, region);
+    if (size == 0) return;
+    const auto storage = slot_storage_of(keys.scalar_type(), q.scalar_type(), where, "past");
+    const Tensor first = s.past.first(region);
+    a.spans[region].size += size;
+    a.spans[region].past = {size,
+                            keys.size(2),
+                            storage,
+                            p.keep(keys).data_ptr(),
+                            p.keep(values).data_ptr(),
+                            p.keep_integers(first)};
+  };
+  add_past(kCompressed, s.past.compressed_keys, s.past.compressed_values);
+  add_past(kWindow, s.past.window_keys, s.past.window_values);
   return p;
 }
 
@@ -111,7 +126,8 @@ SpanGradients spans_backward(const AttendCall& call,
   args.grad_queries = strided(g.q);
   for (int i = 0; i < 3; ++i) {
     const auto sums = [&](int64_t width) {
-      return at::zeros({args.parts, a.batch, a.kv_heads, a.spans[i].size, width}, wide);
+      const int64_t keys = a.spans[i].size - a.spans[i].past.size;
+      return at::zeros({args.parts, a.batch, a.kv_heads, keys, width}, wide);
     };
     g.keys[i] = sums(args.key_width), g.values[i] = sums(args.value_width);
     args.grad_keys[i] = g.keys[i].data_ptr(), args.grad_values[i] = g.values[i].data_ptr();

@@ -26,7 +26,7 @@ struct AttendCall {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> spans_forward(const AttendCall& call,
                                                              bool with_mass);
 
-// Of sinks, compressed slots and window; in q's dtype, `bias` in its own.
+// Of sinks, compressed slots and window but for the past's; in q's dtype, `bias` in its own.
 struct SpanGradients {
   at::Tensor q;
   std::array<at::Tensor, 3> keys;

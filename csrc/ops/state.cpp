@@ -61,7 +61,10 @@ SymInt stored_width(const SymInt& width, at::ScalarType slots) {
 Tensor slots_as(const Tensor& rows, at::ScalarType type) {
   if (rows.scalar_type() != at::kChar) return rows.to(type);
   const SymInt width = rows.sym_size(-1) - kScaleBytes;
-  const Tensor scale = rows.narrow_symint(-1, width, kScaleBytes).contiguous().view(at::kFloat);
+  // A copy: a part of a single row counts as contiguous, wherever it begins.
+  const Tensor bytes =
+      rows.narrow_symint(-1, width, kScaleBytes).clone(at::MemoryFormat::Contiguous);
+  const Tensor scale = bytes.view(at::kFloat);
   return rows.narrow_symint(-1, 0, width).to(at::kFloat).mul(scale).to(type);
 }
 

@@ -74,8 +74,8 @@ inline void score_rows(const Acc<T>* __restrict queries,
       for (int64_t d = 0; d < whole; d += 2 * kLane)
         multiply(d, [](const T* x) { return load_pair(x); });
       if (left > 0) multiply(whole, [&](const T* x) { return load_some_of_pair(x, left); });
-      CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int k = 0; k < K; ++k)
-          sums[r][i + k] = sum[r][k];
+      CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int k = 0; k < K; ++k) sums[r][i + k] =
+          sum[r][k];
     }
     CTX_UNROLL for (int r = 0; r < R; ++r) store(scores + r * kBlock + j, sums_of<A>(sums[r]));
   }

@@ -12,7 +12,7 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 inline constexpr int64_t kTileRows =
     32;  // query heads times tokens that a block of slots is read for
 inline constexpr int64_t kFewestSlots = 256;  // of a part that a thread takes
-inline constexpr int64_t kParts = 64;         // of a row's kv heads together: enough for most threads
+inline constexpr int64_t kParts = 64;  // of a row's kv heads together: enough for most threads
 
 // Tokens of one row that attend together, for one kv head.
 struct Tile {

@@ -42,7 +42,7 @@ constexpr int64_t padded(int64_t n) {
 // n elements as whole pairs of vectors.
 template <typename A>
 constexpr int64_t row_width(int64_t n) {
-  return (n + 2 * kLanes<A> - 1) / (2 * kLanes<A>) * (2 * kLanes<A>);
+  return (n + 2 * kLanes<A> - 1) / (2 * kLanes<A>)*(2 * kLanes<A>);
 }
 
 template <typename A>

@@ -34,6 +34,12 @@ inline void dispatch_slots(Storage storage, F&& run) {
   }
 }
 
+template <typename S, typename A>
+inline void load_slot(const S* source, A* target, int64_t width) {
+  load_row(source, target, width);
+  if constexpr (std::is_same_v<S, int8_t>) scale_row(scale_of(source, width), target, width);
+}
+
 // Multiples of a 127th of the largest number; a row that is not finite stays so.
 inline void store_slot(const float* row, int8_t* target, int64_t width) {
   float largest = 0.0f;

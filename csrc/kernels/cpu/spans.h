@@ -11,6 +11,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/lanes.h"
 #include "kernels/cpu/rotary.h"
+#include "kernels/cpu/slots.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
@@ -30,20 +31,26 @@ inline void transpose(
   }
 }
 
-// Rows of a span in the arithmetic's type: where they lie, or widened copies.
+// Keys of a span that lie together: rows from `row` on of the past's ring, or of the call's tensors.
+struct KeyBlock {
+  Range keys;  // of the span
+  bool past = false;
+  int64_t row = 0;
+  int64_t size() const { return keys.size(); }
+};
+
+// Their rows in the arithmetic's type: where they lie, or widened copies.
 template <typename A>
 struct SpanRows {
   const A* data;
   int64_t stride;
 };
-template <typename T, typename A>
-inline SpanRows<A> rows_of(
-    const Strided& x, int64_t b, int64_t h, Range keys, int64_t width, A* buffer) {
-  if constexpr (std::is_same_v<T, A>) {
-    return {row<T>(x, b, h, keys.begin), x.token};
+template <typename S, typename A>
+inline SpanRows<A> widened(const S* rows, int64_t stride, int64_t count, int64_t width, A* buffer) {
+  if constexpr (std::is_same_v<S, A>) {
+    return {rows, stride};
   } else {
-    for (int64_t j = keys.begin; j < keys.end; ++j)
-      load_row(row<T>(x, b, h, j), buffer + (j - keys.begin) * width, width);
+    for (int64_t j = 0; j < count; ++j) load_slot(rows + j * stride, buffer + j * width, width);
     return {buffer, width};
   }
 }
@@ -99,15 +106,23 @@ class QueryBlock {
     return (b_ * args_.heads + head(lane)) * args_.tokens + token(lane);
   }
 
-  // Calls run(keys) for blocks of the keys of a span that some query sees.
+  // Calls run(block) for blocks of the keys of a span that some query sees.
   template <typename F>
   void for_each_key_block(int64_t span, const F& run) {
-    const int64_t size = seen_by_some_[span].size();
-    if (size <= 0) return;
-    const int64_t blocks = (size + kBlockKeys - 1) / kBlockKeys;
-    const int64_t step = round_up((size + blocks - 1) / blocks, kProductRows);
-    for (int64_t j = seen_by_some_[span].begin; j < seen_by_some_[span].end; j += step)
-      run(Range{j, std::min(j + step, seen_by_some_[span].end)});
+    const PastSpan& past = args_.spans[span].past;
+    const Range seen = seen_by_some_[span];
+    for (int64_t begin = seen.begin; begin < seen.end;) {
+      KeyBlock all{{begin, seen.end}, begin < past.size, begin - past.size};
+      if (all.past) {
+        all.row = (past.first[b_] + begin) % past.capacity;
+        all.keys.end = std::min({seen.end, past.size, begin + past.capacity - all.row});
+      }
+      const int64_t blocks = (all.size() + kBlockKeys - 1) / kBlockKeys;
+      const int64_t step = round_up((all.size() + blocks - 1) / blocks, kProductRows);
+      for (int64_t j = begin; j < all.keys.end; j += step)
+        run(KeyBlock{{j, std::min(j + step, all.keys.end)}, all.past, all.row + (j - begin)});
+      begin = all.keys.end;
+    }
   }
   bool sees(int64_t span) const { return seen_by_some_[span].size() > 0; }
 
@@ -134,6 +149,16 @@ class QueryBlock {
     const int64_t half = args_.rotary.dim / 2;
     const A* cosine = table_ + lane % tokens_ * args_.rotary.dim;
     rotate_row(args_.rotary, RotaryTable<A>{cosine, cosine + half}, direction, query);
+  }
+
+  // Keys or values of a block of the span that turn_to() chose; `buffer` is room for them.
+  SpanRows<A> keys(const KeyBlock& block, A* buffer) const {
+    const Span& s = args_.spans[span_];
+    return rows_of(block, s.keys, s.past.keys, args_.head_dim, buffer);
+  }
+  SpanRows<A> values(const KeyBlock& block, A* buffer) const {
+    const Span& s = args_.spans[span_];
+    return rows_of(block, s.values, s.past.values, args_.value_dim, buffer);
   }
 
   const A* rows() const { return rows_; }
@@ -163,6 +188,21 @@ class QueryBlock {
   }
 
  private:
+  SpanRows<A> rows_of(
+      const KeyBlock& block, const Strided& x, void* ring, int64_t width, A* buffer) const {
+    if (!block.past)
+      return widened(row<T>(x, b_, kv_, block.row), x.token, block.size(), width, buffer);
+    SpanRows<A> found{};
+    const PastSpan& past = args_.spans[span_].past;
+    dispatch_slots<T>(past.storage, [&](auto type) {
+      using S = decltype(type);
+      const int64_t stride = stored_width<S>(width);
+      const S* rows = ring_row<S>(ring, args_.kv_heads, past.capacity, stride, b_, kv_, block.row);
+      found = widened(rows, stride, block.size(), width, buffer);
+    });
+    return found;
+  }
+
   Integer* begins(int64_t span) { return numbers_.data() + span * 2 * most_lanes_; }
   Integer* ends(int64_t span) { return begins(span) + most_lanes_; }
   int64_t position(int64_t i) const { return args_.position[b_ * args_.tokens + first_ + i]; }

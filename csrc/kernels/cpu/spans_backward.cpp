@@ -16,7 +16,6 @@ class SpansBackward {
   explicit SpansBackward(const SpansBackwardArgs& args)
       : args_(args), forward_(args.forward), block_(args.forward) {
     const int64_t lanes = block_.most_lanes();
-    const int64_t wide = std::is_same_v<T, A> ? 0 : kBlockKeys;
     grads_ = scratch_.take(kBlockKeys * lanes);
     out_rows_ = scratch_.take(lanes * args.value_width);
     out_columns_ = scratch_.take(forward_.value_dim * lanes);
@@ -26,8 +25,8 @@ class SpansBackward {
     base_ = scratch_.take(lanes);
     logsumexp_ = scratch_.take(lanes);
     bias_ = scratch_.take(lanes);
-    wide_keys_ = scratch_.take(wide * forward_.head_dim);
-    wide_values_ = scratch_.take(wide * forward_.value_dim);
+    wide_keys_ = scratch_.take(kBlockKeys * forward_.head_dim);
+    wide_values_ = scratch_.take(kBlockKeys * forward_.value_dim);
     out_ = scratch_.take(forward_.value_dim);
   }
 
@@ -39,7 +38,7 @@ class SpansBackward {
       if (!block_.sees(span)) continue;
       block_.turn_to(span);
       std::fill_n(query_columns_, forward_.head_dim * block_.lanes(), A(0));
-      block_.for_each_key_block(span, [&](Range keys) { attend(span, keys); });
+      block_.for_each_key_block(span, [&](const KeyBlock& keys) { attend(span, keys); });
       add_query_grads();
     }
     store_block();
@@ -71,17 +70,15 @@ class SpansBackward {
     transpose(out_rows_, width, block_.used(), forward_.value_dim, out_columns_, lanes);
   }
 
-  void attend(int64_t span, Range keys) {
+  void attend(int64_t span, const KeyBlock& keys) {
     const Span& s = forward_.spans[span];
-    const int64_t b = block_.b();
-    const int64_t kv = block_.kv();
     const int64_t lanes = block_.lanes();
     const int64_t count = keys.size();
     const int64_t key_width = args_.key_width;
     const int64_t value_width = args_.value_width;
-    const auto k = rows_of<T>(s.keys, b, kv, keys, forward_.head_dim, wide_keys_);
-    const auto v = rows_of<T>(s.values, b, kv, keys, forward_.value_dim, wide_values_);
-    A* weights = block_.score(keys, k);
+    const auto k = block_.keys(keys, wide_keys_);
+    const auto v = block_.values(keys, wide_values_);
+    A* weights = block_.score(keys.keys, k);
     multiply<Left::kRows>(count,
                           lanes,
                           forward_.value_dim,
@@ -92,27 +89,30 @@ class SpansBackward {
                           grads_,
                           lanes,
                           false);
-    make_grads(span, keys, weights);
-    multiply<Left::kRows>(count,
-                          value_width,
-                          block_.used(),
-                          weights,
-                          lanes,
-                          out_rows_,
-                          value_width,
-                          grad_row(args_.grad_values[span], s.size, keys.begin, value_width),
-                          value_width,
-                          true);
-    multiply<Left::kRows>(count,
-                          key_width,
-                          block_.used(),
-                          grads_,
-                          lanes,
-                          block_.rows(),
-                          key_width,
-                          grad_row(args_.grad_keys[span], s.size, keys.begin, key_width),
-                          key_width,
-                          true);
+    make_grads(span, keys.keys, weights);
+    if (!keys.past) {  // which is constant
+      const int64_t size = s.size - s.past.size;
+      multiply<Left::kRows>(count,
+                            value_width,
+                            block_.used(),
+                            weights,
+                            lanes,
+                            out_rows_,
+                            value_width,
+                            grad_row(args_.grad_values[span], size, keys.row, value_width),
+                            value_width,
+                            true);
+      multiply<Left::kRows>(count,
+                            key_width,
+                            block_.used(),
+                            grads_,
+                            lanes,
+                            block_.rows(),
+                            key_width,
+                            grad_row(args_.grad_keys[span], size, keys.row, key_width),
+                            key_width,
+                            true);
+    }
     multiply<Left::kColumns>(forward_.head_dim,
                              lanes,
                              count,

@@ -33,19 +33,16 @@ class SpansForward {
     for (int64_t span = 0; span < kRegions; ++span) {
       if (!block_.sees(span)) continue;
       block_.turn_to(span);
-      block_.for_each_key_block(span, [&](Range keys) { attend(span, keys); });
+      block_.for_each_key_block(span, [&](const KeyBlock& keys) { attend(span, keys); });
     }
     store_block();
   }
 
  private:
-  void attend(int64_t span, Range keys) {
-    const Span& s = args_.spans[span];
-    const int64_t b = block_.b();
-    const int64_t kv = block_.kv();
-    A* weights = block_.score(keys, rows_of<T>(s.keys, b, kv, keys, args_.head_dim, wide_));
+  void attend(int64_t span, const KeyBlock& keys) {
+    A* weights = block_.score(keys.keys, block_.keys(keys, wide_));
     if (weigh(span, keys.size(), weights)) shrink_sums();
-    const SpanRows<A> values = rows_of<T>(s.values, b, kv, keys, args_.value_dim, wide_);
+    const SpanRows<A> values = block_.values(keys, wide_);
     multiply<Left::kColumns>(args_.value_dim,
                              block_.lanes(),
                              keys.size(),
