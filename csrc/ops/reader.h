@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "ops/attend.h"
 #include "ops/rings.h"
@@ -40,6 +41,7 @@ class Reader {
 
   void attend(const Block& block) {
     if (!operands_.relative.empty()) return compose(block);
+    if (many(block)) return attend_spans(block);
     args_.block = block;
     memory_.kernels().attend(args_);
   }
@@ -50,6 +52,80 @@ class Reader {
   const void* per_head(const at::Tensor& values, at::Tensor& kept) const {
     kept = values.to(arithmetic_type(q_.scalar_type())).expand({q_.size(1)}).contiguous();
     return kept.const_data_ptr();
+  }
+
+  // Whether a block has so many queries that the kernels of the differentiable path are faster, and
+  // they know all that it asks for.
+  bool many(const Block& block) const {
+    constexpr int64_t kManyRows = 16;  // query heads of a kv head times tokens; measured
+    const MemoryView& m = memory_.view;
+    const int64_t rows = block.tokens * (args_.heads / m.kv_heads);
+    const bool threads_share = m.kv_heads > 1 || rows >= 8 * kManyRows;
+    const bool single_tokens = m.slot_positions != nullptr && m.clock.token_distance;
+    return block.tokens > 1 && rows >= kManyRows && threads_share &&
+           memory_.kernels().spans_forward != nullptr && !args_.count_usage &&
+           !(args_.slopes != nullptr && single_tokens);
+  }
+
+  // The rings are the past of all queries, and nothing comes behind it.
+  void attend_spans(const Block& block) {
+    const MemoryView& m = memory_.view;
+    const Schedule& s = m.clock.schedule;
+    const int64_t all = m.batch * block.tokens;
+    std::vector<int64_t> position(all, -1), sink(all, 0), slot(all), token(all);
+    std::vector<int64_t> no_sink(m.batch, 0), first_slot(m.batch), first_token(m.batch);
+    for (int64_t b = 0; b < m.batch; ++b) {
+      const int64_t t = block.first(b);
+      const int64_t begin = std::max<int64_t>(0, t);
+      first_slot[b] = s.groups(begin) - s.compressed;
+      first_token[b] = s.edge(begin);
+      for (int64_t i = 0; i < block.tokens; ++i) {
+        const int64_t place = b * block.tokens + i;
+        if (i < block.count(b) && t + i >= 0) position[place] = t + i;
+        slot[place] = first_slot[b];
+        token[place] = first_token[b];
+      }
+    }
+    SpansArgs a;
+    a.clock = m.clock, a.rotary = m.rotary, a.storage = m.storage, a.device = m.device;
+    a.batch = m.batch, a.heads = args_.heads, a.kv_heads = m.kv_heads, a.tokens = block.tokens;
+    a.head_dim = m.head_dim, a.value_dim = m.value_dim;
+    a.scale = args_.scale, a.bias = args_.bias, a.slopes = args_.slopes;
+    a.position = position.data();
+    const at::Tensor q = q_.narrow(2, block.offset, block.tokens);
+    const at::Tensor out = out_.narrow(2, block.offset, block.tokens);
+    a.queries = strided(q), a.out = strided(out);
+    const auto past = [](int64_t size, Storage storage, void* keys, void* values, auto& first) {
+      return PastSpan{size, size, storage, keys, values, first.data()};
+    };
+    a.spans[kSinks] = {s.sinks,
+                       past(s.sinks, m.storage, m.sink_keys, m.sink_values, no_sink),
+                       {},
+                       {},
+                       sink.data()};
+    a.spans[kCompressed] = {m.compressed_capacity,
+                            past(m.compressed_capacity,
+                                 m.compressed_storage,
+                                 m.compressed_keys,
+                                 m.compressed_values,
+                                 first_slot),
+                            {},
+                            {},
+                            slot.data()};
+    a.spans[kWindow] = {
+        m.window_capacity,
+        past(m.window_capacity, m.storage, m.window_keys, m.window_values, first_token),
+        {},
+        {},
+        token.data()};
+    const auto wide = q_.options().dtype(arithmetic_type(q_.scalar_type()));
+    const at::Tensor logsumexp = at::empty({a.batch, a.heads, a.tokens}, wide);
+    a.logsumexp = logsumexp.data_ptr();
+    const bool with_mass = args_.mass != nullptr;
+    const at::Tensor mass = new_mass(q, with_mass);
+    if (with_mass) a.mass = mass.data_ptr();
+    memory_.kernels().spans_forward(a);
+    if (with_mass) mass_.narrow(2, block.offset, block.tokens).copy_(mass);
   }
 
   // Relative positions have no kernel: the rings are read in order, and torch's operators do it.

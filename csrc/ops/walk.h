@@ -116,6 +116,8 @@ class Rows {
       rewindable.add_(tokens_);
     }
     rewindable.clamp_max_(memory_.headroom);
+    // Kernels wrote into the rings; a graph that still needs them as they were has to hear of it.
+    for (const at::Tensor& part : memory_.state) part.unsafeGetTensorImpl()->bump_version();
   }
 
  private:

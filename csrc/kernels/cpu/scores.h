@@ -121,7 +121,7 @@ inline void apply_scales([[maybe_unused]] const T* stored,
                          [[maybe_unused]] Acc<T>* numbers) {
   if constexpr (std::is_same_v<T, int8_t>) {
     float scales[kBlock];
-    for (int64_t j = 0; j < count; ++j) scales[j] = scale_of(stored + j * stride, width);
+    load_scales(stored, stride, width, count, scales);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < count; ++j) numbers[r * kBlock + j] *= scales[j];
     }

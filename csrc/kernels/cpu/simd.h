@@ -242,7 +242,7 @@ inline V add_neighbours(V x, V y, std::index_sequence<Lane...>) {
 
 // The sums of as many vectors as one has lanes, in order: about three instructions for a sum.
 template <typename A, int Block = kLanes<A> / 2>
-inline Vec<A> sums_of(const Vec<A>* x) {
+[[gnu::always_inline]] inline Vec<A> sums_of(const Vec<A>* x) {
   constexpr auto lanes = std::make_index_sequence<kLanes<A>>{};
   Vec<A> half[Block];
   for (int i = 0; i < Block; ++i) half[i] = add_neighbours<Block>(x[2 * i], x[2 * i + 1], lanes);

@@ -34,6 +34,19 @@ inline void dispatch_slots(Storage storage, F&& run) {
   }
 }
 
+// The scales of some rows that lie together.
+inline void load_scales(
+    const int8_t* rows, int64_t stride, int64_t width, int64_t count, float* scales) {
+  int64_t j = 0;
+#if defined(__AVX512F__)
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i place = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
+  for (; j + 16 <= count; j += 16)
+    _mm512_storeu_ps(scales + j, _mm512_i32gather_ps(place, rows + j * stride + width, 1));
+#endif
+  for (; j < count; ++j) scales[j] = scale_of(rows + j * stride, width);
+}
+
 template <typename S, typename A>
 inline void load_slot(const S* source, A* target, int64_t width) {
   load_row(source, target, width);

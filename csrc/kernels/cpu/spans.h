@@ -126,6 +126,12 @@ class QueryBlock {
   }
   bool sees(int64_t span) const { return seen_by_some_[span].size() > 0; }
 
+  // Whether the query in a lane sees a key of the span that turn_to() chose.
+  bool sees(int64_t lane, int64_t key) const {
+    const Integer* begin = numbers_.data() + span_ * 2 * most_lanes_ + lane;
+    return key >= begin[0] && key < begin[most_lanes_];
+  }
+
   // Rotates the queries to the clock of a span, and scales them: rows [used, width], and columns
   // [D, lanes].
   void turn_to(int64_t span) {

@@ -42,7 +42,8 @@ class SpansForward {
   void attend(int64_t span, const KeyBlock& keys) {
     A* weights = block_.score(keys.keys, block_.keys(keys, wide_));
     if (weigh(span, keys.size(), weights)) shrink_sums();
-    const SpanRows<A> values = block_.values(keys, wide_);
+    SpanRows<A> values = block_.values(keys, wide_);
+    if (block_.hides(keys.keys)) values = keep_apart(keys, values, weights);
     multiply<Left::kColumns>(args_.value_dim,
                              block_.lanes(),
                              keys.size(),
@@ -53,6 +54,29 @@ class SpansForward {
                              sums_,
                              block_.lanes(),
                              true);
+  }
+
+  // Zero times NaN is NaN: rows that are not finite are added here to the queries that see them, and
+  // are zero in what is returned.
+  SpanRows<A> keep_apart(const KeyBlock& keys, SpanRows<A> values, const A* weights) {
+    const int64_t lanes = block_.lanes();
+    const int64_t width = args_.value_dim;
+    for (int64_t j = 0; j < keys.size(); ++j) {
+      if (finite(values.data + j * values.stride, width)) continue;
+      if (values.data != wide_) {
+        for (int64_t i = 0; i < keys.size(); ++i)
+          std::copy_n(values.data + i * values.stride, width, wide_ + i * width);
+        values = {wide_, width};
+      }
+      A* row = wide_ + j * width;
+      for (int64_t lane = 0; lane < block_.used(); ++lane) {
+        if (!block_.sees(lane, keys.keys.begin + j)) continue;
+        for (int64_t d = 0; d < width; ++d)
+          sums_[d * lanes + lane] += weights[j * lanes + lane] * row[d];
+      }
+      std::fill_n(row, width, A(0));
+    }
+    return values;
   }
 
   // Scores to weights relative to the largest so far; true if that grew, by `shrink_`.
@@ -130,7 +154,7 @@ class SpansForward {
   A* totals_;   // [spans, lanes]: weights
   A* shrink_;   // [lanes]
   A* out_;      // [lanes, Dv]
-  A* wide_;     // a block's keys or values, where storage is narrower
+  A* wide_;     // a block's keys or values, where they cannot be used as they lie
 };
 
 template <typename T>

@@ -68,6 +68,15 @@ inline A dot(const A* __restrict x, const A* __restrict y, int64_t n) {
   return sum;
 }
 
+// No infinity and no NaN among them.
+template <typename A>
+inline bool finite(const A* x, int64_t n) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * A(0);
+  return sum == A(0);
+}
+
 // y += a x
 template <typename A>
 inline void axpy(A a, const A* __restrict x, A* __restrict y, int64_t n) {
