@@ -20,7 +20,8 @@ set(CTX_SOURCES
     csrc/ops/sequence.cpp
     csrc/ops/settings.cpp
     csrc/ops/spans.cpp
-    csrc/ops/state.cpp)
+    csrc/ops/state.cpp
+    csrc/ops/tokens.cpp)
 
 # Compiled once for each instruction set.
 set(CTX_CPU_KERNEL_SOURCES

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 
 import ctx
-from strategies import DTYPES, assert_close
+from strategies import CLOSE, DTYPES, assert_close, assert_same_bits
 
 B, HKV, H, D, DV, T, C, P = 2, 2, 4, 6, 4, 5, 2, 8
 SCHEDULE = ctx.Schedule(4, 3, C, 4, 1)
@@ -142,8 +142,26 @@ def attend_sequence(dtype, grad):
     return (q, k, v, *rows, *slots, *scores(dtype, grad), *SETTINGS, SCALE, True)
 
 
+def take_tokens(dtype, grad):
+    ring, sinks = memory(dtype)[0], memory(dtype)[4]
+    x, seen, oldest = (
+        drawn(B, HKV, T, D, dtype=dtype, grad=grad),
+        torch.tensor([9, 3]),
+        torch.ones(2),
+    )
+    return (
+        x,
+        ring,
+        sinks,
+        seen,
+        oldest.long() * 2,
+        torch.tensor([[-9, -5, -1, 0, 4], [-3, -1, 2, 2, 7]]),
+    )
+
+
 FUNCTIONAL = {
     "rotary": rotary,
+    "take_tokens": take_tokens,
     "compress": compress,
     "attend": attend,
     "due_groups": due_groups,
@@ -168,6 +186,37 @@ def test_attend_backward(kernels):
     opcheck(torch.ops.ctx.attend_backward.default, (*grads, out, logsumexp, *arguments))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_take_tokens(dtype):
+    """A row is the call's, the ring's, a sink's or zero; other devices do the same."""
+    x, ring, sinks, seen, oldest, place = arguments = take_tokens(dtype, grad=True)
+    x = x.detach()
+    taken = torch.ops.ctx.take_tokens(*arguments)
+    capacity = ring.shape[2]
+    none = torch.zeros(HKV, D, dtype=dtype)
+    want = [
+        [none, ring[0, :, 4 % capacity], ring[0, :, 8 % capacity], x[0, :, 0], x[0, :, 4]],
+        [none, ring[1, :, 2 % capacity], x[1, :, 2], x[1, :, 2], x[1, :, T - 1]],
+    ]
+    assert_same_bits(taken, torch.stack([torch.stack(rows, 1) for rows in want]))
+    sunk = torch.ops.ctx.take_tokens(x, ring, sinks, seen, oldest * 0, place)
+    assert_same_bits(sunk[0, :, 0], sinks[0, :, 0])
+    grad = torch.randn_like(taken)
+    backward = torch.ops.ctx.take_tokens_backward
+    opcheck(backward.default, (grad, place, T))
+    [got] = torch.autograd.grad(taken, arguments[0], grad)
+    outside = torch.zeros_like(x)
+    outside[0, :, 0], outside[0, :, 4] = grad[0, :, 3], grad[0, :, 4]
+    outside[1, :, 2] = grad[1, :, 2] + grad[1, :, 3]
+    assert_same_bits(got, outside)
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    for operator, given, here in (
+        (torch.ops.ctx.take_tokens.default, (x, *arguments[1:]), taken),
+        (backward.default, (grad, place, T), got),
+    ):
+        assert_close(operator._op_dk(key, *given), here.detach(), CLOSE[dtype])
+
+
 def test_none_is_left_out():
     """Every operator of the library is checked above."""
     names = {
@@ -175,4 +224,4 @@ def test_none_is_left_out():
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("ctx::")
     }
-    assert names == {*MUTATING, *FUNCTIONAL, "attend_backward"}
+    assert names == {*MUTATING, *FUNCTIONAL, "attend_backward", "take_tokens_backward"}

@@ -22,7 +22,7 @@ inline at::Tensor read_ring(const at::Tensor& ring,
       2,
       index.expand_symint(
           {ring.sym_size(0), ring.sym_size(1), positions.sym_size(1), ring.sym_size(3)}));
-  return rows.masked_fill(column(held).logical_not(), 0.0);
+  return rows.masked_fill_(column(held).logical_not(), 0.0);
 }
 
 }  // namespace ctx::ops

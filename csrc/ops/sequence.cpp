@@ -18,6 +18,7 @@
 #include "ops/rotary.h"
 #include "ops/settings.h"
 #include "ops/state.h"
+#include "ops/tokens.h"
 
 namespace ctx::ops {
 namespace {
@@ -25,14 +26,6 @@ namespace {
 using at::Tensor;
 using c10::SymInt;
 using OptionalTensor = std::optional<Tensor>;
-
-// Rows `index` [B, n] of x [B, Hkv, m, width]; an index outside reads some row that the law hides.
-Tensor take_rows(const Tensor& x, const Tensor& index) {
-  const Tensor inside =
-      index.clamp_min(0).clamp_max(at::Scalar(x.sym_size(2) - 1)).unsqueeze(1).unsqueeze(-1);
-  return x.gather(
-      2, inside.expand_symint({x.sym_size(0), x.sym_size(1), index.sym_size(1), x.sym_size(3)}));
-}
 
 // x [B, Hkv, n, D] rotated to positions [B, Hkv, n].
 Tensor rotate_heads(const Tensor& x, const Tensor& position, const Rotary& rotary) {
@@ -110,19 +103,14 @@ class Sequence {
     const auto type = arithmetic_type(k_.scalar_type());
     const int64_t overlap = law().overlap;
     const int64_t read = law().ratio + overlap;
-    Tensor keys = k_.to(type);
-    Tensor values = v_.to(type);
-    if (!fresh()) {
-      const Tensor past = count_from(seen_ - (behind() + overlap), behind() + overlap);
-      const Tensor stored = stored_tokens(kWindowKeys, kSinkKeys, past).to(type);
-      keys = at::cat({rotate(stored, past.neg(), rotary_), keys}, 2);
-      values = at::cat({stored_tokens(kWindowValues, kSinkValues, past).to(type), values}, 2);
-    }
     const Groups groups = this->groups();
-    const Tensor first = groups.place + (fresh() ? -overlap : behind());
-    const Tensor index = count_from(first, read).flatten(1);
-    const auto group = [&](const Tensor& x) {
-      Tensor rows = take_rows(x, index);
+    const Tensor place = count_from(groups.place - overlap, read).flatten(1);
+    // What a memory holds has been rotated.
+    const Tensor position = fresh() ? place : place.add(seen_.unsqueeze(1)).mul(place.lt(0));
+    const auto group = [&](const Tensor& x, StateIndex ring, StateIndex sinks, bool turns) {
+      Tensor rows = fresh() ? take_rows(x, place) : stored_rows(x, ring, sinks, place);
+      rows = rows.to(type);
+      if (turns && !fresh()) rows = rotate(rows, position.neg(), rotary_);
       if (overlap > 0) {  // what is before the stream is zero
         const Tensor token = groups.number.mul(law().ratio).add(law().sinks - overlap);
         const Tensor before = count_from(token, read).flatten(1).lt(0);
@@ -130,7 +118,9 @@ class Sequence {
       }
       return rows.reshape_symint({x.sym_size(0), x.sym_size(1), new_groups(), read, x.sym_size(3)});
     };
-    return {group(keys), group(values), first_block()};
+    return {group(k_, kWindowKeys, kSinkKeys, true),
+            group(v_, kWindowValues, kSinkValues, false),
+            first_block()};
   }
 
   // The spans that the new tokens attend to, given the slots made of due_groups(); and the token
@@ -205,15 +195,14 @@ class Sequence {
         at::stack({seen_ - behind(), edge_of(law(), begun_), begun_ - slots_behind(), oldest}, 1)};
   }
 
-  // Those of `past` that can still be compressed or read left of a group, which may be sinks.
-  Tensor stored_tokens(StateIndex window, StateIndex sinks, const Tensor& past) const {
-    const Tensor held =
-        past.ge(edge_of(law(), begun_).sub(law().overlap).unsqueeze(1)).logical_and(past.ge(0));
-    const Tensor tokens = read_ring(memory_[window], past, held);
-    if (law().overlap == 0 || law().sinks == 0) return tokens;
-    const Tensor sink = past.lt(law().sinks).logical_and(held);
-    return at::where(
-        sink.unsqueeze(1).unsqueeze(-1), read_ring(memory_[sinks], past, sink), tokens);
+  // New tokens, and those of the past that can still be compressed or read left of a group, which
+  // may be sinks.
+  Tensor stored_rows(const Tensor& x,
+                     StateIndex ring,
+                     StateIndex sinks,
+                     const Tensor& place) const {
+    const Tensor oldest = edge_of(law(), begun_).sub(law().overlap);
+    return take_tokens(x, memory_[ring], memory_[sinks], seen_, oldest, place);
   }
 
   // The most groups that this call can make due.

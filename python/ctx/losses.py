@@ -114,11 +114,12 @@ def _average(error: Tensor, weight: Tensor, boundaries: Tensor) -> Tensor:
 def _attend(q: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Attention by content; q [B, H, N, S, D], keys [B, Hkv, N, L, D], visible [B, N, L]."""
     share = q.shape[1] // keys.shape[1]
-    keys, values = (x.repeat_interleave(share, 1) for x in (keys, values))
-    scores = scale * q @ keys.transpose(-1, -2)
+    if share > 1:
+        keys, values = (x.repeat_interleave(share, 1) for x in (keys, values))
+    scores = (scale * q) @ keys.transpose(-1, -2)
     # A boundary at which nothing is due is left out later; until then it must stay finite.
     hidden = (~visible & visible.any(-1, keepdim=True))[:, None, :, None]
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+    return scores.masked_fill_(hidden, -torch.inf).softmax(-1) @ values
 
 
 def attention_reconstruction(
