@@ -76,7 +76,12 @@ def sdpa_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]
         def as_sequence() -> Tensor:
             return F.scaled_dot_product_attention(folded, k, v)
 
+        def repeated() -> Tensor:
+            more = [x.repeat_interleave(heads // kv_heads, 1) for x in (k, v)]
+            return F.scaled_dot_product_attention(q, *more)
+
         ways["sdpa folded"] = as_sequence
+        ways["sdpa repeated"] = repeated
     return ways
 
 
