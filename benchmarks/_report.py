@@ -118,10 +118,11 @@ def bars(axes: Any, names: Sequence[str], values: Sequence[float], label: str) -
     places = list(range(len(names)))
     ours = ["tab:blue" if name.startswith("ctx") else "0.7" for name in names]
     drawn = axes.barh(places, values, color=ours)
-    axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=3, fontsize=7)
+    labels = [f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
+    axes.bar_label(drawn, labels, padding=3, fontsize=7)
     axes.set_yticks(places, names, fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set_xlabel(label, fontsize=8)
 
 

@@ -47,13 +47,13 @@ def _draw(figure: Any, report: Report) -> None:
     columns = 3
     lines = -(-len(whats) // columns)
     figure.set_size_inches(15, 2.2 * lines + 0.6)
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (peer, what) in zip(grid, whats, strict=False):
         rows = [row for row in report.rows if (row["peer"], row["what"]) == (peer, what)]
         names = [row["who"].removeprefix(f"{peer}, ") for row in rows]
         bars(axes, names, [1e3 * row["time"].median for row in rows], "ms")
         axes.set_title(f"{peer}: {what}", fontsize=8)
-    for axes in list(grid):  # what is left of the last line
+    for axes in grid[len(whats) :]:  # what is left of the last line
         axes.set_visible(False)
 
 
