@@ -1,6 +1,7 @@
 #include "ctx/attention.h"
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include <cmath>
 
@@ -115,10 +116,15 @@ at::Tensor compressive_attention(const at::Tensor& q,
   } else {
     std::tie(slot_keys, slot_values) = compress(keys, values, compressor);
   }
+  // The graph reads rings where they lie, and the caller's may be written to before its backward.
+  std::vector<Tensor> held = memory;
+  if (at::GradMode::is_enabled()) {
+    for (int i = 0; i < ops::kSinkKeys && !held.empty(); ++i) held[i] = held[i].clone();
+  }
   if (constant_slots) slot_keys = slot_keys.detach(), slot_values = slot_values.detach();
   return std::get<0>(calls::attend_sequence(q,
                                             tokens,
-                                            memory,
+                                            held,
                                             slot_keys,
                                             slot_values,
                                             slot_positions,

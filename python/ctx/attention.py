@@ -327,7 +327,8 @@ class CompressiveAttention(nn.Module):
         Args:
             x: [B, T, E], floating point.
             memory: what an earlier call returned; None: every row begins a new stream. It may be
-                kept in another dtype than ``x``.
+                kept in another dtype than ``x``. Under grad it must not be written to before the
+                call's backward, which reads it; autograd notices.
             lengths: int64 [B]: row b is its first ``lengths[b]`` tokens, the rest is padding.
             mask: bool [B, T], true at tokens: as ``lengths``, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a

@@ -82,6 +82,24 @@ void test_gradients() {
   }
 }
 
+// A stream goes on before the backward of what attended to it.
+void test_backward_after_the_memory_went_on() {
+  const auto gradient = [](bool goes_on) {
+    KVMemory memory(wide("conv"));
+    step(memory, Tokens(0, 21, at::kDouble));
+    Tokens x(21, 25, at::kDouble);
+    x.q.requires_grad_();
+    const Tensor out = attend(memory, x);
+    if (goes_on) {
+      const c10::AutoGradMode no_grad(false);
+      step(memory, Tokens(21, 25, at::kDouble));
+    }
+    out.sum().backward();
+    return x.q.grad();
+  };
+  EXPECT(at::equal(gradient(false), gradient(true)));
+}
+
 // A kernel that reads left of its groups: past the start, sinks, and what an earlier call brought.
 void test_overlap() {
   MemoryOptions made = wide("conv");
@@ -168,6 +186,7 @@ void test_bad_input() {
 int main() {
   test_like_streaming();
   test_gradients();
+  test_backward_after_the_memory_went_on();
   test_overlap();
   test_positions();
   test_constant_slots();

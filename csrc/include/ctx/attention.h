@@ -46,7 +46,7 @@ struct AttentionOptions {
 //   q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], un-rotated; H a multiple of Hkv; one
 //   dtype, one device
 //   memory          empty for streams that begin here, else the tensors of KVMemory::tensors();
-//                   constants
+//                   constants, which may be written to as soon as this returns
 //   bias            [H], added to the scores of compressed slots; undefined or absent: none
 //   constant_slots  no gradient passes through compressed slots (the paper's training scheme)
 //   lengths         int64 [B]: row b is its first lengths[b] tokens, the rest is padding
@@ -54,8 +54,7 @@ struct AttentionOptions {
 //   returns [B, H, T, Dv]; zero at padding
 //
 // Gradients reach q, k, v, the compressor's parameters, the bias and the tensors of relative
-// positions. Throws ValueError for shapes,
-// dtypes or devices that do not belong together.
+// positions. Throws ValueError for shapes, dtypes or devices that do not belong together.
 CTX_API at::Tensor compressive_attention(const at::Tensor& q,
                                          const at::Tensor& k,
                                          const at::Tensor& v,

@@ -139,6 +139,9 @@ struct Pair {
 template <typename T>
 inline constexpr bool kSplit = std::is_same_v<T, c10::BFloat16>;
 
+// The processor's own bfloat16 products (vdpbf16ps) are not used: measured on Sapphire Rapids' successor
+// one takes the time of four of float32, for the work of two, and queries would have to be two
+// bfloat16s each to be as exact.
 inline Pair<float> split(Wide bits) {
   return {std::bit_cast<Vec<float>>(bits << 16), std::bit_cast<Vec<float>>(bits & 0xffff0000u)};
 }
