@@ -12,7 +12,9 @@ set(CTX_SOURCES
     csrc/core/snapshot.cpp
     csrc/kernels/cpu/capability.cpp
     csrc/ops/attend.cpp
+    csrc/ops/composite.cpp
     csrc/ops/compress.cpp
+    csrc/ops/derivatives.cpp
     csrc/ops/memory.cpp
     csrc/ops/past.cpp
     csrc/ops/registry.cpp

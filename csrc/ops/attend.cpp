@@ -10,6 +10,7 @@
 
 #include "core/check.h"
 #include "ops/composite.h"
+#include "ops/derivatives.h"
 #include "ops/settings.h"
 #include "ops/spans.h"
 
@@ -184,7 +185,7 @@ AttendCall check_call(CTX_ATTEND_PARAMETERS) {
   return {q, position, spans, bias, slopes, clock, turned, scale};
 }
 
-Composite make_composite(CTX_ATTEND_PARAMETERS) {
+Composite make_composite(CTX_ATTEND_PARAMETERS, bool recorded) {
   const AttendCall c = check_call(CTX_ATTEND_ARGUMENTS);
   const Scores scores{bias, slopes, relative, compressed_relative};
   return {q,
@@ -193,13 +194,20 @@ Composite make_composite(CTX_ATTEND_PARAMETERS) {
           scores,
           c.clock,
           c.rotary,
-          scale};
+          scale,
+          recorded};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend_composite(CTX_ATTEND_PARAMETERS,
+                                                    bool with_mass,
+                                                    bool recorded) {
+  const auto precision = own_precision();
+  auto [out, logsumexp, mass] = make_composite(CTX_ATTEND_ARGUMENTS, recorded).forward(with_mass);
+  return {out.to(q.scalar_type()), logsumexp, mass};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS, bool with_mass) {
-  const auto precision = own_precision();
-  auto [out, logsumexp, mass] = make_composite(CTX_ATTEND_ARGUMENTS).forward(with_mass);
-  return {out.to(q.scalar_type()), logsumexp, mass};
+  return attend_composite(CTX_ATTEND_ARGUMENTS, with_mass, /*recorded=*/false);
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_meta(CTX_ATTEND_PARAMETERS, bool with_mass) {
@@ -226,13 +234,15 @@ Tensor relative_gradient(const OptionalTensor& like,
   return sum;
 }
 
-Gradients attend_backward(const Tensor& grad_out,
-                          const Tensor& grad_logsumexp,
-                          const Tensor& out,
-                          const Tensor& logsumexp,
-                          CTX_ATTEND_PARAMETERS) {
+Gradients backward_composite(const Tensor& grad_out,
+                             const Tensor& grad_logsumexp,
+                             const Tensor& out,
+                             const Tensor& logsumexp,
+                             CTX_ATTEND_PARAMETERS,
+                             bool recorded) {
   const auto precision = own_precision();
-  auto g = make_composite(CTX_ATTEND_ARGUMENTS).backward(grad_out, grad_logsumexp, out, logsumexp);
+  auto g = make_composite(CTX_ATTEND_ARGUMENTS, recorded)
+               .backward(grad_out, grad_logsumexp, out, logsumexp);
   const auto type = q.scalar_type();
   const auto own = [&](const Tensor& grad, const Tensor& keys) {  // without the past's
     const int64_t count = keys.size(2);
@@ -248,6 +258,15 @@ Gradients attend_backward(const Tensor& grad_out,
           bias ? g.bias.to(bias->scalar_type()) : at::zeros({0}, q.options()),
           relative_gradient(relative, {g.relative[kWindow], g.relative[kSinks]}, q),
           relative_gradient(compressed_relative, {g.relative[kCompressed]}, q)};
+}
+
+Gradients attend_backward(const Tensor& grad_out,
+                          const Tensor& grad_logsumexp,
+                          const Tensor& out,
+                          const Tensor& logsumexp,
+                          CTX_ATTEND_PARAMETERS) {
+  return backward_composite(
+      grad_out, grad_logsumexp, out, logsumexp, CTX_ATTEND_ARGUMENTS, /*recorded=*/false);
 }
 
 // What the kernels of spans.h leave to torch's operators: relative positions, and distances to slots
@@ -398,9 +417,41 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
   }
 };
 
+#define CTX_DIFFERENTIABLE                                                                         \
+  q, sink_keys, sink_values, compressed_keys, compressed_values, window_keys, window_values, bias, \
+      relative, compressed_relative
+
 std::tuple<Tensor, Tensor, Tensor> attend_autograd(CTX_ATTEND_PARAMETERS, bool with_mass) {
+  if (is_recorded(CTX_DIFFERENTIABLE))
+    return attend_composite(CTX_ATTEND_ARGUMENTS, with_mass, /*recorded=*/true);
   auto results = AttendFunction::apply(CTX_ATTEND_ARGUMENTS, with_mass);
   return {results[0], results[1], results[2]};
+}
+
+// Where a backward is differentiated it is recorded, too, so every order has its value.
+Gradients backward_autograd(c10::DispatchKeySet keys,
+                            const Tensor& grad_out,
+                            const Tensor& grad_logsumexp,
+                            const Tensor& out,
+                            const Tensor& logsumexp,
+                            CTX_ATTEND_PARAMETERS) {
+  const auto requires_grad = [](const auto&... x) { return (needs_grad(x) || ...); };
+  const bool differentiated =
+      at::GradMode::is_enabled() &&
+      requires_grad(grad_out, grad_logsumexp, out, logsumexp, CTX_DIFFERENTIABLE);
+  if (differentiated || is_recorded(grad_out, grad_logsumexp, out, logsumexp, CTX_DIFFERENTIABLE)) {
+    return backward_composite(
+        grad_out, grad_logsumexp, out, logsumexp, CTX_ATTEND_ARGUMENTS, /*recorded=*/true);
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::attend_backward", "")
+                             .typed<decltype(attend_backward)>();
+  return op.redispatch(keys & c10::after_autograd_keyset,
+                       grad_out,
+                       grad_logsumexp,
+                       out,
+                       logsumexp,
+                       CTX_ATTEND_ARGUMENTS);
 }
 
 // What is multiplied with keys, and with the encodings of distances.
@@ -413,9 +464,12 @@ struct Queries {
   Queries(const Tensor& q, at::TensorList operands) : content(q) {
     if (operands.empty()) return;
     const auto type = arithmetic_type(q.scalar_type());
-    const Tensor wide = q.to(type);
+    Tensor wide = q.to(type);
     const auto biased = [&](int i) { return wide + operands[i].to(type).unsqueeze(1); };
     content = biased(0).to(q.scalar_type());
+    // A query that is not finite is so in `content`; here its product with a gradient of zero would
+    // make that of the whole weight NaN.
+    wide = wide.masked_fill(at::isfinite(wide.detach()).all(-1, true).logical_not(), 0.0);
     relative = at::matmul(biased(1), operands[2].to(type));
     compressed_relative = at::matmul(biased(3), operands[4].to(type));
   }
@@ -537,6 +591,9 @@ TORCH_LIBRARY_IMPL(ctx, Meta, m) {
   m.impl("attend_backward", attend_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(ctx, Autograd, m) { m.impl("attend", attend_autograd); }
+TORCH_LIBRARY_IMPL(ctx, Autograd, m) {
+  m.impl("attend", attend_autograd);
+  m.impl("attend_backward", backward_autograd);
+}
 
 }  // namespace ctx::ops

@@ -222,15 +222,14 @@ struct SpansBackwardArgs {
   Strided grad_out;
   const void* grad_logsumexp = nullptr;  // [B, H, T] in the arithmetic's type
   Strided grad_queries;                  // written
-  // Sums over queries, in the arithmetic's type: [parts, B, Hkv, keys, width] of the keys that are
-  // not of the past, rows padded to key_width and value_width (kSpanWidthStep), zero before. Each part takes its own share of the
-  // queries, so that threads need no lock and sums have a fixed order.
-  int64_t parts = 1;
+  // Sums over queries, in the arithmetic's type: [B, Hkv, keys, width] of the keys that are not of
+  // the past, rows padded to key_width and value_width (kSpanWidthStep), zero before. Their bits
+  // follow from sizes alone, not from the number of threads.
   int64_t key_width = 0;
   int64_t value_width = 0;
   void* grad_keys[3] = {nullptr};
   void* grad_values[3] = {nullptr};
-  void* grad_bias = nullptr;  // [parts, B, H] in the arithmetic's type, zero before; null: none
+  void* grad_bias = nullptr;  // [B, H] in the arithmetic's type, zero before; null: none
 };
 
 // Kernels write whole vectors of the sums above.

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "core/check.h"
+#include "ops/derivatives.h"
 #include "ops/reader.h"
 #include "ops/walk.h"
 #include "ops/writer.h"
@@ -278,11 +279,24 @@ TORCH_LIBRARY_IMPL(ctx, Meta, m) {
 }
 
 // Mutation and differentiation never meet in one operator: these record nothing, by contract.
+struct Step {
+  static constexpr const char* kName = "ctx::step_";
+};
+struct Append {
+  static constexpr const char* kName = "ctx::append_";
+};
+struct Choose {
+  static constexpr const char* kName = "ctx::choose_";
+};
+struct AttendMemory {
+  static constexpr const char* kName = "ctx::attend_memory";
+};
+
 TORCH_LIBRARY_IMPL(ctx, Autograd, m) {
-  m.impl("step_", torch::CppFunction::makeFallthrough());
-  m.impl("append_", torch::CppFunction::makeFallthrough());
-  m.impl("choose_", torch::CppFunction::makeFallthrough());
-  m.impl("attend_memory", torch::CppFunction::makeFallthrough());
+  m.impl("step_", WithoutTangents<Step, decltype(step)>::call);
+  m.impl("append_", WithoutTangents<Append, decltype(append)>::call);
+  m.impl("choose_", WithoutTangents<Choose, decltype(choose)>::call);
+  m.impl("attend_memory", WithoutTangents<AttendMemory, decltype(attend_memory)>::call);
 }
 
 }  // namespace ctx::ops

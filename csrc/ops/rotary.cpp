@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "core/check.h"
+#include "ops/derivatives.h"
 #include "ops/layout.h"
 #include "ops/registry.h"
 #include "ops/settings.h"
@@ -96,8 +97,30 @@ class RotaryFunction : public torch::autograd::Function<RotaryFunction> {
   }
 };
 
+// Out of torch's own operators, where autograd is to record them.
+Tensor rotary_composite(
+    const Tensor& x, const Tensor& position, int64_t dim, double base, bool interleaved) {
+  const auto type = arithmetic_type(x.scalar_type());
+  const int64_t pairs = dim / 2;
+  const Tensor frequency =
+      at::pow(base, at::arange(pairs, position.options().dtype(at::kDouble)).mul(-2.0 / dim));
+  const Tensor angle = position.to(at::kDouble).unsqueeze(1).unsqueeze(-1) * frequency;
+  const Tensor cosine = angle.cos().to(type), sine = angle.sin().to(type);  // [B, 1, T, pairs]
+  const Tensor turned = x.slice(-1, 0, dim).to(type);
+  const auto half = [&](int64_t i) {
+    return interleaved ? turned.unflatten(-1, {pairs, 2}).select(-1, i)
+                       : turned.slice(-1, i * pairs, (i + 1) * pairs);
+  };
+  const Tensor first = half(0) * cosine - half(1) * sine;
+  const Tensor second = half(1) * cosine + half(0) * sine;
+  const Tensor rotated =
+      interleaved ? at::stack({first, second}, -1).flatten(-2) : at::cat({first, second}, -1);
+  return at::cat({rotated.to(x.scalar_type()), x.slice(-1, dim)}, -1);
+}
+
 Tensor rotary_autograd(
     const Tensor& x, const Tensor& position, int64_t dim, double base, bool interleaved) {
+  if (is_recorded(x)) return rotary_composite(x, position, dim, base, interleaved);
   return RotaryFunction::apply(x, position, dim, base, interleaved);
 }
 

@@ -1,6 +1,6 @@
 #include "ops/spans.h"
 
-#include <ATen/Parallel.h>
+#include <ATen/Dispatch.h>
 
 #include "ops/layout.h"
 #include "ops/registry.h"
@@ -69,19 +69,21 @@ Prepared prepare(const AttendCall& call) {
   return p;
 }
 
-// Parts of the backward: enough to give every thread as many heads as any other.
-int64_t parts_of(const SpansArgs& a) {
-  const int64_t heads = a.batch * a.kv_heads;
-  const int64_t threads = at::get_num_threads();
-  int64_t parts = 1;
-  while (heads * parts % threads != 0 && heads * parts < 4 * threads) ++parts;
-  return std::min(parts, std::max<int64_t>(1, a.tokens / 64));
+// Sums [B, Hkv, keys, padded width] as a gradient.
+Tensor unpadded(const Tensor& sums, int64_t width, at::ScalarType type) {
+  return sums.narrow(-1, 0, width).to(type).contiguous();
 }
 
-// Sums of the parts [parts, B, Hkv, keys, padded width] as a gradient.
-Tensor total(const Tensor& sums, int64_t width, at::ScalarType type) {
-  const Tensor all = sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0);
-  return all.narrow(-1, 0, width).to(type).contiguous();
+// [B, H] summed over rows, one row after the other: at::sum cuts long sums by the number of threads.
+Tensor sum_rows(const Tensor& x) {
+  const Tensor sum = at::zeros({x.size(1)}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sum_rows", [&] {
+    const auto* from = x.const_data_ptr<scalar_t>();
+    auto* const to = sum.data_ptr<scalar_t>();
+    for (int64_t b = 0; b < x.size(0); ++b)
+      for (int64_t h = 0; h < x.size(1); ++h) to[h] += *from++;
+  });
+  return sum;
 }
 
 }  // namespace
@@ -115,7 +117,6 @@ SpanGradients spans_backward(const AttendCall& call,
   SpansBackwardArgs args;
   args.grad_out = p.keep_rows(grad_out.to(type));
   args.grad_logsumexp = p.keep(grad_logsumexp.to(wide.dtype()).contiguous()).data_ptr();
-  args.parts = parts_of(a);
   const auto padded = [](int64_t width) {
     return (width + kSpanWidthStep - 1) / kSpanWidthStep * kSpanWidthStep;
   };
@@ -127,23 +128,23 @@ SpanGradients spans_backward(const AttendCall& call,
   for (int i = 0; i < 3; ++i) {
     const auto sums = [&](int64_t width) {
       const int64_t keys = a.spans[i].size - a.spans[i].past.size;
-      return at::zeros({args.parts, a.batch, a.kv_heads, keys, width}, wide);
+      return at::zeros({a.batch, a.kv_heads, keys, width}, wide);
     };
     g.keys[i] = sums(args.key_width), g.values[i] = sums(args.value_width);
     args.grad_keys[i] = g.keys[i].data_ptr(), args.grad_values[i] = g.values[i].data_ptr();
   }
   if (call.bias) {
-    g.bias = at::zeros({args.parts, a.batch, a.heads}, wide);
+    g.bias = at::zeros({a.batch, a.heads}, wide);
     args.grad_bias = g.bias.data_ptr();
   }
   args.forward = a;
   if (logsumexp.numel() > 0) kernels_for(call.q.device().type()).spans_backward(args);
   for (int i = 0; i < 3; ++i) {
-    g.keys[i] = total(g.keys[i], a.head_dim, type);
-    g.values[i] = total(g.values[i], a.value_dim, type);
+    g.keys[i] = unpadded(g.keys[i], a.head_dim, type);
+    g.values[i] = unpadded(g.values[i], a.value_dim, type);
   }
   if (call.bias) {
-    const Tensor heads = g.bias.sum(at::IntArrayRef{0, 1});
+    const Tensor heads = sum_rows(g.bias);
     const bool shared = call.bias->size(0) == 1;
     g.bias = (shared ? heads.sum().reshape({1}) : heads).to(call.bias->scalar_type());
   }

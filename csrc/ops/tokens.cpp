@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "core/check.h"
+#include "ops/derivatives.h"
 #include "ops/layout.h"
 #include "ops/rings.h"
 
@@ -195,7 +196,21 @@ class TakeFunction : public torch::autograd::Function<TakeFunction> {
   }
 };
 
+// Where a backward is differentiated torch's own operators do it, which autograd records.
+Tensor take_backward_autograd(c10::DispatchKeySet keys,
+                              const Tensor& grad,
+                              const Tensor& place,
+                              SymInt tokens) {
+  if ((at::GradMode::is_enabled() && needs_grad(grad)) || is_recorded(grad))
+    return take_backward(grad, place, tokens);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::take_tokens_backward", "")
+                             .typed<decltype(take_backward)>();
+  return op.redispatch(keys & c10::after_autograd_keyset, grad, place, tokens);
+}
+
 Tensor take_autograd(CTX_TAKE_PARAMETERS) {
+  if (is_recorded(x)) return take_composite(x, ring, sinks, seen, oldest, place);
   return TakeFunction::apply(x, ring, sinks, seen, oldest, place);
 }
 
@@ -240,6 +255,9 @@ TORCH_LIBRARY_IMPL(ctx, Meta, m) {
   m.impl("take_tokens_backward", take_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(ctx, Autograd, m) { m.impl("take_tokens", take_autograd); }
+TORCH_LIBRARY_IMPL(ctx, Autograd, m) {
+  m.impl("take_tokens", take_autograd);
+  m.impl("take_tokens_backward", take_backward_autograd);
+}
 
 }  // namespace ctx::ops

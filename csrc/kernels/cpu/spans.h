@@ -77,6 +77,7 @@ class QueryBlock {
     distance_ = scratch_.take(most_lanes_);
     table_ = scratch_.take(most_tokens_ * std::max<int64_t>(1, args.rotary.dim));
     numbers_.resize(kRegions * 2 * most_lanes_);
+    states_.resize(most_lanes_);
   }
 
   static int64_t tokens_per_block(const SpansArgs& args) {
@@ -90,7 +91,31 @@ class QueryBlock {
     turned_ = false;
     tokens_ = std::min(most_tokens_, args_.tokens - first);
     lanes_ = round_up(used(), kLanes<A>);
+    std::fill(states_.begin(), states_.end(), Lane::kWhole);
     for (int64_t span = 0; span < kRegions; ++span) find_visible(span);
+  }
+
+  // What a lane's query takes part in. kBlank: it sees what it sees, but its row is zero, so that a
+  // number in it that is not finite reaches no other lane through a product. kAbsent: it sees
+  // nothing, either.
+  enum class Lane : uint8_t { kWhole, kBlank, kAbsent };
+
+  // For all used lanes, after place() and before turn_to().
+  template <typename F>
+  void set_lanes(const F& state) {
+    bool absent = false;
+    for (int64_t lane = 0; lane < used(); ++lane) {
+      states_[lane] = state(lane);
+      absent = absent || states_[lane] == Lane::kAbsent;
+    }
+    if (!absent) return;
+    for (int64_t span = 0; span < kRegions; ++span) {
+      seen_by_some_[span] = {}, seen_by_all_[span] = {0, args_.spans[span].size};
+      for (int64_t lane = 0; lane < used(); ++lane) {
+        if (states_[lane] == Lane::kAbsent) begins(span)[lane] = ends(span)[lane] = 0;
+        count_seen(span, {begins(span)[lane], ends(span)[lane]});
+      }
+    }
   }
 
   int64_t b() const { return b_; }
@@ -143,6 +168,10 @@ class QueryBlock {
     make_table(span);
     for (int64_t lane = 0; lane < used(); ++lane) {
       A* query = rows_ + lane * width_;
+      if (states_[lane] != Lane::kWhole) {
+        std::fill_n(query, args_.head_dim, A(0));
+        continue;
+      }
       load_row(row<T>(args_.queries, b_, head(lane), token(lane)), query, args_.head_dim);
       turn(lane, A(1), query);
       scale_row(static_cast<A>(args_.scale), query, args_.head_dim);
@@ -171,7 +200,8 @@ class QueryBlock {
   // Added to every score of a lane; the caller adds it, to a sum that it makes anyhow.
   const A* shift() const { return shift_; }
 
-  // Scores against the given keys, `shift` apart, minus infinity where the law shows nothing.
+  // Scores of every lane against the given keys, `shift` apart. What a lane does not see has a
+  // score, too, be it NaN: the caller masks it, by hide() or by visible().
   A* score(Range keys, SpanRows<A> rows) {
     multiply<Left::kRows>(keys.size(),
                           lanes_,
@@ -184,13 +214,34 @@ class QueryBlock {
                           lanes_,
                           false);
     if (args_.slopes != nullptr) take_distances(keys);
-    if (hides(keys)) hide(keys);
     return scores_;
   }
 
   // Whether some query does not see some of these keys.
   bool hides(Range keys) const {
     return keys.begin < seen_by_all_[span_].begin || keys.end > seen_by_all_[span_].end;
+  }
+
+  // The lanes of the vector at `v` that see a key of the span that turn_to() chose: all bits set.
+  struct Seers {
+    typename VectorOf<Integer>::type begin, end;
+    auto of(Integer key) const { return (key >= begin) & (key < end); }
+  };
+  Seers seers(int64_t v) const {
+    const Integer* begin = numbers_.data() + span_ * 2 * most_lanes_ + v;
+    return {load_integers<A>(begin), load_integers<A>(begin + most_lanes_)};
+  }
+
+  // Scores of what a lane does not see become minus infinity.
+  void hide(Range keys) {
+    const auto nothing = broadcast(-std::numeric_limits<A>::infinity());
+    for (int64_t v = 0; v < lanes_; v += kLanes<A>) {
+      const Seers see = seers(v);
+      for (int64_t j = 0; j < keys.size(); ++j) {
+        A* scores = scores_ + j * lanes_ + v;
+        store(scores, see.of(static_cast<Integer>(keys.begin + j)) ? load(scores) : nothing);
+      }
+    }
   }
 
  private:
@@ -219,8 +270,7 @@ class QueryBlock {
   // Which keys each lane sees, and the block as a whole.
   void find_visible(int64_t span) {
     const int64_t size = args_.spans[span].size;
-    Range some;
-    Range all{0, size};
+    seen_by_some_[span] = {}, seen_by_all_[span] = {0, size};
     for (int64_t i = 0; i < tokens_; ++i) {
       Range keys;
       if (size > 0) {
@@ -230,20 +280,25 @@ class QueryBlock {
         keys.begin = std::clamp<int64_t>(numbers.begin - first, 0, size);
         keys.end = std::clamp<int64_t>(numbers.end - first, keys.begin, size);
       }
-      if (keys.size() > 0) {
-        const bool none = some.size() == 0;
-        some.begin = none ? keys.begin : std::min(some.begin, keys.begin);
-        some.end = none ? keys.end : std::max(some.end, keys.end);
-      }
-      all.begin = std::max(all.begin, keys.begin);
-      all.end = std::min(all.end, keys.end);
+      count_seen(span, keys);
       for (int64_t r = 0; r < share_; ++r) {
         begins(span)[r * tokens_ + i] = static_cast<Integer>(keys.begin);
         ends(span)[r * tokens_ + i] = static_cast<Integer>(keys.end);
       }
     }
     for (int64_t lane = used(); lane < lanes_; ++lane) begins(span)[lane] = ends(span)[lane] = 0;
-    seen_by_some_[span] = some, seen_by_all_[span] = all;
+  }
+
+  void count_seen(int64_t span, Range keys) {
+    Range& some = seen_by_some_[span];
+    Range& all = seen_by_all_[span];
+    if (keys.size() > 0) {
+      const bool none = some.size() == 0;
+      some.begin = none ? keys.begin : std::min(some.begin, keys.begin);
+      some.end = none ? keys.end : std::max(some.end, keys.end);
+    }
+    all.begin = std::max(all.begin, keys.begin);
+    all.end = std::min(all.end, keys.end);
   }
 
   double clock(int64_t span, int64_t t) const {
@@ -294,20 +349,6 @@ class QueryBlock {
     }
   }
 
-  void hide(Range keys) {
-    const auto nothing = broadcast(-std::numeric_limits<A>::infinity());
-    for (int64_t v = 0; v < lanes_; v += kLanes<A>) {
-      const auto begin = load_integers<A>(begins(span_) + v);
-      const auto end = load_integers<A>(ends(span_) + v);
-      for (int64_t j = 0; j < keys.size(); ++j) {
-        const auto number = static_cast<Integer>(keys.begin + j);
-        A* scores = scores_ + j * lanes_ + v;
-        const auto visible = (number >= begin) & (number < end);
-        store(scores, visible ? load(scores) : nothing);
-      }
-    }
-  }
-
   const SpansArgs& args_;
   int64_t share_;  // query heads of a kv head
   int64_t most_tokens_;
@@ -331,6 +372,7 @@ class QueryBlock {
   A* distance_;
   A* table_;
   std::vector<Integer> numbers_;
+  std::vector<Lane> states_;
 };
 
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY

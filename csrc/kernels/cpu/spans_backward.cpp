@@ -1,5 +1,10 @@
 // Gradients of one softmax over three spans: weights are made again out of the log-sum-exp, a block
 // of queries against a block of keys at a time (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
+//
+// Zero times NaN is NaN, so a pair that the law does not show must not reach a product. Weights and
+// gradients of scores are zero there by selection; a row that is not finite is zero as an operand of
+// a product, and what it does to the pairs that it is in stands in their gradients. A query whose
+// outputs have no gradient takes part in nothing.
 #include <ATen/Parallel.h>
 
 #include "kernels/cpu/spans.h"
@@ -7,6 +12,17 @@
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 namespace {
+
+constexpr int64_t kPartTokens = 128;
+constexpr int64_t kMostParts = 16;
+
+// Sums of the gradients of one kv head's keys, values and biases.
+template <typename A>
+struct HeadSums {
+  A* keys[kRegions];    // [keys, key_width]
+  A* values[kRegions];  // [keys, value_width]
+  A* bias = nullptr;    // [query heads of the kv head]; null: none
+};
 
 template <typename T>
 class SpansBackward {
@@ -30,8 +46,9 @@ class SpansBackward {
     out_ = scratch_.take(forward_.value_dim);
   }
 
-  void run(int64_t part, int64_t b, int64_t kv, int64_t first) {
-    part_ = part;
+  // Adds a block of queries to the sums of its kv head.
+  void run(int64_t b, int64_t kv, int64_t first, const HeadSums<A>& sums) {
+    sums_ = sums;
     block_.place(b, kv, first);
     load_block();
     for (int64_t span = 0; span < kRegions; ++span) {
@@ -55,28 +72,43 @@ class SpansBackward {
     std::fill_n(query_sums_, block_.used() * forward_.head_dim, A(0));
     // exp(score - infinity) = 0: no weight where a query sees nothing, or where a lane is none.
     std::fill_n(logsumexp_, lanes, std::numeric_limits<A>::infinity());
-    for (int64_t lane = 0; lane < block_.used(); ++lane) {
-      const int64_t head = block_.head(lane);
-      const int64_t token = block_.token(lane);
-      A* grad = out_rows_ + lane * width;
-      load_row(row<T>(args_.grad_out, block_.b(), head, token), grad, forward_.value_dim);
-      load_row(row<T>(forward_.out, block_.b(), head, token), out_, forward_.value_dim);
-      const int64_t index = block_.index(lane);
-      base_[lane] =
-          dot(grad, out_, forward_.value_dim) - static_cast<const A*>(args_.grad_logsumexp)[index];
-      const A logsumexp = static_cast<const A*>(forward_.logsumexp)[index];
-      if (logsumexp != -std::numeric_limits<A>::infinity()) logsumexp_[lane] = logsumexp;
-    }
+    block_.set_lanes([&](int64_t lane) { return load_lane(lane); });
     transpose(out_rows_, width, block_.used(), forward_.value_dim, out_columns_, lanes);
   }
 
+  typename QueryBlock<T>::Lane load_lane(int64_t lane) {
+    using Lane = typename QueryBlock<T>::Lane;
+    const int64_t head = block_.head(lane);
+    const int64_t token = block_.token(lane);
+    const int64_t index = block_.index(lane);
+    A* grad = out_rows_ + lane * args_.value_width;
+    load_row(row<T>(args_.grad_out, block_.b(), head, token), grad, forward_.value_dim);
+    const A grad_logsumexp = static_cast<const A*>(args_.grad_logsumexp)[index];
+    const bool none =
+        std::all_of(grad, grad + forward_.value_dim, [](A number) { return number == A(0); });
+    if (none && grad_logsumexp == A(0)) return Lane::kAbsent;
+    load_row(row<T>(forward_.out, block_.b(), head, token), out_, forward_.value_dim);
+    load_row(row<T>(forward_.queries, block_.b(), head, token), query_rows_, forward_.head_dim);
+    const A base = dot(grad, out_, forward_.value_dim) - grad_logsumexp;
+    const A logsumexp = static_cast<const A*>(forward_.logsumexp)[index];
+    if (!(finite(grad, forward_.value_dim) && finite(query_rows_, forward_.head_dim) &&
+          std::isfinite(base) && logsumexp < std::numeric_limits<A>::infinity())) {
+      // Weights and gradients of the pairs that the query sees are NaN.
+      logsumexp_[lane] = std::numeric_limits<A>::quiet_NaN();
+      std::fill_n(grad, forward_.value_dim, A(0));
+      return Lane::kBlank;
+    }
+    base_[lane] = base;
+    if (logsumexp != -std::numeric_limits<A>::infinity()) logsumexp_[lane] = logsumexp;
+    return Lane::kWhole;
+  }
+
   void attend(int64_t span, const KeyBlock& keys) {
-    const Span& s = forward_.spans[span];
     const int64_t lanes = block_.lanes();
     const int64_t count = keys.size();
     const int64_t key_width = args_.key_width;
     const int64_t value_width = args_.value_width;
-    const auto k = block_.keys(keys, wide_keys_);
+    auto k = block_.keys(keys, wide_keys_);
     const auto v = block_.values(keys, wide_values_);
     A* weights = block_.score(keys.keys, k);
     multiply<Left::kRows>(count,
@@ -91,7 +123,6 @@ class SpansBackward {
                           false);
     make_grads(span, keys.keys, weights);
     if (!keys.past) {  // which is constant
-      const int64_t size = s.size - s.past.size;
       multiply<Left::kRows>(count,
                             value_width,
                             block_.used(),
@@ -99,7 +130,7 @@ class SpansBackward {
                             lanes,
                             out_rows_,
                             value_width,
-                            grad_row(args_.grad_values[span], size, keys.row, value_width),
+                            sums_.values[span] + keys.row * value_width,
                             value_width,
                             true);
       multiply<Left::kRows>(count,
@@ -109,10 +140,11 @@ class SpansBackward {
                             lanes,
                             block_.rows(),
                             key_width,
-                            grad_row(args_.grad_keys[span], size, keys.row, key_width),
+                            sums_.keys[span] + keys.row * key_width,
                             key_width,
                             true);
     }
+    if (block_.hides(keys.keys)) k = finite_rows(k, count);
     multiply<Left::kColumns>(forward_.head_dim,
                              lanes,
                              count,
@@ -125,7 +157,22 @@ class SpansBackward {
                              true);
   }
 
-  // Scores to weights, and the weights' gradients to the scores'.
+  // Keys with zeros in place of the rows that are not finite.
+  SpanRows<A> finite_rows(SpanRows<A> keys, int64_t count) {
+    const int64_t width = forward_.head_dim;
+    for (int64_t j = 0; j < count; ++j) {
+      if (finite(keys.data + j * keys.stride, width)) continue;
+      if (keys.data != wide_keys_) {
+        for (int64_t i = 0; i < count; ++i)
+          std::copy_n(keys.data + i * keys.stride, width, wide_keys_ + i * width);
+        keys = {wide_keys_, width};
+      }
+      std::fill_n(wide_keys_ + j * width, width, A(0));
+    }
+    return keys;
+  }
+
+  // Scores to weights, and the weights' gradients to the scores'; zero where a lane sees nothing.
   void make_grads(int64_t span, Range keys, A* scores) {
     const int64_t lanes = block_.lanes();
     const bool hides = block_.hides(keys);
@@ -133,26 +180,24 @@ class SpansBackward {
     for (int64_t v = 0; v < lanes; v += kLanes<A>) {
       const auto subtract = load(logsumexp_ + v) - load(block_.shift() + v);
       const auto base = load(base_ + v);
+      const auto see = block_.seers(v);
       auto sum = zero;
       for (int64_t j = 0; j < keys.size(); ++j) {
         A* place = scores + j * lanes + v;
         A* grads = grads_ + j * lanes + v;
-        const auto weight = exponential(load(place) - subtract);
+        auto weight = exponential(load(place) - subtract);
         auto grad = (load(grads) - base) * weight;
-        // Whatever a hidden value holds, even if its product has left the range of numbers.
-        if (hides) grad = weight == zero ? zero : grad;
+        if (hides) {
+          const auto seen = see.of(static_cast<typename QueryBlock<T>::Integer>(keys.begin + j));
+          weight = seen ? weight : zero;
+          grad = seen ? grad : zero;
+        }
         store(place, weight);
         store(grads, grad);
         sum += grad;
       }
       if (span == kCompressed) store(bias_ + v, load(bias_ + v) + sum);
     }
-  }
-
-  // Row `key` of this part's sums [parts, B, Hkv, keys, width].
-  A* grad_row(void* sums, int64_t size, int64_t key, int64_t width) const {
-    const int64_t head = (part_ * forward_.batch + block_.b()) * forward_.kv_heads + block_.kv();
-    return static_cast<A*>(sums) + (head * size + key) * width;
   }
 
   // Turns the gradients of a span's rotated queries back, and adds them up.
@@ -172,16 +217,14 @@ class SpansBackward {
       store_row(query_sums_ + lane * forward_.head_dim,
                 row<T>(args_.grad_queries, block_.b(), head, block_.token(lane)),
                 forward_.head_dim);
-      if (args_.grad_bias == nullptr) continue;
-      const int64_t index = (part_ * forward_.batch + block_.b()) * forward_.heads + head;
-      static_cast<A*>(args_.grad_bias)[index] += bias_[lane];
+      if (sums_.bias != nullptr) sums_.bias[head - block_.head(0)] += bias_[lane];
     }
   }
 
   const SpansBackwardArgs& args_;
   const SpansArgs& forward_;
   QueryBlock<T> block_;
-  int64_t part_ = 0;
+  HeadSums<A> sums_;
   Scratch<A> scratch_;
   A* grads_;          // [keys, lanes]: of the weights, then of the scores
   A* out_rows_;       // [lanes, value_width]: of the outputs
@@ -197,19 +240,116 @@ class SpansBackward {
   A* out_;  // [Dv]
 };
 
-// A part takes every parts-th block of a kv head's queries: early ones may see less than late ones.
+// The sums of some kv heads, apart from those of the call: room for one part of the queries.
+template <typename A>
+class PartSums {
+ public:
+  PartSums(const SpansBackwardArgs& args, int64_t heads) {
+    const SpansArgs& f = args.forward;
+    for (const Span& span : f.spans) size_ += (span.size - span.past.size) * row_width(args);
+    size_ += f.heads / f.kv_heads;
+    numbers_ = scratch_.take(size_ * heads);
+  }
+
+  HeadSums<A> clear(const SpansBackwardArgs& args, int64_t head) {
+    std::fill_n(numbers_ + head * size_, size_, A(0));
+    return at(args, head);
+  }
+
+  HeadSums<A> at(const SpansBackwardArgs& args, int64_t head) const {
+    HeadSums<A> sums;
+    A* next = numbers_ + head * size_;
+    const auto take = [&](int64_t count) { return next += count, next - count; };
+    for (int i = 0; i < kRegions; ++i) {
+      const int64_t keys = args.forward.spans[i].size - args.forward.spans[i].past.size;
+      sums.keys[i] = take(keys * args.key_width), sums.values[i] = take(keys * args.value_width);
+    }
+    if (args.grad_bias != nullptr) sums.bias = next;
+    return sums;
+  }
+
+ private:
+  static int64_t row_width(const SpansBackwardArgs& args) {
+    return args.key_width + args.value_width;
+  }
+
+  int64_t size_ = 0;  // numbers of one head
+  Scratch<A> scratch_;
+  A* numbers_;
+};
+
+// Where the sums of a kv head lie in those of the call.
+template <typename A>
+HeadSums<A> sums_of(const SpansBackwardArgs& args, int64_t head) {
+  HeadSums<A> sums;
+  for (int i = 0; i < kRegions; ++i) {
+    const int64_t first = head * (args.forward.spans[i].size - args.forward.spans[i].past.size);
+    sums.keys[i] = static_cast<A*>(args.grad_keys[i]) + first * args.key_width;
+    sums.values[i] = static_cast<A*>(args.grad_values[i]) + first * args.value_width;
+  }
+  if (args.grad_bias != nullptr) {
+    const int64_t q_per_kv = args.forward.heads / args.forward.kv_heads;
+    sums.bias = static_cast<A*>(args.grad_bias) + head * q_per_kv;
+  }
+  return sums;
+}
+
+template <typename A>
+void add_sums(const SpansBackwardArgs& args, const HeadSums<A>& part, const HeadSums<A>& to) {
+  for (int i = 0; i < kRegions; ++i) {
+    const int64_t keys = args.forward.spans[i].size - args.forward.spans[i].past.size;
+    axpy(A(1), part.keys[i], to.keys[i], keys * args.key_width);
+    axpy(A(1), part.values[i], to.values[i], keys * args.value_width);
+  }
+  if (to.bias != nullptr)
+    axpy(A(1), part.bias, to.bias, args.forward.heads / args.forward.kv_heads);
+}
+
+// The queries of a kv head are cut into parts by the length of the call alone. Each part is summed
+// by itself and the parts are added in order, so a sum does not depend on who makes it: a thread
+// makes whole heads where there are enough of them, else parts.
 template <typename T>
 void run_parts(const SpansBackwardArgs& args) {
+  using A = Acc<T>;
   const SpansArgs& f = args.forward;
   const int64_t step = QueryBlock<T>::tokens_per_block(f);
   const int64_t heads = f.batch * f.kv_heads;
-  at::parallel_for(0, heads * args.parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t parts = std::clamp<int64_t>(f.tokens / kPartTokens, 1, kMostParts);
+  // A part takes every parts-th block: early ones may see less than late ones.
+  const auto run_part = [&](auto& spans, int64_t head, int64_t part, const HeadSums<A>& sums) {
+    for (int64_t first = part * step; first < f.tokens; first += parts * step)
+      spans.run(head / f.kv_heads, head % f.kv_heads, first, sums);
+  };
+  if (parts == 1 || heads >= at::get_num_threads()) {
+    at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+      SpansBackward<T> spans(args);
+      PartSums<A> room(args, parts > 1 ? 1 : 0);
+      for (int64_t head = begin; head < end; ++head) {
+        const HeadSums<A> all = sums_of<A>(args, head);
+        run_part(spans, head, 0, all);
+        for (int64_t part = 1; part < parts; ++part) {
+          const HeadSums<A> mine = room.clear(args, 0);
+          run_part(spans, head, part, mine);
+          add_sums(args, mine, all);
+        }
+      }
+    });
+    return;
+  }
+  PartSums<A> room(args, heads * (parts - 1));
+  at::parallel_for(0, heads * parts, 1, [&](int64_t begin, int64_t end) {
     SpansBackward<T> spans(args);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task / heads;
       const int64_t head = task % heads;
-      for (int64_t first = part * step; first < f.tokens; first += args.parts * step)
-        spans.run(part, head / f.kv_heads, head % f.kv_heads, first);
+      const int64_t part = task / heads;
+      run_part(
+          spans, head, part, part == 0 ? sums_of<A>(args, head) : room.clear(args, task - heads));
+    }
+  });
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+      for (int64_t part = 1; part < parts; ++part)
+        add_sums(args, room.at(args, (part - 1) * heads + head), sums_of<A>(args, head));
     }
   });
 }
