@@ -4,20 +4,54 @@
 
 #include <torch/library.h>
 
+#include <limits>
+
 #include "core/check.h"
 #include "ops/settings.h"
 
 namespace ctx::ops {
 namespace {
 
+// Rows of the last dimension that are not finite, apart from the others. Zero times NaN is NaN: such
+// a row, whose slot may be one that nobody sees, would make the gradient of a parameter NaN. So it is
+// zero as an operand, and what is made of it gets NaN besides.
+class Apart {
+ public:
+  explicit Apart(const at::Tensor& rows) : rows_(rows) {
+    if (!at::GradMode::is_enabled()) return;
+    bad_ = at::isfinite(rows.detach()).all(-1, true).logical_not();
+    rows_ = rows.masked_fill(bad_, 0.0);
+  }
+
+  const at::Tensor& rows() const { return rows_; }
+
+  // What was made of the rows, [..., any width].
+  at::Tensor mark(const at::Tensor& made) const {
+    if (!bad_.defined()) return made;
+    const at::Tensor poison = at::zeros_symint(bad_.sym_sizes(), made.options());
+    return made + poison.masked_fill(bad_, std::numeric_limits<double>::quiet_NaN());
+  }
+
+ private:
+  at::Tensor rows_;
+  at::Tensor bad_;  // [..., 1]; undefined where no gradient is wanted
+};
+
 // x [B, Hkv, G, k, D], weight [Hkv, k, D, E]: one matrix product per kv head, over the groups of
 // all rows at once.
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  const at::Tensor rows = x.flatten(3).transpose(0, 1).flatten(1, 2);  // [Hkv, B G, k D]
+  const Apart apart(x.flatten(3));
+  const at::Tensor rows = apart.rows().transpose(0, 1).flatten(1, 2);  // [Hkv, B G, k D]
   const at::Tensor matrix = weight.to(x.scalar_type()).flatten(1, 2);  // [Hkv, k D, E]
-  const at::Tensor slots =
-      at::bmm(rows, matrix).unflatten_symint(1, {x.sym_size(0), x.sym_size(2)}).transpose(0, 1);
+  const at::Tensor slots = apart.mark(
+      at::bmm(rows, matrix).unflatten_symint(1, {x.sym_size(0), x.sym_size(2)}).transpose(0, 1));
   return bias.defined() ? slots + bias.to(x.scalar_type()).unsqueeze(1) : slots;
+}
+
+// The maximum of tokens, x [B, Hkv, G, c, D].
+at::Tensor maximum(const at::Tensor& x) {
+  const Apart apart(x.flatten(3));
+  return apart.mark(apart.rows().unflatten_symint(-1, x.sym_sizes().slice(3)).amax(3));
 }
 
 // ReLU(x_i W_0 + x_(i + dilation) W_1), x [B, Hkv, G, n, D], weight [Hkv, 2, D, E]: what is left of
@@ -45,11 +79,15 @@ at::Tensor gate(const at::Tensor& keys,
                 const at::Tensor& direction,
                 const at::Tensor& position) {
   const auto type = x.scalar_type();
+  const Apart from(keys.flatten(3));
+  const at::Tensor read = from.rows().unflatten_symint(-1, keys.sym_sizes().slice(3));
   const at::Tensor content =
-      at::matmul(keys, direction.to(type).unsqueeze(1).unsqueeze(-1)).squeeze(-1);
-  const at::Tensor weight =
-      (content + position.to(type).unsqueeze(1)).softmax(-1);  // [B, Hkv, G, c]
-  return at::matmul(weight.unsqueeze(-2), x).squeeze(-2);
+      at::matmul(read, direction.to(type).unsqueeze(1).unsqueeze(-1)).squeeze(-1);
+  const Apart scores(content + position.to(type).unsqueeze(1));  // huge keys may overflow it
+  const at::Tensor weight = scores.rows().softmax(-1);           // [B, Hkv, G, c]
+  const Apart pooled(x.flatten(3));
+  const at::Tensor tokens = pooled.rows().unflatten_symint(-1, x.sym_sizes().slice(3));
+  return pooled.mark(from.mark(scores.mark(at::matmul(weight.unsqueeze(-2), tokens).squeeze(-2))));
 }
 
 std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
@@ -113,7 +151,7 @@ std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
                                                    CompressorKind kind) {
   switch (kind) {
     case CompressorKind::kMax:
-      return {keys.amax(3), values.amax(3)};
+      return {maximum(keys), maximum(values)};
     case CompressorKind::kConv: {
       const bool biased = p.size() == 4;
       return {convolve(keys, p[0], biased ? p[2] : at::Tensor()),

@@ -359,7 +359,9 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
     return {q.new_zeros_symint({q.sym_size(0), q.sym_size(1), 0, v.sym_size(3)}),
             new_mass(q, with_mass)};
   }
-  auto [out, mass] = attend(q,
+  const Tensor& padding = sequence.padding();
+  const Tensor cut = padding.defined() ? padding.unsqueeze(1).unsqueeze(-1) : padding;
+  auto [out, mass] = attend(cut.defined() ? q.masked_fill(cut, 0.0) : q,
                             sequence.position(),
                             sequence.spans(slot_keys, slot_values, slot_positions),
                             {bias, slopes, relative},
@@ -367,9 +369,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
                             sequence.rotary(),
                             scale,
                             with_mass);
-  const Tensor& padding = sequence.padding();
-  if (!padding.defined()) return {out, mass};
-  const Tensor cut = padding.unsqueeze(1).unsqueeze(-1);
+  if (!cut.defined()) return {out, mass};
   return {out.masked_fill(cut, 0.0), with_mass ? mass.masked_fill(cut, 0.0) : mass};
 }
 
