@@ -195,6 +195,9 @@ PYBIND11_MODULE(_C, m) {
       .def("load", wrap_pybind_function(load), "path"_a)
       .def("set_parameters", wrap_pybind_function_no_gil(&KVMemory::set_parameters), "parameters"_a)
       .def("set_relative", wrap_pybind_function_no_gil(&KVMemory::set_relative), "relative"_a)
+      .def("set_compressed_bias",
+           wrap_pybind_function_no_gil(&KVMemory::set_compressed_bias),
+           "bias"_a)
       .def_property_readonly("seen", [](const KVMemory& memory) { return memory.seen(); })
       .def_property_readonly("tensors", [](const KVMemory& memory) { return memory.tensors(); })
       .def_property_readonly("nbytes", &KVMemory::nbytes);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ctx/attention.h"
+#include "ops/settings.h"
 #include "ops/state.h"
 
 namespace ctx::calls {

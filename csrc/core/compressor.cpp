@@ -92,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("ctx::compress", "")
           .typed<std::tuple<at::Tensor, at::Tensor>(
-              const at::Tensor&, const at::Tensor&, at::TensorList, c10::string_view)>();
+              const at::Tensor&, const at::Tensor&, ops::OptionalList, c10::string_view)>();
   return op.call(keys, values, compressor.parameters, compressor.name);
 }
 

@@ -274,4 +274,11 @@ void KVMemory::set_relative(std::vector<Tensor> relative) {
   options_ = std::move(changed);
 }
 
+void KVMemory::set_compressed_bias(OptionalTensor bias) {
+  MemoryOptions changed = options_;
+  changed.compressed_bias = std::move(bias);
+  changed.validate();
+  options_ = std::move(changed);
+}
+
 }  // namespace ctx

@@ -157,7 +157,7 @@ void check_spans(const Tensor& q,
       [[maybe_unused]] at::IntArrayRef schedule, [[maybe_unused]] c10::string_view distance,      \
       [[maybe_unused]] int64_t rotary_dim, [[maybe_unused]] double rotary_base,                   \
       [[maybe_unused]] bool rotary_interleaved, [[maybe_unused]] double scale,                    \
-      [[maybe_unused]] at::TensorList past
+      [[maybe_unused]] OptionalList past
 #define CTX_ATTEND_ARGUMENTS                                                                       \
   q, position, sink_keys, sink_values, compressed_keys, compressed_values, window_keys,            \
       window_values, first_sink, first_slot, first_token, slot_positions, bias, slopes, relative,  \
@@ -176,7 +176,7 @@ AttendCall check_call(CTX_ATTEND_PARAMETERS) {
                     first_slot,
                     first_token,
                     slot_positions.value_or(Tensor()),
-                    Past::of(past, where)};
+                    Past::of(or_empty(past), where)};
   const Scores scores{bias, slopes, relative, compressed_relative};
   check_spans(q, position, spans, scores, parse_schedule(schedule, where));
   const Clock clock{parse_schedule(schedule, where),
@@ -356,7 +356,8 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                                            slopes.value_or(Tensor()),
                                            relative.value_or(Tensor()),
                                            compressed_relative.value_or(Tensor())};
-    kept.insert(kept.end(), past.begin(), past.end());
+    const at::TensorList rings = or_empty(past);
+    kept.insert(kept.end(), rings.begin(), rings.end());
     saved->save_for_backward(kept);
     saved->saved_data["schedule"] = schedule.vec();
     saved->saved_data["distance"] = std::string(distance);
@@ -563,7 +564,7 @@ Attended attend_now(const Tensor& q,
   "Tensor? bias, Tensor? slopes, Tensor? relative, Tensor? compressed_relative, int[] schedule, "  \
   "str distance, int rotary_dim, float rotary_base, bool "                                         \
   "rotary_interleaved, "                                                                           \
-  "float scale, Tensor[] past"
+  "float scale, Tensor[]? past"
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def("attend(" CTX_ATTEND_SCHEMA

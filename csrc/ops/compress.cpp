@@ -92,9 +92,10 @@ at::Tensor gate(const at::Tensor& keys,
 
 std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
                                             const at::Tensor& values,
-                                            at::TensorList parameters,
+                                            OptionalList operands,
                                             c10::string_view compressor) {
   constexpr const char* where = "ctx.compress";
+  const at::TensorList parameters = or_empty(operands);
   const auto precision = own_precision();
   CTX_CHECK_VALUE(keys.dim() == 5, where, "keys must be [B, Hkv, G, c, D], got ", keys.sym_sizes());
   CTX_CHECK_VALUE(
@@ -175,7 +176,7 @@ std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
-      "compress(Tensor keys, Tensor values, Tensor[] parameters, str compressor) -> (Tensor, "
+      "compress(Tensor keys, Tensor values, Tensor[]? parameters, str compressor) -> (Tensor, "
       "Tensor)",
       {at::Tag::pt2_compliant_tag});
 }

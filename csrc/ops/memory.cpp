@@ -34,13 +34,21 @@ using Result = std::tuple<Tensor, Tensor>;  // output, and the weight that each 
    slot_positions}
 // What scores are made of besides queries and keys.
 #define CTX_ATTEND_PARAMETERS \
-  const OptionalTensor &bias, const OptionalTensor &slopes, at::TensorList relative
+  const OptionalTensor &bias, const OptionalTensor &slopes, OptionalList relative
 #define CTX_UNUSED_ATTEND \
-  const OptionalTensor& /*bias*/, const OptionalTensor& /*slopes*/, at::TensorList /*relative*/
+  const OptionalTensor& /*bias*/, const OptionalTensor& /*slopes*/, OptionalList /*relative*/
 #define CTX_SETTINGS_PARAMETERS                                                                \
   at::IntArrayRef schedule, c10::string_view distance, int64_t rotary_dim, double rotary_base, \
       bool rotary_interleaved
 #define CTX_SETTINGS schedule, distance, rotary_dim, rotary_base, rotary_interleaved
+
+// A view of the memory's own rings would change while it is read.
+Tensor apart(const Tensor& x, const State& state) {
+  for (const Tensor& part : state) {
+    if (x.is_alias_of(part)) return x.clone();
+  }
+  return x;
+}
 
 // A block is written before its first query attends.
 void walk(Rows& calls, Writer& writer, Reader& reader) {
@@ -57,9 +65,9 @@ Result step(const Tensor& q,
             const OptionalTensor& lengths,
             const OptionalTensor& reset_at,
             CTX_STATE_PARAMETERS,
-            at::TensorList parameters,
+            OptionalList parameters,
             c10::string_view compressor,
-            at::TensorList slots,
+            OptionalList slots,
             CTX_ATTEND_PARAMETERS,
             CTX_SETTINGS_PARAMETERS,
             double scale,
@@ -67,12 +75,19 @@ Result step(const Tensor& q,
   constexpr const char* where = "ctx.step_";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
   check_pairs(memory.state, k, v, where);
-  const ScoreOperands operands{bias, slopes, relative};
+  const ScoreOperands operands{bias, slopes, or_empty(relative)};
   check_queries(memory.state, q, k.size(2), operands, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
-  Writer writer(memory, k, v, parameters, compressor, slots, reset_at.has_value(), where);
-  Reader reader(memory, q, operands, scale, with_mass, /*counts=*/true);
+  Writer writer(memory,
+                apart(k, memory.state),
+                apart(v, memory.state),
+                or_empty(parameters),
+                compressor,
+                or_empty(slots),
+                reset_at.has_value(),
+                where);
+  Reader reader(memory, apart(q, memory.state), operands, scale, with_mass, /*counts=*/true);
   Rows calls(memory, k.size(2), lengths, reset_at);
   walk(calls, writer, reader);
   return reader.result();
@@ -97,13 +112,21 @@ Chosen choose(const Tensor& q,
   constexpr const char* where = "ctx.choose_";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
   check_pairs(memory.state, k, v, where);
-  const ScoreOperands operands{bias, slopes, relative};
+  const ScoreOperands operands{bias, slopes, or_empty(relative)};
   check_queries(memory.state, q, k.size(2), operands, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
   CTX_CHECK_VALUE(slots >= 0, where, "slots must be at least 0, got ", slots);
-  Writer writer(memory, k, v, {}, "most_used", {}, reset_at.has_value(), where);
-  Reader reader(memory, q, operands, scale, /*with_mass=*/false, /*counts=*/true);
+  Writer writer(memory,
+                apart(k, memory.state),
+                apart(v, memory.state),
+                {},
+                "most_used",
+                {},
+                reset_at.has_value(),
+                where);
+  Reader reader(
+      memory, apart(q, memory.state), operands, scale, /*with_mass=*/false, /*counts=*/true);
   const int64_t ratio = memory.view.clock.schedule.ratio;
   const Tensor chosen = at::arange(slots.expect_int(), seen.options())
                             .mul(ratio)
@@ -121,9 +144,9 @@ void append(const Tensor& k,
             const OptionalTensor& lengths,
             const OptionalTensor& reset_at,
             CTX_STATE_PARAMETERS,
-            at::TensorList parameters,
+            OptionalList parameters,
             c10::string_view compressor,
-            at::TensorList slots,
+            OptionalList slots,
             CTX_SETTINGS_PARAMETERS) {
   constexpr const char* where = "ctx.append_";
   CTX_CHECK_VALUE(compressor != "most_used",
@@ -133,7 +156,14 @@ void append(const Tensor& k,
   check_pairs(memory.state, k, v, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
-  Writer writer(memory, k, v, parameters, compressor, slots, reset_at.has_value(), where);
+  Writer writer(memory,
+                apart(k, memory.state),
+                apart(v, memory.state),
+                or_empty(parameters),
+                compressor,
+                or_empty(slots),
+                reset_at.has_value(),
+                where);
   Rows calls(memory, k.size(2), lengths, reset_at);
   calls.for_each_block([&](const Block& block) { writer.write(block); });
   calls.finish();
@@ -148,7 +178,7 @@ Result attend_memory(const Tensor& q,
                      bool with_mass) {
   constexpr const char* where = "ctx.attend_memory";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
-  const ScoreOperands operands{bias, slopes, relative};
+  const ScoreOperands operands{bias, slopes, or_empty(relative)};
   check_queries(memory.state, q, -1, operands, where);
   const int64_t tokens = q.size(2);
   CTX_CHECK_VALUE(tokens <= memory.headroom,
@@ -184,9 +214,9 @@ Result step_meta(const Tensor& q,
                  const OptionalTensor& /*lengths*/,
                  const OptionalTensor& /*reset_at*/,
                  CTX_UNUSED_STATE,
-                 at::TensorList /*parameters*/,
+                 OptionalList /*parameters*/,
                  c10::string_view /*compressor*/,
-                 at::TensorList /*slots*/,
+                 OptionalList /*slots*/,
                  CTX_UNUSED_ATTEND,
                  CTX_UNUSED_SETTINGS,
                  double /*scale*/,
@@ -214,9 +244,9 @@ void append_meta(const Tensor& /*k*/,
                  const OptionalTensor& /*lengths*/,
                  const OptionalTensor& /*reset_at*/,
                  CTX_UNUSED_STATE,
-                 at::TensorList /*parameters*/,
+                 OptionalList /*parameters*/,
                  c10::string_view /*compressor*/,
-                 at::TensorList /*slots*/,
+                 OptionalList /*slots*/,
                  CTX_UNUSED_SETTINGS) {}
 
 Result attend_memory_meta(const Tensor& q,
@@ -234,18 +264,18 @@ Result attend_memory_meta(const Tensor& q,
   "Tensor(a!) window_keys, Tensor(b!) window_values, Tensor(c!) compressed_keys, Tensor(d!) "     \
   "compressed_values, Tensor(e!) sink_keys, Tensor(f!) sink_values, Tensor(g!) seen, Tensor(h!) " \
   "rewindable, Tensor(i!) usage, Tensor(j!) slot_positions, "
-#define CTX_ATTEND_SCHEMA "Tensor? bias, Tensor? slopes, Tensor[] relative, "
+#define CTX_ATTEND_SCHEMA "Tensor? bias, Tensor? slopes, Tensor[]? relative, "
 #define CTX_SETTINGS_SCHEMA \
   "int[] schedule, str distance, int rotary_dim, float rotary_base, bool rotary_interleaved"
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
-  m.def(
-      "step_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
-      "Tensor[] parameters, str compressor, Tensor[] slots, " CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
-      ", float scale, bool with_mass) -> (Tensor out, Tensor mass)",
-      {at::Tag::pt2_compliant_tag});
+  m.def("step_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
+        "Tensor[]? parameters, str compressor, Tensor[]? "
+        "slots, " CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
+        ", float scale, bool with_mass) -> (Tensor out, Tensor mass)",
+        {at::Tag::pt2_compliant_tag});
   m.def("append_(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
-        "Tensor[] parameters, str compressor, Tensor[] slots, " CTX_SETTINGS_SCHEMA ") -> ()",
+        "Tensor[]? parameters, str compressor, Tensor[]? slots, " CTX_SETTINGS_SCHEMA ") -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "choose_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE

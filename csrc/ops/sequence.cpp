@@ -294,7 +294,7 @@ std::tuple<Tensor, Tensor, Tensor> due_groups(const Tensor& k,
                                               const Tensor& v,
                                               const OptionalTensor& lengths,
                                               const OptionalTensor& reset_at,
-                                              at::TensorList memory,
+                                              OptionalList memory,
                                               at::IntArrayRef schedule,
                                               c10::string_view distance,
                                               int64_t rotary_dim,
@@ -305,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> due_groups(const Tensor& k,
                   v,
                   lengths,
                   reset_at,
-                  memory,
+                  or_empty(memory),
                   schedule,
                   distance,
                   rotary_dim,
@@ -320,13 +320,13 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
                                            const Tensor& v,
                                            const OptionalTensor& lengths,
                                            const OptionalTensor& reset_at,
-                                           at::TensorList memory,
+                                           OptionalList memory,
                                            const Tensor& slot_keys,
                                            const Tensor& slot_values,
                                            const OptionalTensor& slot_positions,
                                            const OptionalTensor& bias,
                                            const OptionalTensor& slopes,
-                                           at::TensorList relative,
+                                           OptionalList relative,
                                            at::IntArrayRef schedule,
                                            c10::string_view distance,
                                            int64_t rotary_dim,
@@ -340,7 +340,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
                           v,
                           lengths,
                           reset_at,
-                          memory,
+                          or_empty(memory),
                           schedule,
                           distance,
                           rotary_dim,
@@ -354,7 +354,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
                   q.sym_sizes(),
                   " for k ",
                   k.sym_sizes());
-  check_score_operands(q, {bias, slopes, relative}, where);
+  check_score_operands(q, {bias, slopes, or_empty(relative)}, where);
   if (q.sym_size(2) == 0) {
     return {q.new_zeros_symint({q.sym_size(0), q.sym_size(1), 0, v.sym_size(3)}),
             new_mass(q, with_mass)};
@@ -364,7 +364,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
   auto [out, mass] = attend(cut.defined() ? q.masked_fill(cut, 0.0) : q,
                             sequence.position(),
                             sequence.spans(slot_keys, slot_values, slot_positions),
-                            {bias, slopes, relative},
+                            {bias, slopes, or_empty(relative)},
                             sequence.clock(),
                             sequence.rotary(),
                             scale,
@@ -377,14 +377,15 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
-      "due_groups(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[] memory, int[] "
+      "due_groups(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[]? memory, int[] "
       "schedule, str distance, int rotary_dim, float rotary_base, bool rotary_interleaved) -> "
       "(Tensor keys, Tensor values, Tensor block)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "attend_sequence(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[] "
+      "attend_sequence(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[]? "
       "memory, Tensor slot_keys, Tensor slot_values, Tensor? slot_positions, Tensor? bias, Tensor? "
-      "slopes, Tensor[] relative, int[] schedule, str distance, int rotary_dim, float rotary_base, "
+      "slopes, Tensor[]? relative, int[] schedule, str distance, int rotary_dim, float "
+      "rotary_base, "
       "bool rotary_interleaved, float scale, bool with_mass) -> (Tensor out, Tensor mass)",
       {at::Tag::pt2_compliant_tag});
 }

@@ -22,6 +22,11 @@ inline at::ScalarType arithmetic_type(at::ScalarType storage) {
 using OwnPrecision = c10::impl::ExcludeDispatchKeyGuard;
 inline OwnPrecision own_precision() { return OwnPrecision(c10::autocast_dispatch_keyset); }
 
+// A list of tensors as operators take it: None is the empty one. AOTInductor's proxy passes None for
+// a list that is empty, so no schema may ask for more.
+using OptionalList = std::optional<at::TensorList>;
+inline at::TensorList or_empty(const OptionalList& list) { return list.value_or(at::TensorList()); }
+
 // The storage of compressed slots in a memory of such pairs: one with the same arithmetic, or int8.
 Storage slot_storage_of(at::ScalarType dtype,
                         at::ScalarType pairs,

@@ -162,6 +162,9 @@ class CTX_API KVMemory {
   // MemoryOptions::validate throws.
   void set_relative(std::vector<at::Tensor> relative);
 
+  // Another compressed_bias from now on; none: no bias. Throws what MemoryOptions::validate throws.
+  void set_compressed_bias(std::optional<at::Tensor> bias);
+
  private:
   KVMemory(MemoryOptions options, Tensors tensors);
   std::tuple<at::Tensor, at::Tensor> stepped(const at::Tensor& q,
