@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ctx import _check
-from ctx.compression import COMPRESSORS, MostUsed, as_compressor, check_kernel, make_compressor
+from ctx.compression import (
+    COMPRESSORS,
+    Compressor,
+    MostUsed,
+    as_compressor,
+    check_kernel,
+    make_compressor,
+)
+from ctx.constants import log_ratio, slopes_of
 from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
-from ctx.positions import Relative, alibi_slopes
+from ctx.positions import Relative
 from ctx.schedule import Schedule
 from ctx.state import STATE, Memory, StateShape, slot_dtypes
 
 __all__ = ["CompressiveAttention", "Memory"]
 
 _WHERE = "ctx.CompressiveAttention"
+
+
+class _Call(NamedTuple):
+    """What a call says besides its tokens."""
+
+    lengths: Tensor | None  # int64 [B]
+    reset_at: Tensor | None  # bool [B, T]
+    memory: Memory | None
+    update: bool  # whether the tokens are remembered
+    with_mass: bool
+
+    @property
+    def rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """Lengths and resets, as operators take them."""
+        return self.lengths, self.reset_at
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The memory's tensors, as functional operators take them; none of an empty memory."""
+        return [] if self.memory is None else [self.memory[name] for name in STATE]
 
 
 class CompressiveAttention(nn.Module):
@@ -166,6 +195,7 @@ class CompressiveAttention(nn.Module):
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         called = compression if isinstance(compression, str) else "a module"
         check_kernel(called, schedule.ratio, compression_kernel, _WHERE, "compression_kernel")
+        self._schedule = schedule
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
             embed_dim,
             num_heads,
@@ -179,7 +209,7 @@ class CompressiveAttention(nn.Module):
             rotary_interleaved,
         )
         self.dropout, self.headroom = dropout, headroom
-        self.memory_content = memory_content
+        self.memory_content, self.aux_loss = memory_content, aux_loss
         #: What is remembered of a token: heads, key width, value width.
         self._stored = (
             (1, embed_dim, 0) if memory_content == "hidden" else (kv_heads, head_dim, head_dim)
@@ -198,55 +228,92 @@ class CompressiveAttention(nn.Module):
             raise TypeError(
                 f"{_WHERE}: compression must be a name or a module, got {compression!r}"
             )
-        self.compressor = as_compressor(compression, self._stored[0], ratio, *self._stored[1:])
-        self.schedule = schedule
-        for name, value, other in (
-            ("aux_loss", aux_loss, None),
-            ("memory_content", memory_content, "kv"),
-        ):
-            if self.compressor.by_usage and value != other:
-                raise ValueError(
-                    f"{_WHERE}: {name} must be {other!r} for compression 'most_used', got {value!r}"
-                )
-        self.aux_loss = aux_loss
+        self.compressor: Compressor = compression  # type: ignore[assignment]  # __setattr__ sees to it
         if aux_loss == "autoencoding":
             self.decoder = Decoder(self._stored[0], ratio, *self._stored[1:], **made)
-        start = torch.empty(num_heads, **made)
-        if compressed_bias == "learned":
-            self.compressed_bias: Tensor | None = nn.Parameter(start)
-        else:
-            start_or_none = start if compressed_bias == "log_ratio" else None
-            self.register_buffer("compressed_bias", start_or_none, persistent=False)
+        self._learns_bias = compressed_bias == "learned"
+        self._counts_tokens = compressed_bias == "log_ratio"
+        if self._learns_bias:
+            self.register_parameter("compressed_bias", nn.Parameter(torch.empty(num_heads, **made)))
         self.relative: Relative | None = None
         if position == "relative":
             self.relative = Relative(num_heads, head_dim, sinusoids, **made)
-        self.alibi_slopes: Tensor | None
-        slopes = torch.empty(num_heads, **made) if position == "alibi" else None
-        self.register_buffer("alibi_slopes", slopes, persistent=False)
         self._reset_compression()
-        self._reset_positions()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            projection.reset_parameters()
-        self.compressor.reset_parameters()
-        if self.aux_loss == "autoencoding":
-            self.decoder.reset_parameters()
+        for child in self.children():
+            whole = isinstance(child, Compressor)  # which sees to what it owns
+            for module in [child] if whole else reversed([*child.modules()]):
+                begin = getattr(module, "reset_parameters", None)
+                if callable(begin):
+                    begin()
         self._reset_compression()
-        self._reset_positions()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module does; a compressor is made one, and what follows from it is made anew."""
+        if name != "compressor":
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, nn.Module):
+            raise TypeError(f"{_WHERE}: compressor must be a module, got {value!r}")
+        compressor = as_compressor(value, self._stored[0], self.schedule.ratio, *self._stored[1:])
+        for setting, other in (("aux_loss", None), ("memory_content", "kv")):
+            got = getattr(self, setting)
+            if compressor.by_usage and got != other:
+                raise ValueError(
+                    f"{_WHERE}: {setting} must be {other!r} for compression 'most_used', "
+                    f"got {got!r}"
+                )
+        super().__setattr__(name, compressor)
+        self.schedule = self._schedule  # the window's ring depends on what a compressor reads
 
     def _reset_compression(self) -> None:
-        if self.compressed_bias is not None:
+        if self._learns_bias:
             with torch.no_grad():
-                self.compressed_bias.fill_(math.log(self.schedule.ratio))
+                self.get_parameter("compressed_bias").fill_(math.log(self.schedule.ratio))
 
-    def _reset_positions(self) -> None:
-        if self.relative is not None:
-            self.relative.reset_parameters()
-        if self.alibi_slopes is not None:
-            with torch.no_grad():
-                self.alibi_slopes.copy_(alibi_slopes(self.num_heads))
+    @property
+    def compressed_bias(self) -> Tensor | None:
+        """What is added to the scores of compressed slots, [H]: a parameter where it is learned,
+        the constant log ratio in the module's dtype, or None.
+
+        A constant is made of the settings when it is asked for, and is no part of the state.
+        """
+        if self._learns_bias:
+            try:
+                return self._parameters["compressed_bias"]
+            except KeyError:
+                raise AttributeError("compressed_bias") from None
+        return self._bias_on(self._place()[1])
+
+    @property
+    def alibi_slopes(self) -> Tensor | None:
+        """Slopes of ``position="alibi"``, [H] in the module's dtype, else None; a constant that is
+        made of the settings when it is asked for.
+        """
+        return self._slopes_on(self._place()[1])
+
+    def _bias_on(self, device: torch.device) -> Tensor | None:
+        if self._learns_bias:
+            return self.compressed_bias
+        if not self._counts_tokens:
+            return None
+        return log_ratio(self.schedule.ratio, self.num_heads, self._place()[0], device)
+
+    def _slopes_on(self, device: torch.device) -> Tensor | None:
+        if self.position != "alibi":
+            return None
+        return slopes_of(self.num_heads, self._place()[0], device)
+
+    def _place(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and device of the module's numbers: of keys, else of whatever it has, else
+        torch's own. Where parameters are brought in for each call, the device that they go to.
+        """
+        dtype, device = _check.numbers_of(self.k_proj, self)
+        if device is None or device.type == "meta":
+            device = _execution_device(self.k_proj, self) or device
+        return dtype or torch.get_default_dtype(), device or torch.get_default_device()
 
     @property
     def schedule(self) -> Schedule:
@@ -300,8 +367,8 @@ class CompressiveAttention(nn.Module):
             raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
         if device is not None:
             device = _check.device(device, where)
-        weight = self.k_proj.weight
-        dtype, device = dtype or weight.dtype, device or weight.device
+        own = self._place()
+        dtype, device = dtype or own[0], device or own[1]
         if compressed_dtype is not None:
             allowed = slot_dtypes(dtype)
             if _check.dtype(compressed_dtype, where, "compressed_dtype") not in allowed:
@@ -319,6 +386,7 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
+        update: bool = True,
         return_aux: bool = False,
         return_usage: bool = False,
     ) -> Any:
@@ -333,6 +401,9 @@ class CompressiveAttention(nn.Module):
             mask: bool [B, T], true at tokens: as ``lengths``, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
                 packed batch), which sees nothing of what its row held before.
+            update: False reads the memory and does not write it: the output is the same, and the
+                memory returned is the one passed in, bit for bit as it was (None stays None). For
+                scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
             return_usage: also return what share of its attention every query gives to sinks,
@@ -341,18 +412,20 @@ class CompressiveAttention(nn.Module):
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
-            under grad, the one passed in otherwise; then the loss with ``return_aux``, then the
-            shares with ``return_usage``.
+            under grad, the one passed in otherwise (always with ``update=False``); then the loss
+            with ``return_aux``, then the shares with ``return_usage``.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
                 then.
         """
+        _check.flag(update, "update", _WHERE)
         self.check(x, memory, lengths, mask, reset_at, _WHERE)
         if mask is not None:
             x, lengths = to_right_padded(x, mask)
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
+        call = _Call(lengths, reset_at, memory, update, return_usage)
         q = self._heads(self.q_proj(x), self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
         if hidden:
@@ -369,17 +442,13 @@ class CompressiveAttention(nn.Module):
                 raise ValueError(
                     f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
                 )
-            aux = self._auxiliary(q, k, v, lengths, memory)
+            aux = self._auxiliary(q, k, v, call)
         if hidden:
-            out, usage, memory = self._projecting(
-                q, k, v, lengths, reset_at, memory, x.dtype, return_usage
-            )
-        elif torch.is_grad_enabled():
-            out, usage, memory = self._differentiable(
-                q, k, v, lengths, reset_at, memory, return_usage
-            )
+            out, usage, memory = self._projecting(q, k, v, call, x.dtype)
+        elif self._streams(call):
+            out, usage, memory = self._streaming(q, k, v, call)
         else:
-            out, usage, memory = self._streaming(q, k, v, lengths, reset_at, memory, return_usage)
+            out, usage, memory = self._differentiable(q, k, v, call)
         y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
         y = nn.functional.dropout(y, self.dropout, self.training)
         if mask is not None:
@@ -408,16 +477,16 @@ class CompressiveAttention(nn.Module):
             raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {got}")
         if x.layout != torch.strided:
             raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
-        weight = self.k_proj.weight
-        if x.device != weight.device and not weight.is_meta:  # meta: brought in when it is called
-            raise ValueError(
-                f"{where}: x must be on {weight.device} as the parameters, got {x.device}"
-            )
-        # Where numbers are cast on the way, or parameters quantized, the projections know better.
+        _, device = _check.numbers_of(self.k_proj, self)
+        # meta: the parameters are brought in when the module is called
+        if device is not None and x.device != device and device.type != "meta":
+            raise ValueError(f"{where}: x must be on {device} as the parameters, got {x.device}")
+        # Where numbers are cast on the way, or a projection is another than torch's (an adapter, a
+        # quantised layer), it knows better what it takes.
         cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        exact = weight.is_floating_point() and not cast
-        if not x.is_floating_point() or (exact and x.dtype != weight.dtype):
-            kind = weight.dtype if exact else "floating point"
+        exact = None if cast else _linear_dtype(self.q_proj, self.k_proj, self.v_proj)
+        if not x.is_floating_point() or (exact is not None and x.dtype != exact):
+            kind = exact or "floating point"
             raise TypeError(f"{where}: x must be {kind} as the parameters, got {x.dtype}")
         check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
         if memory is None:
@@ -466,11 +535,33 @@ class CompressiveAttention(nn.Module):
         width = width if self.memory_content == "kv" else 0
         return (numbers, distance, width, base, interleaved)
 
-    def _scores(self, with_mass: bool = False) -> tuple[Any, ...]:
-        """What operators that attend take last: operands of the scores, settings, scale, mass."""
-        relative = [] if self.relative is None else self.relative.operands()
-        operands = (self.compressed_bias, self.alibi_slopes, relative)
+    def _scores(
+        self, with_mass: bool = False, device: torch.device | None = None
+    ) -> tuple[Any, ...]:
+        """What operators that attend take last: operands of the scores, settings, scale, mass.
+
+        Args:
+            with_mass: the last of them.
+            device: of the constants among them; default the parameters'.
+        """
+        device = device or self._place()[1]
+        relative = [] if self.relative is None else [*self.relative()]
+        operands = (self._bias_on(device), self._slopes_on(device), relative)
         return (*operands, *self._settings(), self.head_dim**-0.5, with_mass)
+
+    def _slots_of(
+        self, slots: Sequence[Tensor], block: Tensor | None
+    ) -> tuple[list[Tensor], str, list[Tensor]]:
+        """What operators that write take of the compressor: parameters, name, slots made.
+
+        The engine makes the slots itself where it can, and is given `slots` and their `block` (what
+        the compressor's call made) where it cannot.
+        """
+        compressor = self.compressor
+        if compressor.in_engine:
+            return [x.detach() for x in compressor.operands()], compressor.engine_name, []
+        assert block is not None
+        return [], "custom", [*slots, block]
 
     def _filled(self, memory: Memory | None, stored: Tensor, *, copied: bool) -> Memory:
         """The memory that a call is going to fill: the one given or its copy, or an empty one."""
@@ -478,11 +569,23 @@ class CompressiveAttention(nn.Module):
             return self._state.zeros(stored.shape[0], stored.dtype, stored.device)
         return {name: x.clone() for name, x in memory.items()} if copied else memory
 
-    def _auxiliary(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
-    ) -> Tensor:
-        state = [] if memory is None else [memory[name] for name in STATE]
-        evicted = evictions(q, k, v, lengths, state, self.schedule, self._stored_settings())
+    def _streams(self, call: _Call) -> bool:
+        """Whether a memory of pairs is streamed into, or else read where it lies.
+
+        A call that does not write is read like one under grad, but where the numbers depend on the
+        writing: slots chosen by usage, or rounded to a dtype of their own. These write a copy.
+        """
+        if torch.is_grad_enabled() or call.update:
+            return not torch.is_grad_enabled()
+        rounded = call.memory is not None and (
+            call.memory["compressed_keys"].dtype != call.memory["window_keys"].dtype
+        )
+        return self.compressor.by_usage or rounded
+
+    def _auxiliary(self, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+        evicted = evictions(
+            q, k, v, call.lengths, call.state, self.schedule, self._stored_settings()
+        )
         if self.aux_loss == "autoencoding":
             return auto_encoding(evicted, self.compressor, self.decoder)
         project = None
@@ -491,51 +594,41 @@ class CompressiveAttention(nn.Module):
         return attention_reconstruction(evicted, self.compressor, project=project)
 
     def _streaming(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None,
-        reset_at: Tensor | None,
-        memory: Memory | None,
-        with_mass: bool,
-    ) -> tuple[Tensor, Tensor, Memory]:
-        memory = self._filled(memory, k, copied=False)
+        self, q: Tensor, k: Tensor, v: Tensor, call: _Call
+    ) -> tuple[Tensor, Tensor, Memory | None]:
+        """A call that writes into the rings and then reads them."""
+        memory = self._filled(call.memory, k, copied=not call.update)
         state = [memory[name] for name in STATE]
-        made: list[Tensor] = []
-        if not self.compressor.native:
+        slots: Sequence[Tensor] = ()
+        block = None
+        if not self.compressor.in_engine:
             keys, values, block = torch.ops.ctx.due_groups(
-                k, v, lengths, reset_at, state, *self._settings()
+                k, v, *call.rows, state, *self._settings()
             )
-            made = [*self.compressor.slots(keys, values), block]
-        compressor = (self.compressor.operands(), self.compressor.engine_name, made)
+            slots = self.compressor.slots(keys, values)
+        scores = self._scores(call.with_mass, q.device)
         out, mass = torch.ops.ctx.step_(
-            q, k, v, lengths, reset_at, *state, *compressor, *self._scores(with_mass)
+            q, k, v, *call.rows, *state, *self._slots_of(slots, block), *scores
         )
-        return out, mass, memory
+        return out, mass, memory if call.update else call.memory
 
     def _differentiable(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None,
-        reset_at: Tensor | None,
-        memory: Memory | None,
-        with_mass: bool,
-    ) -> tuple[Tensor, Tensor, Memory]:
-        state = [] if memory is None else [memory[name] for name in STATE]
-        settings, rows = self._settings(), (lengths, reset_at)
-        keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
-        with torch.no_grad():
-            memory = self._filled(memory, k, copied=True)
-            after = [memory[name] for name in STATE]
-        positions = None
-        if self.compressor.by_usage:  # what stays is what streaming keeps
+        self, q: Tensor, k: Tensor, v: Tensor, call: _Call
+    ) -> tuple[Tensor, Tensor, Memory | None]:
+        """A call that reads the rings where they lie, and then writes into a copy of them."""
+        settings, rows, chooses = self._settings(), call.rows, self.compressor.by_usage
+        keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, call.state, *settings)
+        memory = call.memory
+        if call.update or chooses:
+            with torch.no_grad():
+                memory = self._filled(call.memory, k, copied=True)
+        after = [] if memory is None else [memory[name] for name in STATE]
+        scores, positions = self._scores(call.with_mass, q.device), None
+        if chooses:  # what stays is what streaming keeps
             with torch.no_grad():
                 tokens = (q.detach(), k.detach(), v.detach())
                 chosen, positions = torch.ops.ctx.choose_(
-                    *tokens, *rows, *after, *self._scores()[:-1], block, keys.shape[2]
+                    *tokens, *rows, *after, *scores[:-1], block, keys.shape[2]
                 )
             slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
         else:
@@ -544,17 +637,15 @@ class CompressiveAttention(nn.Module):
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
         out, mass = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, positions, *self._scores(with_mass)
+            q, k, v, *rows, call.state, *slots, positions, *scores
         )
-        if self.compressor.by_usage:
+        if not call.update:
+            return out, mass, call.memory
+        if chooses:  # has written, too
             return out, mass, memory
         with torch.no_grad():
-            compressor = (
-                [operand.detach() for operand in self.compressor.operands()],
-                self.compressor.engine_name,
-                [] if self.compressor.native else [*constants, block],
-            )
-            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *compressor, *settings)
+            made = self._slots_of(constants, block)
+            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *made, *settings)
         return out, mass, memory
 
     def _projecting(
@@ -562,35 +653,33 @@ class CompressiveAttention(nn.Module):
         q: Tensor,
         hidden: Tensor,  # [B, 1, T, E], as stored
         none: Tensor,  # [B, 1, T, 0]
-        lengths: Tensor | None,
-        reset_at: Tensor | None,
-        memory: Memory | None,
+        call: _Call,
         dtype: torch.dtype,
-        with_mass: bool,
-    ) -> tuple[Tensor, Tensor, Memory]:
+    ) -> tuple[Tensor, Tensor, Memory | None]:
         """A call over a memory of inputs, under grad and without."""
 
         def project(x: Tensor) -> tuple[Tensor, Tensor]:
             return self._pairs(x.to(dtype))
 
-        state = [] if memory is None else [memory[name] for name in STATE]
-        settings, rows = self._stored_settings(), (lengths, reset_at)
-        groups, empty, block = torch.ops.ctx.due_groups(hidden, none, *rows, state, *settings)
+        settings, rows = self._stored_settings(), call.rows
+        groups, empty, block = torch.ops.ctx.due_groups(hidden, none, *rows, call.state, *settings)
         slots = self.compressor.slots(groups, empty)
         made = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (made[0], made[1])
         pairs: list[Tensor] = []
-        if memory is not None:
-            pairs = pairs_of(memory, self.schedule, self.distance, self._rotary(), project)
+        if call.memory is not None:
+            pairs = pairs_of(call.memory, self.schedule, self.distance, self._rotary(), project)
         # A slot is rounded as the memory will, so that it never matters which call made it.
         slots = project(slots[0].to(hidden.dtype))
         out, mass = torch.ops.ctx.attend_sequence(
-            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(with_mass)
+            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(call.with_mass, q.device)
         )
+        if not call.update:
+            return out, mass, call.memory
         copied = torch.is_grad_enabled()
         with torch.no_grad():
-            memory = self._filled(memory, hidden, copied=copied)
+            memory = self._filled(call.memory, hidden, copied=copied)
             state = [memory[name] for name in STATE]
             compressor = ("custom", [*made, block])
             torch.ops.ctx.append_(
@@ -604,6 +693,31 @@ class CompressiveAttention(nn.Module):
             f"{self.schedule}, "
             f"position={self.position!r}, distance={self.distance!r}"
         )
+
+
+def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
+    """The dtype that the first of these which is torch's own linear layer takes inputs in; None:
+    none is.
+    """
+    for layer in projections:
+        own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+        dtype = _check.numbers_of(layer)[0]
+        if own and "forward" not in layer.__dict__ and dtype is not None:
+            return dtype
+    return None
+
+
+def _execution_device(*modules: nn.Module) -> torch.device | None:
+    """The device that parameters are brought to for each call, where they are on meta between:
+    accelerate's hook of the first module that has one says it.
+    """
+    for module in modules:
+        hook = getattr(module, "_hf_hook", None)
+        for part in (hook, *getattr(hook, "hooks", ())):
+            found = getattr(part, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    return None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
