@@ -408,7 +408,7 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
                                                          data.at("rotary_interleaved").toBool(),
                                                          data.at("scale").toDouble(),
                                                          past);
-    torch::autograd::variable_list result(23 + past.size());
+    torch::autograd::variable_list result(24);  // one for each argument of forward
     result[0] = q, result[2] = sk, result[3] = sv, result[4] = ck, result[5] = cv, result[6] = wk,
     result[7] = wv;
     if (given(14)) result[12] = b;

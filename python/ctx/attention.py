@@ -20,6 +20,7 @@ from ctx.compression import (
     make_compressor,
 )
 from ctx.constants import log_ratio, slopes_of
+from ctx.finite import apart
 from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
@@ -425,8 +426,11 @@ class CompressiveAttention(nn.Module):
             x, lengths = to_right_padded(x, mask)
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
+        records = torch.is_grad_enabled() or _is_forward_mode()
+        if lengths is not None and records:  # padding has no influence on gradients, be it NaN
+            x = x.masked_fill(~mask_of(lengths, x.shape[1]).unsqueeze(-1), 0.0)
         call = _Call(lengths, reset_at, memory, update, return_usage)
-        q = self._heads(self.q_proj(x), self.num_heads)
+        q = self._heads(*apart(x, self.q_proj), self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
         if hidden:
             k, v = as_stored(x)
@@ -449,7 +453,7 @@ class CompressiveAttention(nn.Module):
             out, usage, memory = self._streaming(q, k, v, call)
         else:
             out, usage, memory = self._differentiable(q, k, v, call)
-        y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
+        (y,) = apart(out.to(dtype).transpose(1, 2).flatten(2), self.out_proj)
         y = nn.functional.dropout(y, self.dropout, self.training)
         if mask is not None:
             y = from_right_padded(y, mask)
@@ -510,7 +514,7 @@ class CompressiveAttention(nn.Module):
 
     def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs [B, 1, n, E] to un-rotated keys and values [B, Hkv, n, D]."""
-        k, v = self.k_proj(x[:, 0]), self.v_proj(x[:, 0])
+        k, v = apart(x[:, 0], self.k_proj, self.v_proj)
         return self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
 
     def _constant_pairs(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -575,8 +579,10 @@ class CompressiveAttention(nn.Module):
         A call that does not write is read like one under grad, but where the numbers depend on the
         writing: slots chosen by usage, or rounded to a dtype of their own. These write a copy.
         """
-        if torch.is_grad_enabled() or call.update:
-            return not torch.is_grad_enabled()
+        if torch.is_grad_enabled() or _is_forward_mode():
+            return False
+        if call.update:
+            return True
         rounded = call.memory is not None and (
             call.memory["compressed_keys"].dtype != call.memory["window_keys"].dtype
         )
@@ -641,12 +647,15 @@ class CompressiveAttention(nn.Module):
         )
         if not call.update:
             return out, mass, call.memory
-        if chooses:  # has written, too
-            return out, mass, memory
         with torch.no_grad():
-            made = self._slots_of(constants, block)
-            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *made, *settings)
-        return out, mass, memory
+            if not chooses:  # which has written, too
+                made = self._slots_of(constants, block)
+                torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *made, *settings)
+        if torch.is_grad_enabled() or call.memory is None:
+            return out, mass, memory
+        for name, held in call.memory.items():  # forward mode without grad: in place
+            held.copy_(memory[name])
+        return out, mass, call.memory
 
     def _projecting(
         self,
@@ -705,6 +714,15 @@ def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
         if own and "forward" not in layer.__dict__ and dtype is not None:
             return dtype
     return None
+
+
+def _is_forward_mode() -> bool:
+    """Whether derivatives are computed along with values (torch.autograd.forward_ad,
+    torch.func.jvp): operators that write into a memory have none.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
 def _execution_device(*modules: nn.Module) -> torch.device | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ctx import _check
+from ctx.finite import groups_apart
 
 __all__ = [
     "COMPRESSORS",
@@ -154,7 +155,7 @@ class Compressor(nn.Module):
             ValueError, TypeError: forward did not return two tensors of the documented shapes.
         """
         kept = _check.numbers_of(self)[0] or keys.dtype
-        made: Any = self(keys.to(kept), values.to(kept))
+        made: Any = groups_apart(self, keys.to(kept), values.to(kept))
         where = f"ctx.compression.{type(self).__name__}"
         if not (isinstance(made, (tuple, list)) and len(made) == 2):
             raise TypeError(f"{where}: forward must return (key slots, value slots), got {made!r}")

@@ -101,7 +101,12 @@ def evictions(
         none = keys.new_zeros(*shape, k.shape[3]), values.new_zeros(*shape, v.shape[3])
         return Evictions(_take(q, place), asked, *none, due)
     index = group - begun[:, None, None]
-    return Evictions(_take(q, place), asked, _take(keys, index), _take(values, index), due)
+    # What is not there is zero, so that whatever stands in its place reaches no gradient.
+    taken = [
+        _take(x, index).masked_fill(~due[:, None, :, :, None, None], 0.0) for x in (keys, values)
+    ]
+    queries = _take(q, place).masked_fill(~asked[:, None, :, :, None], 0.0)
+    return Evictions(queries, asked, *taken, due)
 
 
 def _average(error: Tensor, weight: Tensor, boundaries: Tensor) -> Tensor:
