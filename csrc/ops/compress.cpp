@@ -4,8 +4,6 @@
 
 #include <torch/library.h>
 
-#include <limits>
-
 #include "core/check.h"
 #include "ops/settings.h"
 
@@ -13,28 +11,28 @@ namespace ctx::ops {
 namespace {
 
 // Rows of the last dimension that are not finite, apart from the others. Zero times NaN is NaN: such
-// a row, whose slot may be one that nobody sees, would make the gradient of a parameter NaN. So it is
-// zero as an operand, and what is made of it gets NaN besides.
+// a row, whose slot may be one that no query sees, would make the gradient of a parameter NaN. So it
+// is zero as an operand, and what is made of it gets NaN besides, whose gradient reaches the row
+// where it is NaN itself.
 class Apart {
  public:
   explicit Apart(const at::Tensor& rows) : rows_(rows) {
     if (!at::GradMode::is_enabled()) return;
-    bad_ = at::isfinite(rows.detach()).all(-1, true).logical_not();
-    rows_ = rows.masked_fill(bad_, 0.0);
+    const at::Tensor finite = at::isfinite(rows.detach()).all(-1, true);
+    rows_ = rows.masked_fill(finite.logical_not(), 0.0);
+    poison_ = rows.masked_fill(finite, 0.0).mul(0.0).sum(-1, true);
   }
 
   const at::Tensor& rows() const { return rows_; }
 
   // What was made of the rows, [..., any width].
   at::Tensor mark(const at::Tensor& made) const {
-    if (!bad_.defined()) return made;
-    const at::Tensor poison = at::zeros_symint(bad_.sym_sizes(), made.options());
-    return made + poison.masked_fill(bad_, std::numeric_limits<double>::quiet_NaN());
+    return poison_.defined() ? made + poison_ : made;
   }
 
  private:
   at::Tensor rows_;
-  at::Tensor bad_;  // [..., 1]; undefined where no gradient is wanted
+  at::Tensor poison_;  // [..., 1]: NaN or zero; undefined where no gradient is wanted
 };
 
 // x [B, Hkv, G, k, D], weight [Hkv, k, D, E]: one matrix product per kv head, over the groups of

@@ -430,7 +430,7 @@ class CompressiveAttention(nn.Module):
         if lengths is not None and records:  # padding has no influence on gradients, be it NaN
             x = x.masked_fill(~mask_of(lengths, x.shape[1]).unsqueeze(-1), 0.0)
         call = _Call(lengths, reset_at, memory, update, return_usage)
-        q = self._heads(*apart(x, self.q_proj), self.num_heads)
+        q = self._heads(apart(x, self.q_proj)[0], self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
         if hidden:
             k, v = as_stored(x)
@@ -651,7 +651,7 @@ class CompressiveAttention(nn.Module):
             if not chooses:  # which has written, too
                 made = self._slots_of(constants, block)
                 torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *made, *settings)
-        if torch.is_grad_enabled() or call.memory is None:
+        if torch.is_grad_enabled() or call.memory is None or memory is None:
             return out, mass, memory
         for name, held in call.memory.items():  # forward mode without grad: in place
             held.copy_(memory[name])

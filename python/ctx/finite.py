@@ -1,9 +1,10 @@
 """Rows that are not finite, kept out of the products that gradients of other rows are sums of.
 
 The gradient of a weight is a sum over rows, gradient times input. Zero times NaN is NaN: a row that
-nobody's loss depends on would still make the whole sum NaN, be it padding, a later token, or a
-token of another document. So such a row is zero as an operand, and its result is NaN nevertheless.
-Where a loss does depend on it, the gradient of its result is NaN, and so is every sum.
+no loss depends on would still make the whole sum NaN, be it padding, a later token, or a token of
+another document. So such a row is zero as an operand, and its result is NaN nevertheless. Where a
+loss does depend on it, the gradient of its result is NaN (that of any loss but a linear one), which
+passes through: to the weights, and to the row.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def apart(x: Tensor, *modules: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]
     if not torch.is_grad_enabled() or _surely_finite(x):
         return tuple(module(x) for module in modules)
     bad = _bad(x, (-1,))
-    clean = x.masked_fill(bad, 0.0)
-    return tuple(_marked(module(clean), bad) for module in modules)
+    clean, poison = x.masked_fill(bad, 0.0), _poison(x, bad, (-1,))
+    return tuple(_plus(module(clean), poison) for module in modules)
 
 
 def groups_apart(compressor: nn.Module, keys: Tensor, values: Tensor) -> object:
@@ -35,14 +36,13 @@ def groups_apart(compressor: nn.Module, keys: Tensor, values: Tensor) -> object:
     """
     if not torch.is_grad_enabled() or (_surely_finite(keys) and _surely_finite(values)):
         return compressor(keys, values)
-    bad = _bad(keys, (-2, -1)) | _bad(values, (-2, -1))
-    made: object = compressor(keys.masked_fill(bad, 0.0), values.masked_fill(bad, 0.0))
-    if not (
-        isinstance(made, (tuple, list))
-        and all(isinstance(x, Tensor) and x.dim() == 4 for x in made)
-    ):
+    groups, dims = (keys, values), (-2, -1)
+    bad = _bad(keys, dims) | _bad(values, dims)
+    made: object = compressor(*(x.masked_fill(bad, 0.0) for x in groups))
+    if not (isinstance(made, (tuple, list)) and all(isinstance(x, Tensor) for x in made)):
         return made
-    return tuple(_marked(slot, bad[..., 0]) for slot in made)
+    poison = _poison(keys, bad, dims) + _poison(values, bad, dims)
+    return tuple(_plus(slot, poison) if slot.dim() == 4 else slot for slot in made)
 
 
 def _bad(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -53,8 +53,14 @@ def _bad(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return ~finite
 
 
-def _marked(made: Tensor, bad: Tensor) -> Tensor:
-    return made + torch.zeros_like(bad, dtype=made.dtype).masked_fill(bad, math.nan)
+def _poison(x: Tensor, bad: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """NaN for rows that are `bad`, else zero, without `dims` but the last. Its gradient reaches the
+    row where it is NaN, and is zero otherwise."""
+    return (x.masked_fill(~bad, 0.0) * 0.0).sum(dims, keepdim=True).flatten(-len(dims))
+
+
+def _plus(made: Tensor, poison: Tensor) -> Tensor:
+    return made + poison.to(made.dtype)
 
 
 def _surely_finite(x: Tensor) -> bool:

@@ -102,11 +102,10 @@ def evictions(
         return Evictions(_take(q, place), asked, *none, due)
     index = group - begun[:, None, None]
     # What is not there is zero, so that whatever stands in its place reaches no gradient.
-    taken = [
-        _take(x, index).masked_fill(~due[:, None, :, :, None, None], 0.0) for x in (keys, values)
-    ]
+    absent = ~due[:, None, :, :, None, None]
+    held, made = (_take(x, index).masked_fill(absent, 0.0) for x in (keys, values))
     queries = _take(q, place).masked_fill(~asked[:, None, :, :, None], 0.0)
-    return Evictions(queries, asked, *taken, due)
+    return Evictions(queries, asked, held, made, due)
 
 
 def _average(error: Tensor, weight: Tensor, boundaries: Tensor) -> Tensor:
