@@ -231,7 +231,7 @@ def test_a_loss_that_depends_on_a_bad_token_says_so():
         assert attention.get_submodule(name).weight.grad.isnan().any(), name
 
 
-@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("position", ["rotary", "relative", "alibi"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_gradients_do_not_depend_on_threads(compressor, position, threads):

@@ -1,5 +1,6 @@
 // compressive_attention: the numbers of streaming, and gradients against differences.
 #include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "check.h"
 #include "ctx/attention.h"
@@ -79,6 +80,31 @@ void test_gradients() {
       const double difference = (loss(up) - loss(down)).item<double>() / (2 * small);
       EXPECT(slope != 0.0 && std::abs(slope - difference) < 1e-6 * std::max(1.0, std::abs(slope)));
     }
+  }
+}
+
+// The gradient of a gradient's square, by the graph and by a difference.
+void test_second_derivatives() {
+  for (const char* position : {"rotary", "relative", "alibi"}) {
+    const MemoryOptions made = ctx::test::options_at(position, at::kDouble);
+    KVMemory memory(made);
+    step(memory, Tokens(0, 21, at::kDouble));
+    const Tokens x(21, 9, at::kDouble);
+    const auto penalty = [&](const Tensor& k) {
+      const Tensor out = ctx::compressive_attention(
+          x.q, k, x.v, tensors(memory), made.compressor, made.compressed_bias, made.attention);
+      return torch::autograd::grad({out.sin().sum()}, {k}, {}, true, true)[0].square().sum();
+    };
+    const Tensor k = x.k.clone().requires_grad_();
+    const Tensor way = ctx::test::numbers(k.sizes(), 6);
+    const Tensor gradient = torch::autograd::grad({penalty(k)}, {k})[0];
+    const double slope = (gradient * way).sum().item<double>();
+    constexpr double small = 1e-5;
+    const auto at = [&](double step) {
+      return penalty((x.k + step * way).detach().requires_grad_()).item<double>();
+    };
+    const double difference = (at(small) - at(-small)) / (2 * small);
+    EXPECT(slope != 0.0 && std::abs(slope - difference) < 1e-6 * std::max(1.0, std::abs(slope)));
   }
 }
 
@@ -186,6 +212,7 @@ void test_bad_input() {
 int main() {
   test_like_streaming();
   test_gradients();
+  test_second_derivatives();
   test_backward_after_the_memory_went_on();
   test_overlap();
   test_positions();

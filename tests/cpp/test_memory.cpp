@@ -181,6 +181,36 @@ void test_positions() {
                 KVMemory(options()).set_relative({}));
 }
 
+// A bias that takes the place of another, and one that is written to.
+void test_compressed_bias() {
+  const auto after = [](const auto& change) {
+    ctx::MemoryOptions made = options();
+    made.compressed_bias = at::zeros({ctx::test::kHeads});
+    KVMemory memory(made);
+    change(memory, *made.compressed_bias);
+    return step(memory, Tokens(0, 40));
+  };
+  const Tensor closed = at::full({ctx::test::kHeads}, -3.0);
+  const Tensor replaced =
+      after([&](KVMemory& memory, Tensor&) { memory.set_compressed_bias(closed); });
+  EXPECT(same(replaced, after([&](KVMemory&, Tensor& bias) { bias.fill_(-3.0); })));
+  EXPECT(!close(replaced, after([](KVMemory&, Tensor&) {})));
+  KVMemory memory(options());
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.KVMemory: compressed_bias must be",
+                memory.set_compressed_bias(at::zeros({3})));
+}
+
+// Tokens that lie in the memory's own rings are read as they were before the call.
+void test_own_rings() {
+  KVMemory memory(options("mean")), other(options("mean"));
+  step(memory, Tokens(0, 20)), step(other, Tokens(0, 20));
+  const Tokens x(20, 5);
+  const Tensor k = memory.tensors()[0].narrow(2, 2, 5), v = memory.tensors()[1].narrow(2, 2, 5);
+  const Tensor expected = other.step(x.q, k.clone(), v.clone());
+  EXPECT(same(memory.step(x.q, k, v), expected) && same(memory, other));
+}
+
 void test_bad_options() {
   const auto make = [](const auto& change) {
     ctx::MemoryOptions changed = options();
@@ -296,6 +326,8 @@ int main() {
   test_rewind();
   test_select_merge_clone();
   test_positions();
+  test_compressed_bias();
+  test_own_rings();
   test_bad_options();
   test_bad_calls();
   return ctx::test::status();
