@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ctx import _check
+from ctx import _check, identity
 from ctx.compression import (
     COMPRESSORS,
     Compressor,
@@ -27,11 +29,21 @@ from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import Relative
 from ctx.schedule import Schedule
-from ctx.state import STATE, Memory, StateShape, slot_dtypes
+from ctx.state import STATE, Memory, StateShape, check_names, ordinary, slot_dtypes
 
 __all__ = ["CompressiveAttention", "Memory"]
 
 _WHERE = "ctx.CompressiveAttention"
+#: Attributes that a memory's identity is made of, besides the compressor.
+_IDENTIFYING = (
+    "_schedule",
+    "distance",
+    "memory_content",
+    "position",
+    "rotary_base",
+    "rotary_dim",
+    "rotary_interleaved",
+)
 
 
 class _Call(NamedTuple):
@@ -140,18 +152,21 @@ class CompressiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (
-            ("embed_dim", embed_dim),
-            ("num_heads", num_heads),
-            ("num_kv_heads", kv_heads),
-            ("headroom", headroom),
-        ):
-            if _check.integer(size, name, _WHERE) < 1:
+        sizes = {
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "num_kv_heads": kv_heads,
+            "headroom": headroom,
+        }
+        for name, size in sizes.items():
+            sizes[name] = _check.integer(size, name, _WHERE)
+            if sizes[name] < 1:
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
+        embed_dim, num_heads, kv_heads, headroom = sizes.values()
         if rotary_dim is not None:
-            _check.integer(rotary_dim, "rotary_dim", _WHERE)
+            rotary_dim = _check.integer(rotary_dim, "rotary_dim", _WHERE)
         if relative_dim is not None:
-            _check.integer(relative_dim, "relative_dim", _WHERE)
+            relative_dim = _check.integer(relative_dim, "relative_dim", _WHERE)
         dropout = _check.number(dropout, "dropout", _WHERE)
         rotary_base = _check.number(rotary_base, "rotary_base", _WHERE)
         _check.flag(bias, "bias", _WHERE)
@@ -195,7 +210,10 @@ class CompressiveAttention(nn.Module):
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         called = compression if isinstance(compression, str) else "a module"
-        check_kernel(called, schedule.ratio, compression_kernel, _WHERE, "compression_kernel")
+        ratio = schedule.ratio
+        compression_kernel = check_kernel(
+            called, ratio, compression_kernel, _WHERE, "compression_kernel"
+        )
         self._schedule = schedule
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
             embed_dim,
@@ -240,6 +258,7 @@ class CompressiveAttention(nn.Module):
         if position == "relative":
             self.relative = Relative(num_heads, head_dim, sinusoids, **made)
         self._reset_compression()
+        self._identity = self._described()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
@@ -252,9 +271,11 @@ class CompressiveAttention(nn.Module):
         self._reset_compression()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As a module does; a compressor is made one, and what follows from it is made anew."""
+        """As a module does; a compressor is made one, and what follows from settings follows."""
         if name != "compressor":
             super().__setattr__(name, value)
+            if name in _IDENTIFYING and "_identity" in self.__dict__:
+                self._identity = self._described()
             return
         if not isinstance(value, nn.Module):
             raise TypeError(f"{_WHERE}: compressor must be a module, got {value!r}")
@@ -268,6 +289,17 @@ class CompressiveAttention(nn.Module):
                 )
         super().__setattr__(name, compressor)
         self.schedule = self._schedule  # the window's ring depends on what a compressor reads
+
+    def _described(self) -> str:
+        """The name of the entry that says what this layer's memories are made for."""
+        return identity.describe(
+            self.schedule,
+            self.compressor,
+            content=self.memory_content,
+            position=self.position,
+            distance=self.distance,
+            rotary=self._rotary(),
+        )
 
     def _reset_compression(self) -> None:
         if self._learns_bias:
@@ -350,7 +382,8 @@ class CompressiveAttention(nn.Module):
             ``sink_values``, of the parameters' dtype and device unless given, and ``seen`` int64
             [B]. With ``memory_content="hidden"`` the inputs stand where keys do, [B, 1, capacity,
             E], and values have width 0. It can be saved, copied and flattened like any dict of
-            tensors.
+            tensors. One more entry, uint8 [B, 0], says in its name what the memory was made for
+            (:mod:`ctx.identity`); a layer with other settings refuses it.
 
         Args:
             batch_size: rows B.
@@ -362,7 +395,8 @@ class CompressiveAttention(nn.Module):
             ValueError, TypeError: ``batch_size`` is below 1, or a dtype is none that can be.
         """
         where = f"{_WHERE}.init_memory"
-        if _check.integer(batch_size, "batch_size", where) < 1:
+        batch_size = _check.integer(batch_size, "batch_size", where)
+        if batch_size < 1:
             raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
         if dtype is not None and not _check.dtype(dtype, where).is_floating_point:
             raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
@@ -377,7 +411,18 @@ class CompressiveAttention(nn.Module):
                 raise TypeError(
                     f"{where}: compressed_dtype must be one of {names}, got {compressed_dtype}"
                 )
-        return self._state.zeros(batch_size, dtype, device, compressed_dtype)
+        return self._empty(batch_size, dtype, device, compressed_dtype)
+
+    def _empty(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        slots: torch.dtype | None = None,
+    ) -> Memory:
+        memory = self._state.zeros(rows, dtype, device, slots)
+        with ordinary():
+            return memory | identity.entry(self._identity, rows, device)
 
     def forward(
         self,
@@ -422,6 +467,8 @@ class CompressiveAttention(nn.Module):
         """
         _check.flag(update, "update", _WHERE)
         self.check(x, memory, lengths, mask, reset_at, _WHERE)
+        if update and memory is not None:
+            _refuse_recomputation(x)
         if mask is not None:
             x, lengths = to_right_padded(x, mask)
             if reset_at is not None:
@@ -455,6 +502,8 @@ class CompressiveAttention(nn.Module):
             out, usage, memory = self._differentiable(q, k, v, call)
         (y,) = apart(out.to(dtype).transpose(1, 2).flatten(2), self.out_proj)
         y = nn.functional.dropout(y, self.dropout, self.training)
+        if x.shape[1] == 0 and torch.is_grad_enabled():
+            y = y + self._nothing(y)
         if mask is not None:
             y = from_right_padded(y, mask)
             if return_usage:
@@ -472,13 +521,19 @@ class CompressiveAttention(nn.Module):
         reset_at: Tensor | None,
         where: str,
     ) -> None:
-        """Raises what :meth:`forward` would, `where` in front; a no-op in a compiled graph."""
+        """Raises what :meth:`forward` would, `where` in front; in a compiled graph only where the
+        memory is another's.
+        """
+        if isinstance(memory, dict):  # names are constants of a graph
+            identity.check(memory, self._identity, where)
         if torch.compiler.is_compiling():
             return
         _check.tensors(where, x=x)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             got = list(x.shape)
             raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {got}")
+        if x.shape[0] < 1:
+            raise ValueError(f"{where}: x must have at least one row, B >= 1, got {list(x.shape)}")
         if x.layout != torch.strided:
             raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
         _, device = _check.numbers_of(self.k_proj, self)
@@ -496,17 +551,13 @@ class CompressiveAttention(nn.Module):
         if memory is None:
             return
         self.check_memory(memory, x.shape[0], x.device, where, "x")
-        if not torch.is_grad_enabled() and x.requires_grad:
-            # Reentrant checkpointing does this, and would stream into the memory twice.
-            raise ValueError(
-                f"{where}: x must not require grad while grad is off and a memory is streamed "
-                "into, got one that does: detach it, or checkpoint with use_reentrant=False"
-            )
 
     def check_memory(
         self, memory: Memory, rows: int, device: torch.device, where: str, of: str
     ) -> None:
         """Raises unless `memory` is one of this layer, with the rows and device of input `of`."""
+        check_names(memory, where)
+        identity.check(memory, self._identity, where)
         self._state.check(memory, rows, device, where, of)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
@@ -570,8 +621,15 @@ class CompressiveAttention(nn.Module):
     def _filled(self, memory: Memory | None, stored: Tensor, *, copied: bool) -> Memory:
         """The memory that a call is going to fill: the one given or its copy, or an empty one."""
         if memory is None:
-            return self._state.zeros(stored.shape[0], stored.dtype, stored.device)
+            return self._empty(stored.shape[0], stored.dtype, stored.device)
         return {name: x.clone() for name, x in memory.items()} if copied else memory
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        """Zero, as a sum over no number of every parameter: gives each a gradient of zeros where a
+        call has no token, as data-parallel training expects of every call.
+        """
+        none = [p.flatten()[:0].to(like.dtype).sum() for p in self.parameters() if p.requires_grad]
+        return sum(none, start=like.new_zeros(()))
 
     def _streams(self, call: _Call) -> bool:
         """Whether a memory of pairs is streamed into, or else read where it lies.
@@ -702,6 +760,29 @@ class CompressiveAttention(nn.Module):
             f"{self.schedule}, "
             f"position={self.position!r}, distance={self.distance!r}"
         )
+
+
+def _refuse_recomputation(x: Tensor) -> None:
+    """Raises where reentrant checkpointing runs a call that streams into a memory.
+
+    It runs the call without grad in the forward of an autograd function and again in the backward,
+    so that the memory would be streamed into twice. An input that carries a graph while grad is off
+    is looked at; elsewhere it is accepted as torch's modules accept it.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.requires_grad:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.BackwardCFunction):
+                raise ValueError(
+                    f"{_WHERE}: memory must be None or update=False in the forward of an autograd "
+                    f"function, which is recomputed and would stream twice, got a memory in "
+                    f"{type(first).__name__}: checkpoint with use_reentrant=False"
+                )
+        frame = frame.f_back
 
 
 def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
