@@ -1,16 +1,16 @@
-"""Drawing the next token: temperature, top-k, top-p, seed."""
+"""Continuing a text: how the next token is drawn (temperature, top-k, top-p, seed)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sampling", "check_count"]
+__all__ = ["Sampling", "check_count", "draw"]
 
 
 def check_count(value: Any, where: str) -> None:
@@ -91,3 +91,52 @@ class Sampling:
             ordered = ordered.masked_fill(before >= self.top_p, 0.0)
             probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
         return probabilities
+
+
+def draw(
+    model: Any,
+    tokens: Tensor,  # [B, T]
+    lengths: Tensor | None,
+    num_tokens: int,
+    memory: Sequence[dict[str, Tensor]],
+    settings: Sampling,
+) -> Iterator[Tensor]:
+    """Streams the tokens, then as many drawn ones but the last, and yields each, int64 [B].
+
+    The model is called as a module, so that hooks run and shards are gathered; without grad, but
+    not in inference mode, whose tensors sharding and the caller's graphs cannot take.
+    """
+    sample = settings.sampler(tokens.device)
+    for _ in range(num_tokens):
+        with torch.no_grad():  # never across a yield: it would leak to the caller
+            drawn = sample(_read(model, tokens, lengths, memory))
+        tokens, lengths = drawn[:, None], None
+        yield drawn.clone()  # the caller may write to it
+
+
+def _read(
+    model: Any, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
+) -> Tensor:
+    """Streams the tokens and returns the logits behind the last of every row, [B, V]."""
+    # A long prompt is read at constant memory, too.
+    block = max(64, *(schedule.segment for schedule in model.schedules))
+    newest: Tensor | None = None
+    for first in range(0, tokens.shape[1], block):
+        chunk = tokens[:, first : first + block]
+        count = None if lengths is None else (lengths - first).clamp(0, chunk.shape[1])
+        logits, after = model(chunk, memory, lengths=count, last_only=True)
+        _take_over(memory, after)
+        if newest is None or count is None:
+            newest = logits
+        else:  # a row that ended in an earlier chunk keeps what it had
+            newest = torch.where((count > 0)[:, None], logits, newest)
+    assert newest is not None
+    return newest
+
+
+def _take_over(memory: Sequence[dict[str, Tensor]], after: Sequence[dict[str, Tensor]]) -> None:
+    """Writes to `memory` what a call left elsewhere: FSDP2's mixed precision casts its inputs."""
+    for held, layer in zip(memory, after, strict=True):
+        for name, tensor in layer.items():
+            if tensor is not held[name]:
+                held[name].copy_(tensor)

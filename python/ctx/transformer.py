@@ -6,19 +6,20 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctx import generation
+from ctx import _check, generation, interrupted
 from ctx.attention import CompressiveAttention
 from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import POSITIONS, Relative
 from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
+from ctx.state import dtype_of
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
 
@@ -266,6 +267,7 @@ class _Block(nn.Module):
         return_usage: bool,
     ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """x and the memory after the tokens, and what was asked for besides, loss first."""
+        memory = None if memory is None else _kept(memory)
         rows = {"lengths": lengths, "reset_at": reset_at}
         y, memory, *asked = self.attention(
             self.attention_norm(x),
@@ -298,7 +300,8 @@ class CompressiveTransformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config)
-        self.head: nn.Linear | None = None
+        # What is in their place later (an adapter, a shard, a quantised layer) is called alike.
+        self.head: nn.Module | None = None
         if not config.tied:
             self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -311,21 +314,22 @@ class CompressiveTransformer(nn.Module):
             layer.reset_parameters()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(
-                    module.weight, std=branch if name.endswith(("out_proj", "down")) else std
-                )
+                inner = {"out_proj", "down"} & set(name.split("."))  # also inside of a wrapper
+                nn.init.normal_(module.weight, std=branch if inner else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Relative):
                 module.reset_parameters(std)
             elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
-        nn.init.normal_(self.embedding.weight, std=std)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
 
     @property
     def layers(self) -> list[CompressiveAttention]:
-        """The attention of every block, first block first."""
-        return [cast(_Block, block).attention for block in self.blocks]
+        """The attention of every block, first block first; also inside of what wraps it."""
+        return [_attention_of(block, i) for i, block in enumerate(self.blocks)]
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
@@ -359,6 +363,7 @@ class CompressiveTransformer(nn.Module):
         reset_at: Tensor | None = None,
         return_aux: bool = False,
         return_usage: bool = False,
+        last_only: bool = False,
     ) -> Any:
         """Continues every row's stream by T tokens.
 
@@ -374,30 +379,71 @@ class CompressiveTransformer(nn.Module):
             return_usage: also return what share of its attention every query gives to sinks,
                 compressed slots and window in every layer, for inspection: [layers, B, H, T, 3],
                 adding up to one, zero at padding, constant.
+            last_only: logits of every row's last token only, [B, vocab_size], zero for a row
+                without tokens; what generation needs of a long prompt.
 
         Returns:
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
             after the last: a new one under grad, the one passed (streamed into in place) without;
-            then the loss with `return_aux`, then the shares with `return_usage`.
+            then the loss with `return_aux`, then the shares with `return_usage`. Where a call
+            without grad is interrupted (an exception in a hook, Ctrl-C), the memory passed is as it
+            was before the call, or refused from then on where the rings no longer hold that.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
         """
-        self._check(tokens, memory, "ctx.CompressiveTransformer.forward", lengths, mask, reset_at)
+        where = "ctx.CompressiveTransformer.forward"
+        _check.flag(last_only, "last_only", where)
+        if memory is not None and isinstance(memory, (list, tuple)):
+            memory = [_kept(layer) for layer in memory]
+        self._check(tokens, memory, where, lengths, mask, reset_at)
+        if return_aux and (self.config.aux_loss is None or reset_at is not None):
+            got = "aux_loss=None" if self.config.aux_loss is None else "reset_at"
+            raise ValueError(
+                f"{where}: return_aux must go with an aux_loss and without reset_at, got {got}"
+            )
         if mask is not None:
             tokens, lengths = to_right_padded(tokens, mask)
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
         if lengths is not None:
             lengths = lengths.clone()  # a layer's own counter would change before the next layer
+        rows, asked_for = (lengths, mask, reset_at), (return_aux, return_usage, last_only)
+        if memory is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._call(tokens, memory, rows, asked_for)
+        before = memory[0]["seen"].clone()
+        try:
+            return self._call(tokens, memory, rows, asked_for)
+        except BaseException:
+            interrupted.take_back(memory, before, tokens.shape[1], lengths, reset_at)
+            raise
+
+    def _call(
+        self,
+        tokens: Tensor,
+        memory: Sequence[dict[str, Tensor]] | None,
+        rows: tuple[Tensor | None, Tensor | None, Tensor | None],
+        asked_for: tuple[bool, bool, bool],
+    ) -> Any:
+        """`forward` of checked arguments, whose padding stands on the right."""
+        lengths, mask, reset_at = rows
+        return_aux, return_usage, last_only = asked_for
         hidden, memory, aux, usage = self._hidden(
             tokens, memory, lengths, reset_at, return_aux, return_usage
         )
-        logits = self._logits(hidden)
+        if last_only:
+            logits = self._logits(_last(hidden, lengths))[:, 0]
+            if not tokens.shape[1]:
+                logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0)
+            elif lengths is not None:
+                logits = logits.masked_fill((lengths < 1).unsqueeze(-1), 0.0)
+        else:
+            logits = self._logits(hidden)
         if mask is not None:
-            logits = from_right_padded(logits, mask)
+            if not last_only:
+                logits = from_right_padded(logits, mask)
             usage = [from_right_padded(u.transpose(1, 2), mask).transpose(1, 2) for u in usage]
-        elif lengths is not None:
+        elif lengths is not None and not last_only:
             padding = mask_of(lengths, tokens.shape[1]).logical_not()
             logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
         asked = [torch.stack(aux).mean()] if return_aux else []
@@ -515,42 +561,7 @@ class CompressiveTransformer(nn.Module):
                 f"{where}: {name} must leave at least one token, got none in row {row}"
             )
         state = self.init_memory(tokens.shape[0]) if memory is None else memory
-        return self._draw(tokens, lengths, num_tokens, state, settings)
-
-    def _draw(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None,
-        num_tokens: int,
-        memory: Sequence[dict[str, Tensor]],
-        settings: generation.Sampling,
-    ) -> Iterator[Tensor]:
-        draw = settings.sampler(tokens.device)
-        for _ in range(num_tokens):
-            with torch.inference_mode():  # never across a yield: it would leak to the caller
-                drawn = draw(self._logits(self._newest(tokens, lengths, memory)))
-            tokens, lengths = drawn[:, None], None
-            yield drawn.clone()  # an ordinary tensor, of use under grad as well
-
-    def _newest(
-        self, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
-    ) -> Tensor:
-        """Streams the tokens and returns what stands behind the last of every row, [B, E]."""
-        # A long prompt is read at constant memory, too.
-        block = max(64, *(schedule.segment for schedule in self.schedules))
-        newest: Tensor | None = None
-        for first in range(0, tokens.shape[1], block):
-            chunk = tokens[:, first : first + block]
-            if lengths is None:
-                newest = self._hidden(chunk, memory)[0][:, -1]
-                continue
-            count = (lengths - first).clamp(0, chunk.shape[1])
-            hidden = self._hidden(chunk, memory, count)[0]
-            last = hidden[torch.arange(len(hidden)), (count - 1).clamp_min(0)]
-            # A row that ended in an earlier chunk keeps what it had.
-            newest = last if newest is None else torch.where((count > 0)[:, None], last, newest)
-        assert newest is not None
-        return newest
+        return generation.draw(self, tokens, lengths, num_tokens, state, settings)
 
     def _hidden(
         self,
@@ -576,8 +587,24 @@ class CompressiveTransformer(nn.Module):
         return x, states, losses, usage
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(hidden), weight)
+        hidden = self.norm(hidden)
+        logits: Tensor = self.head(hidden) if self.head is not None else self._tied(hidden)
+        return logits
+
+    def _tied(self, hidden: Tensor) -> Tensor:
+        """Logits by the embedding's vectors of all tokens, [vocab_size, E].
+
+        They are read where the embedding is torch's own layer over a plain tensor. What stands in
+        its place otherwise (an adapter, a shard, a quantised layer) is asked by calling it, so that
+        what it adds counts and hooks run.
+        """
+        embedding = self.embedding
+        if type(embedding) is nn.Embedding:
+            weight = embedding.weight
+            if not hasattr(type(weight), "__tensor_flatten__"):  # neither DTensor nor quantised
+                return F.linear(hidden, weight)
+        every = torch.arange(self.config.vocab_size, device=hidden.device)
+        return F.linear(hidden, embedding(every))
 
     def _check(
         self,
@@ -593,8 +620,14 @@ class CompressiveTransformer(nn.Module):
             raise TypeError(f"{where}: tokens must be a tensor, got {type(tokens).__name__}")
         if tokens.dtype != torch.int64:
             raise TypeError(f"{where}: tokens must be int64, got {tokens.dtype}")
-        if tokens.dim() != 2 or tokens.shape[0] < 1:
+        if tokens.dim() != 2:
             raise ValueError(f"{where}: tokens must be [B, T], got {list(tokens.shape)}")
+        if tokens.shape[0] < 1:
+            raise ValueError(
+                f"{where}: tokens must have at least one row, got B = 0 in {list(tokens.shape)}"
+            )
+        if isinstance(memory, (list, tuple)):
+            _each_its_own(memory, where)
         if torch.compiler.is_compiling():  # the rest reads values, or is not for a graph
             return
         if tokens.device.type == "cpu" and tokens.numel():
@@ -604,10 +637,10 @@ class CompressiveTransformer(nn.Module):
                 raise IndexError(
                     f"{where}: tokens must be in [0, {self.config.vocab_size}), got {got}"
                 )
-        weight = self.embedding.weight
-        if tokens.device != weight.device and not weight.is_meta:
+        device = _device(self)
+        if device is not None and device.type != "meta" and tokens.device != device:
             raise ValueError(
-                f"{where}: tokens must be on {weight.device} as the parameters, got {tokens.device}"
+                f"{where}: tokens must be on {device} as the parameters, got {tokens.device}"
             )
         rows = (tokens.shape[0], tokens.shape[1], lengths, mask, reset_at)
         check_rows(*rows, where, tokens.device)
@@ -620,15 +653,100 @@ class CompressiveTransformer(nn.Module):
                 f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
                 f"got {found}"
             )
+        interrupted.check(memory, tokens.device, where)
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             name = f"{where}: memory[{i}]"
             layer.check_memory(state, tokens.shape[0], tokens.device, name, "tokens")
+        interrupted.check_in_step(memory, tokens.device, where)
 
 
-def _share(module: Any) -> Any:
-    """A copy of the module tree that holds the very same parameters and buffers."""
-    twin = copy.copy(module)
-    twin._modules = {
-        name: None if child is None else _share(child) for name, child in module._modules.items()
-    }
-    return twin
+def _attention_of(block: nn.Module, index: int) -> CompressiveAttention:
+    """The attention of a block, also where a module wraps either."""
+    for module in block.modules():
+        if isinstance(module, CompressiveAttention):
+            return module
+    raise TypeError(
+        "ctx.CompressiveTransformer: blocks must each have a ctx.CompressiveAttention, "
+        f"got none in blocks[{index}], a {type(block).__name__}"
+    )
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a module computes, as far as its first parameter or buffer tells."""
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return None
+
+
+def _last(hidden: Tensor, lengths: Tensor | None) -> Tensor:
+    """What stands behind the last token of every row, [B, 1, E]; anything where there is none."""
+    if not hidden.shape[1]:
+        return F.pad(hidden, (0, 0, 0, 1))
+    if lengths is None:
+        return hidden[:, -1:]
+    place = (lengths - 1).clamp_min(0).reshape(-1, 1, 1)
+    return hidden.gather(1, place.expand(-1, 1, hidden.shape[2]))
+
+
+def _kept(memory: Any) -> Any:
+    """A layer's memory, with float32 where that must stay though the whole was cast.
+
+    Mixed precision of FSDP2 casts all floating-point inputs of a module.
+    """
+    if not isinstance(memory, dict):
+        return memory
+    usage, keys = memory.get("usage"), memory.get("window_keys")
+    if not isinstance(usage, Tensor) or not isinstance(keys, Tensor):
+        return memory
+    wanted = dtype_of("usage", keys.dtype, keys.dtype)
+    if usage.dtype == wanted or not usage.is_floating_point():
+        return memory
+    return {**memory, "usage": usage.to(wanted)}
+
+
+def _each_its_own(memory: Sequence[Any], where: str) -> None:
+    """Raises where two layers hold one dict, or one tensor: each would be streamed into twice."""
+    for i, layer in enumerate(memory):
+        for j in range(i):
+            if layer is memory[j]:
+                raise ValueError(
+                    f"{where}: memory must have a dict of its own for every layer, "
+                    f"got one for layers {j} and {i}"
+                )
+    if torch.compiler.is_compiling():  # addresses are not there yet
+        return
+    owners: dict[int, tuple[int, str]] = {}
+    for i, layer in enumerate(memory):
+        if not isinstance(layer, dict):
+            continue
+        for name, tensor in layer.items():
+            if not isinstance(tensor, Tensor) or not tensor.numel():
+                continue
+            try:
+                place = tensor.data_ptr()
+            except RuntimeError:  # a tensor without storage, inside of a transform
+                continue
+            if not place:  # on the meta device
+                continue
+            other, other_name = owners.setdefault(place, (i, name))
+            if other != i:
+                raise ValueError(
+                    f"{where}: memory must have tensors of its own for every layer, got "
+                    f"{other_name} of layer {other} as {name} of layer {i}"
+                )
+
+
+def _share(module: Any, made: dict[nn.Module, Any] | None = None) -> Any:
+    """A copy of the module tree that holds the very same parameters and buffers.
+
+    A module that stands in two places of the tree does so in the copy.
+    """
+    made = {} if made is None else made
+    if module not in made:
+        twin = made[module] = copy.copy(module)
+        twin._modules = {
+            name: None if child is None else _share(child, made)
+            for name, child in module._modules.items()
+        }
+    return made[module]
