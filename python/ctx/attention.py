@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,26 @@ from ctx.state import STATE, Memory, StateShape, slot_dtypes
 __all__ = ["CompressiveAttention", "Memory"]
 
 _WHERE = "ctx.CompressiveAttention"
+
+
+class _Call(NamedTuple):
+    """What a call says besides its tokens."""
+
+    lengths: Tensor | None  # int64 [B]
+    reset_at: Tensor | None  # bool [B, T]
+    memory: Memory | None
+    update: bool  # whether the tokens are remembered
+    with_mass: bool
+
+    @property
+    def rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """Lengths and resets, as operators take them."""
+        return self.lengths, self.reset_at
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The memory's tensors, as functional operators take them; none of an empty memory."""
+        return [] if self.memory is None else [self.memory[name] for name in STATE]
 
 
 class CompressiveAttention(nn.Module):
@@ -319,6 +339,7 @@ class CompressiveAttention(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
+        update: bool = True,
         return_aux: bool = False,
         return_usage: bool = False,
     ) -> Any:
@@ -333,6 +354,9 @@ class CompressiveAttention(nn.Module):
             mask: bool [B, T], true at tokens: as ``lengths``, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
                 packed batch), which sees nothing of what its row held before.
+            update: False reads the memory and does not write it: the output is the same, and the
+                memory returned is the one passed in, bit for bit as it was (None stays None). For
+                scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
             return_usage: also return what share of its attention every query gives to sinks,
@@ -341,18 +365,20 @@ class CompressiveAttention(nn.Module):
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
-            under grad, the one passed in otherwise; then the loss with ``return_aux``, then the
-            shares with ``return_usage``.
+            under grad, the one passed in otherwise (always with ``update=False``); then the loss
+            with ``return_aux``, then the shares with ``return_usage``.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
                 then.
         """
+        _check.flag(update, "update", _WHERE)
         self.check(x, memory, lengths, mask, reset_at, _WHERE)
         if mask is not None:
             x, lengths = to_right_padded(x, mask)
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
+        call = _Call(lengths, reset_at, memory, update, return_usage)
         q = self._heads(self.q_proj(x), self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
         if hidden:
@@ -369,17 +395,13 @@ class CompressiveAttention(nn.Module):
                 raise ValueError(
                     f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
                 )
-            aux = self._auxiliary(q, k, v, lengths, memory)
+            aux = self._auxiliary(q, k, v, call)
         if hidden:
-            out, usage, memory = self._projecting(
-                q, k, v, lengths, reset_at, memory, x.dtype, return_usage
-            )
-        elif torch.is_grad_enabled():
-            out, usage, memory = self._differentiable(
-                q, k, v, lengths, reset_at, memory, return_usage
-            )
+            out, usage, memory = self._projecting(q, k, v, call, x.dtype)
+        elif self._streams(call):
+            out, usage, memory = self._streaming(q, k, v, call)
         else:
-            out, usage, memory = self._streaming(q, k, v, lengths, reset_at, memory, return_usage)
+            out, usage, memory = self._differentiable(q, k, v, call)
         y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
         y = nn.functional.dropout(y, self.dropout, self.training)
         if mask is not None:
@@ -478,11 +500,23 @@ class CompressiveAttention(nn.Module):
             return self._state.zeros(stored.shape[0], stored.dtype, stored.device)
         return {name: x.clone() for name, x in memory.items()} if copied else memory
 
-    def _auxiliary(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, memory: Memory | None
-    ) -> Tensor:
-        state = [] if memory is None else [memory[name] for name in STATE]
-        evicted = evictions(q, k, v, lengths, state, self.schedule, self._stored_settings())
+    def _streams(self, call: _Call) -> bool:
+        """Whether a memory of pairs is streamed into, or else read where it lies.
+
+        A call that does not write is read like one under grad, but where the numbers depend on the
+        writing: slots chosen by usage, or rounded to a dtype of their own. These write a copy.
+        """
+        if torch.is_grad_enabled() or call.update:
+            return not torch.is_grad_enabled()
+        rounded = call.memory is not None and (
+            call.memory["compressed_keys"].dtype != call.memory["window_keys"].dtype
+        )
+        return self.compressor.by_usage or rounded
+
+    def _auxiliary(self, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+        evicted = evictions(
+            q, k, v, call.lengths, call.state, self.schedule, self._stored_settings()
+        )
         if self.aux_loss == "autoencoding":
             return auto_encoding(evicted, self.compressor, self.decoder)
         project = None
@@ -491,47 +525,36 @@ class CompressiveAttention(nn.Module):
         return attention_reconstruction(evicted, self.compressor, project=project)
 
     def _streaming(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None,
-        reset_at: Tensor | None,
-        memory: Memory | None,
-        with_mass: bool,
-    ) -> tuple[Tensor, Tensor, Memory]:
-        memory = self._filled(memory, k, copied=False)
+        self, q: Tensor, k: Tensor, v: Tensor, call: _Call
+    ) -> tuple[Tensor, Tensor, Memory | None]:
+        """A call that writes into the rings and then reads them."""
+        memory = self._filled(call.memory, k, copied=not call.update)
         state = [memory[name] for name in STATE]
         made: list[Tensor] = []
         if not self.compressor.native:
             keys, values, block = torch.ops.ctx.due_groups(
-                k, v, lengths, reset_at, state, *self._settings()
+                k, v, *call.rows, state, *self._settings()
             )
             made = [*self.compressor.slots(keys, values), block]
         compressor = (self.compressor.operands(), self.compressor.engine_name, made)
         out, mass = torch.ops.ctx.step_(
-            q, k, v, lengths, reset_at, *state, *compressor, *self._scores(with_mass)
+            q, k, v, *call.rows, *state, *compressor, *self._scores(call.with_mass)
         )
-        return out, mass, memory
+        return out, mass, memory if call.update else call.memory
 
     def _differentiable(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None,
-        reset_at: Tensor | None,
-        memory: Memory | None,
-        with_mass: bool,
-    ) -> tuple[Tensor, Tensor, Memory]:
-        state = [] if memory is None else [memory[name] for name in STATE]
-        settings, rows = self._settings(), (lengths, reset_at)
-        keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *settings)
-        with torch.no_grad():
-            memory = self._filled(memory, k, copied=True)
-            after = [memory[name] for name in STATE]
+        self, q: Tensor, k: Tensor, v: Tensor, call: _Call
+    ) -> tuple[Tensor, Tensor, Memory | None]:
+        """A call that reads the rings where they lie, and then writes into a copy of them."""
+        settings, rows, chooses = self._settings(), call.rows, self.compressor.by_usage
+        keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, call.state, *settings)
+        memory = call.memory
+        if call.update or chooses:
+            with torch.no_grad():
+                memory = self._filled(call.memory, k, copied=True)
+        after = [] if memory is None else [memory[name] for name in STATE]
         positions = None
-        if self.compressor.by_usage:  # what stays is what streaming keeps
+        if chooses:  # what stays is what streaming keeps
             with torch.no_grad():
                 tokens = (q.detach(), k.detach(), v.detach())
                 chosen, positions = torch.ops.ctx.choose_(
@@ -544,9 +567,11 @@ class CompressiveAttention(nn.Module):
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
         out, mass = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, state, *slots, positions, *self._scores(with_mass)
+            q, k, v, *rows, call.state, *slots, positions, *self._scores(call.with_mass)
         )
-        if self.compressor.by_usage:
+        if not call.update:
+            return out, mass, call.memory
+        if chooses:  # has written, too
             return out, mass, memory
         with torch.no_grad():
             compressor = (
@@ -562,35 +587,33 @@ class CompressiveAttention(nn.Module):
         q: Tensor,
         hidden: Tensor,  # [B, 1, T, E], as stored
         none: Tensor,  # [B, 1, T, 0]
-        lengths: Tensor | None,
-        reset_at: Tensor | None,
-        memory: Memory | None,
+        call: _Call,
         dtype: torch.dtype,
-        with_mass: bool,
-    ) -> tuple[Tensor, Tensor, Memory]:
+    ) -> tuple[Tensor, Tensor, Memory | None]:
         """A call over a memory of inputs, under grad and without."""
 
         def project(x: Tensor) -> tuple[Tensor, Tensor]:
             return self._pairs(x.to(dtype))
 
-        state = [] if memory is None else [memory[name] for name in STATE]
-        settings, rows = self._stored_settings(), (lengths, reset_at)
-        groups, empty, block = torch.ops.ctx.due_groups(hidden, none, *rows, state, *settings)
+        settings, rows = self._stored_settings(), call.rows
+        groups, empty, block = torch.ops.ctx.due_groups(hidden, none, *rows, call.state, *settings)
         slots = self.compressor.slots(groups, empty)
         made = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (made[0], made[1])
         pairs: list[Tensor] = []
-        if memory is not None:
-            pairs = pairs_of(memory, self.schedule, self.distance, self._rotary(), project)
+        if call.memory is not None:
+            pairs = pairs_of(call.memory, self.schedule, self.distance, self._rotary(), project)
         # A slot is rounded as the memory will, so that it never matters which call made it.
         slots = project(slots[0].to(hidden.dtype))
         out, mass = torch.ops.ctx.attend_sequence(
-            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(with_mass)
+            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(call.with_mass)
         )
+        if not call.update:
+            return out, mass, call.memory
         copied = torch.is_grad_enabled()
         with torch.no_grad():
-            memory = self._filled(memory, hidden, copied=copied)
+            memory = self._filled(call.memory, hidden, copied=copied)
             state = [memory[name] for name in STATE]
             compressor = ("custom", [*made, block])
             torch.ops.ctx.append_(
