@@ -6,14 +6,14 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctx import _check, generation, interrupted
-from ctx.attention import CompressiveAttention
+from ctx.attention import CompressiveAttention, bias_start
 from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
@@ -79,6 +79,7 @@ class CompressiveTransformerConfig:
     relative_dim: int | None = None
     distance: str = "slot"
     compressed_bias: str = "learned"
+    compressed_bias_init: float | None = None
     compressor_grad: str = "task"
     aux_loss: str | None = None
     rotary_base: float = 10000.0
@@ -105,22 +106,23 @@ class CompressiveTransformerConfig:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{where}: {name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+            whole = _check.integer(value, name, where)
+            if whole < 1:
+                raise ValueError(f"{where}: {name} must be at least 1, got {whole}")
+            object.__setattr__(self, name, whole)  # a plain one: it goes into checkpoints
         for name in ("rotary_interleaved", "tied", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}")
         for name in ("rotary_base", "dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+            object.__setattr__(self, name, _check.number(getattr(self, name), name, where))
         for name, choices in {"compression": tuple(COMPRESSORS), **_CHOICES}.items():
             if getattr(self, name) not in choices:
                 names = ", ".join(map(repr, choices))
                 got = getattr(self, name)
                 raise ValueError(f"{where}: {name} must be one of {names}, got {got!r}")
+        if self.compressed_bias_init is not None:
+            start = bias_start(self.compressed_bias_init, self.compressed_bias, where)
+            object.__setattr__(self, "compressed_bias_init", start)
         if not (math.isfinite(self.rotary_base) and self.rotary_base > 0):
             raise ValueError(
                 f"{where}: rotary_base must be positive and finite, got {self.rotary_base}"
@@ -246,6 +248,16 @@ class _MLP(nn.Module):
         return out
 
 
+class _Call(NamedTuple):
+    """What a call says to every layer besides its tokens; a block's arguments, in their order."""
+
+    lengths: Tensor | None  # int64 [B]
+    reset_at: Tensor | None  # bool [B, T]
+    update: bool
+    return_aux: bool
+    return_usage: bool
+
+
 class _Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -263,9 +275,10 @@ class _Block(nn.Module):
         memory: dict[str, Tensor] | None,
         lengths: Tensor | None,
         reset_at: Tensor | None,
+        update: bool,
         return_aux: bool,
         return_usage: bool,
-    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor] | None, list[Tensor]]:
         """x and the memory after the tokens, and what was asked for besides, loss first."""
         memory = None if memory is None else _kept(memory)
         rows = {"lengths": lengths, "reset_at": reset_at}
@@ -273,6 +286,7 @@ class _Block(nn.Module):
             self.attention_norm(x),
             memory,
             **rows,
+            update=update,
             return_aux=return_aux,
             return_usage=return_usage,
         )
@@ -361,6 +375,7 @@ class CompressiveTransformer(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
+        update: bool = True,
         return_aux: bool = False,
         return_usage: bool = False,
         last_only: bool = False,
@@ -374,6 +389,9 @@ class CompressiveTransformer(nn.Module):
             mask: bool [B, T], true at tokens: as `lengths`, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
                 packed batch), which sees nothing of what its row held before.
+            update: False reads the memory and does not write it: the logits are the same, and the
+                memory returned is the one passed, bit for bit as it was (None stays None). For
+                scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
                 layers; not together with `reset_at`.
             return_usage: also return what share of its attention every query gives to sinks,
@@ -384,17 +402,21 @@ class CompressiveTransformer(nn.Module):
 
         Returns:
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
-            after the last: a new one under grad, the one passed (streamed into in place) without;
-            then the loss with `return_aux`, then the shares with `return_usage`. Where a call
-            without grad is interrupted (an exception in a hook, Ctrl-C), the memory passed is as it
-            was before the call, or refused from then on where the rings no longer hold that.
+            after the last: a new one under grad, the one passed (streamed into in place) without,
+            and with `update=False`; then the loss with `return_aux`, then the shares with
+            `return_usage`. Where a call without grad is interrupted (an exception in a hook,
+            Ctrl-C), the memory passed is as it was before the call, or refused from then on where
+            the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
+            before the call: go on with the one returned then.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
         """
         where = "ctx.CompressiveTransformer.forward"
+        _check.flag(update, "update", where)
         _check.flag(last_only, "last_only", where)
-        if memory is not None and isinstance(memory, (list, tuple)):
+        passed = memory
+        if isinstance(memory, (list, tuple)):
             memory = [_kept(layer) for layer in memory]
         self._check(tokens, memory, where, lengths, mask, reset_at)
         if return_aux and (self.config.aux_loss is None or reset_at is not None):
@@ -408,12 +430,15 @@ class CompressiveTransformer(nn.Module):
                 reset_at, _ = to_right_padded(reset_at, mask)
         if lengths is not None:
             lengths = lengths.clone()  # a layer's own counter would change before the next layer
-        rows, asked_for = (lengths, mask, reset_at), (return_aux, return_usage, last_only)
+        call = _Call(lengths, reset_at, update, return_aux, return_usage)
+        if not update:
+            logits, _, *asked = self._call(tokens, memory, call, mask, last_only)
+            return (logits, passed, *asked)
         if memory is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._call(tokens, memory, rows, asked_for)
+            return self._call(tokens, memory, call, mask, last_only)
         before = memory[0]["seen"].clone()
         try:
-            return self._call(tokens, memory, rows, asked_for)
+            return self._call(tokens, memory, call, mask, last_only)
         except BaseException:
             interrupted.take_back(memory, before, tokens.shape[1], lengths, reset_at)
             raise
@@ -422,15 +447,13 @@ class CompressiveTransformer(nn.Module):
         self,
         tokens: Tensor,
         memory: Sequence[dict[str, Tensor]] | None,
-        rows: tuple[Tensor | None, Tensor | None, Tensor | None],
-        asked_for: tuple[bool, bool, bool],
+        call: _Call,
+        mask: Tensor | None,
+        last_only: bool,
     ) -> Any:
         """`forward` of checked arguments, whose padding stands on the right."""
-        lengths, mask, reset_at = rows
-        return_aux, return_usage, last_only = asked_for
-        hidden, memory, aux, usage = self._hidden(
-            tokens, memory, lengths, reset_at, return_aux, return_usage
-        )
+        lengths = call.lengths
+        hidden, memory, aux, usage = self._hidden(tokens, memory, call)
         if last_only:
             logits = self._logits(_last(hidden, lengths))[:, 0]
             if not tokens.shape[1]:
@@ -446,8 +469,8 @@ class CompressiveTransformer(nn.Module):
         elif lengths is not None and not last_only:
             padding = mask_of(lengths, tokens.shape[1]).logical_not()
             logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
-        asked = [torch.stack(aux).mean()] if return_aux else []
-        asked += [torch.stack(usage)] if return_usage else []
+        asked = [torch.stack(aux).mean()] if call.return_aux else []
+        asked += [torch.stack(usage)] if call.return_usage else []
         return (logits, memory, *asked)
 
     def with_memory(
@@ -546,7 +569,14 @@ class CompressiveTransformer(nn.Module):
         settings: generation.Sampling,
     ) -> Iterator[Tensor]:
         where = settings.where
-        self._check(tokens, memory, where, lengths, mask)
+        if memory is not None and _casts_what_is_given(self, where.rpartition(".")[2]):
+            raise ValueError(
+                f"{where}: memory must not be given to a registered method under mixed precision, "
+                "which would stream into copies of another dtype, got one: call the method "
+                "without registering it, or set cast_forward_inputs=False"
+            )
+        kept = [_kept(layer) for layer in memory] if isinstance(memory, (list, tuple)) else memory
+        self._check(tokens, kept, where, lengths, mask)
         if tokens.shape[1] < 1:
             raise ValueError(
                 f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
@@ -567,10 +597,7 @@ class CompressiveTransformer(nn.Module):
         self,
         tokens: Tensor,
         memory: Sequence[dict[str, Tensor]] | None,
-        lengths: Tensor | None = None,
-        reset_at: Tensor | None = None,
-        return_aux: bool = False,
-        return_usage: bool = False,
+        call: _Call,
     ) -> tuple[Tensor, ModelMemory, list[Tensor], list[Tensor]]:
         """What the last block gives, the memory, and of each layer its loss and its shares."""
         x: Tensor = self.dropout(self.embedding(tokens))
@@ -579,9 +606,9 @@ class CompressiveTransformer(nn.Module):
         usage: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             held = None if memory is None else memory[i]
-            x, state, asked = block(x, held, lengths, reset_at, return_aux, return_usage)
+            x, state, asked = block(x, held, *call)
             states.append(state)
-            if return_usage:
+            if call.return_usage:
                 usage.append(asked.pop())
             losses += asked
         return x, states, losses, usage
@@ -626,7 +653,14 @@ class CompressiveTransformer(nn.Module):
             raise ValueError(
                 f"{where}: tokens must have at least one row, got B = 0 in {list(tokens.shape)}"
             )
-        if isinstance(memory, (list, tuple)):
+        if memory is not None:
+            if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):
+                known = isinstance(memory, (list, tuple))
+                found = str(len(memory)) if known else type(memory).__name__
+                raise ValueError(
+                    f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
+                    f"got {found}"
+                )
             _each_its_own(memory, where)
         if torch.compiler.is_compiling():  # the rest reads values, or is not for a graph
             return
@@ -646,13 +680,6 @@ class CompressiveTransformer(nn.Module):
         check_rows(*rows, where, tokens.device)
         if memory is None:
             return
-        if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):
-            known = isinstance(memory, (list, tuple))
-            found = str(len(memory)) if known else type(memory).__name__
-            raise ValueError(
-                f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
-                f"got {found}"
-            )
         interrupted.check(memory, tokens.device, where)
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             name = f"{where}: memory[{i}]"
@@ -677,6 +704,15 @@ def _device(module: nn.Module) -> torch.device | None:
         for tensor in tensors:
             return tensor.device
     return None
+
+
+def _casts_what_is_given(model: Any, method: str) -> bool:
+    """Whether `register_fsdp_forward_method` stands around a method, and casts its arguments."""
+    if method not in vars(model) or not hasattr(model, "_get_fsdp_state"):
+        return False
+    policy = getattr(model._get_fsdp_state(), "_mp_policy", None)
+    casts = getattr(policy, "cast_forward_inputs", False)
+    return bool(casts) and getattr(policy, "param_dtype", None) is not None
 
 
 def _last(hidden: Tensor, lengths: Tensor | None) -> Tensor:
