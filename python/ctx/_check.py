@@ -12,9 +12,9 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["device", "dtype", "flag", "integer", "number", "path", "tensors"]
+__all__ = ["device", "dtype", "flag", "integer", "number", "numbers_of", "path", "tensors"]
 
 INT64 = range(-(2**63), 2**63)
 
@@ -91,6 +91,21 @@ def path(value: Any, where: str) -> bytes:
         raise TypeError(
             f"{where}: path must be a str, bytes or os.PathLike, got {type(value).__name__}"
         ) from None
+
+
+def numbers_of(*modules: nn.Module) -> tuple[torch.dtype | None, torch.device | None]:
+    """The dtype and device of the first floating-point parameter or buffer of the first of these
+    modules that has one; None, None: none has.
+
+    Nothing is asked of a module but to be one: a quantised layer has no parameters, an adapter has
+    those of the layer that it wraps.
+    """
+    for module in modules:
+        for found in (module.parameters(), module.buffers()):
+            for tensor in found:
+                if tensor.is_floating_point():
+                    return tensor.dtype, tensor.device
+    return None, None
 
 
 def tensors(where: str, optional: tuple[str, ...] = (), **values: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ctx import _check
-from ctx.compression import COMPRESSORS, MostUsed, as_compressor, check_kernel, make_compressor
+from ctx.compression import (
+    COMPRESSORS,
+    Compressor,
+    MostUsed,
+    as_compressor,
+    check_kernel,
+    make_compressor,
+)
+from ctx.constants import log_ratio, slopes_of
 from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
-from ctx.positions import Relative, alibi_slopes
+from ctx.positions import Relative
 from ctx.schedule import Schedule
 from ctx.state import STATE, Memory, StateShape, slot_dtypes
 
@@ -192,6 +201,7 @@ class CompressiveAttention(nn.Module):
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         called = compression if isinstance(compression, str) else "a module"
         check_kernel(called, schedule.ratio, compression_kernel, _WHERE, "compression_kernel")
+        self._schedule = schedule
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
             embed_dim,
             num_heads,
@@ -206,7 +216,7 @@ class CompressiveAttention(nn.Module):
         )
         self.dropout, self.headroom = dropout, headroom
         self.compressed_bias_init = compressed_bias_init
-        self.memory_content = memory_content
+        self.memory_content, self.aux_loss = memory_content, aux_loss
         #: What is remembered of a token: heads, key width, value width.
         self._stored = (
             (1, embed_dim, 0) if memory_content == "hidden" else (kv_heads, head_dim, head_dim)
@@ -225,58 +235,94 @@ class CompressiveAttention(nn.Module):
             raise TypeError(
                 f"{_WHERE}: compression must be a name or a module, got {compression!r}"
             )
-        self.compressor = as_compressor(compression, self._stored[0], ratio, *self._stored[1:])
-        self.schedule = schedule
-        for name, value, other in (
-            ("aux_loss", aux_loss, None),
-            ("memory_content", memory_content, "kv"),
-        ):
-            if self.compressor.by_usage and value != other:
-                raise ValueError(
-                    f"{_WHERE}: {name} must be {other!r} for compression 'most_used', got {value!r}"
-                )
-        self.aux_loss = aux_loss
+        self.compressor: Compressor = compression  # type: ignore[assignment]  # __setattr__ sees to it
         if aux_loss == "autoencoding":
             self.decoder = Decoder(self._stored[0], ratio, *self._stored[1:], **made)
-        start = torch.empty(num_heads, **made)
-        if compressed_bias == "learned":
-            self.compressed_bias: Tensor | None = nn.Parameter(start)
-        else:
-            start_or_none = start if compressed_bias == "log_ratio" else None
-            self.register_buffer("compressed_bias", start_or_none, persistent=False)
+        self._learns_bias = compressed_bias == "learned"
+        self._counts_tokens = compressed_bias == "log_ratio"
+        if self._learns_bias:
+            self.register_parameter("compressed_bias", nn.Parameter(torch.empty(num_heads, **made)))
         self.relative: Relative | None = None
         if position == "relative":
             self.relative = Relative(num_heads, head_dim, sinusoids, **made)
-        self.alibi_slopes: Tensor | None
-        slopes = torch.empty(num_heads, **made) if position == "alibi" else None
-        self.register_buffer("alibi_slopes", slopes, persistent=False)
         self._reset_compression()
-        self._reset_positions()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            projection.reset_parameters()
-        self.compressor.reset_parameters()
-        if self.aux_loss == "autoencoding":
-            self.decoder.reset_parameters()
+        for child in self.children():
+            whole = isinstance(child, Compressor)  # which sees to what it owns
+            for module in [child] if whole else reversed([*child.modules()]):
+                begin = getattr(module, "reset_parameters", None)
+                if callable(begin):
+                    begin()
         self._reset_compression()
-        self._reset_positions()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module does; a compressor is made one, and what follows from it is made anew."""
+        if name != "compressor":
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, nn.Module):
+            raise TypeError(f"{_WHERE}: compressor must be a module, got {value!r}")
+        compressor = as_compressor(value, self._stored[0], self.schedule.ratio, *self._stored[1:])
+        for setting, other in (("aux_loss", None), ("memory_content", "kv")):
+            got = getattr(self, setting)
+            if compressor.by_usage and got != other:
+                raise ValueError(
+                    f"{_WHERE}: {setting} must be {other!r} for compression 'most_used', "
+                    f"got {got!r}"
+                )
+        super().__setattr__(name, compressor)
+        self.schedule = self._schedule  # the window's ring depends on what a compressor reads
 
     def _reset_compression(self) -> None:
-        if self.compressed_bias is not None:
+        if self._learns_bias:
             with torch.no_grad():
-                start = self.compressed_bias_init
-                self.compressed_bias.fill_(
-                    math.log(self.schedule.ratio) if start is None else start
-                )
+                ratio, start = self.schedule.ratio, self.compressed_bias_init
+                first = math.log(ratio) if start is None else start
+                self.get_parameter("compressed_bias").fill_(first)
 
-    def _reset_positions(self) -> None:
-        if self.relative is not None:
-            self.relative.reset_parameters()
-        if self.alibi_slopes is not None:
-            with torch.no_grad():
-                self.alibi_slopes.copy_(alibi_slopes(self.num_heads))
+    @property
+    def compressed_bias(self) -> Tensor | None:
+        """What is added to the scores of compressed slots, [H]: a parameter where it is learned,
+        the constant log ratio in the module's dtype, or None.
+
+        A constant is made of the settings when it is asked for, and is no part of the state.
+        """
+        if self._learns_bias:
+            try:
+                return self._parameters["compressed_bias"]
+            except KeyError:
+                raise AttributeError("compressed_bias") from None
+        return self._bias_on(self._place()[1])
+
+    @property
+    def alibi_slopes(self) -> Tensor | None:
+        """Slopes of ``position="alibi"``, [H] in the module's dtype, else None; a constant that is
+        made of the settings when it is asked for.
+        """
+        return self._slopes_on(self._place()[1])
+
+    def _bias_on(self, device: torch.device) -> Tensor | None:
+        if self._learns_bias:
+            return self.compressed_bias
+        if not self._counts_tokens:
+            return None
+        return log_ratio(self.schedule.ratio, self.num_heads, self._place()[0], device)
+
+    def _slopes_on(self, device: torch.device) -> Tensor | None:
+        if self.position != "alibi":
+            return None
+        return slopes_of(self.num_heads, self._place()[0], device)
+
+    def _place(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and device of the module's numbers: of keys, else of whatever it has, else
+        torch's own. Where parameters are brought in for each call, the device that they go to.
+        """
+        dtype, device = _check.numbers_of(self.k_proj, self)
+        if device is None or device.type == "meta":
+            device = _execution_device(self.k_proj, self) or device
+        return dtype or torch.get_default_dtype(), device or torch.get_default_device()
 
     @property
     def schedule(self) -> Schedule:
@@ -330,8 +376,8 @@ class CompressiveAttention(nn.Module):
             raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
         if device is not None:
             device = _check.device(device, where)
-        weight = self.k_proj.weight
-        dtype, device = dtype or weight.dtype, device or weight.device
+        own = self._place()
+        dtype, device = dtype or own[0], device or own[1]
         if compressed_dtype is not None:
             allowed = slot_dtypes(dtype)
             if _check.dtype(compressed_dtype, where, "compressed_dtype") not in allowed:
@@ -440,16 +486,16 @@ class CompressiveAttention(nn.Module):
             raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {got}")
         if x.layout != torch.strided:
             raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
-        weight = self.k_proj.weight
-        if x.device != weight.device and not weight.is_meta:  # meta: brought in when it is called
-            raise ValueError(
-                f"{where}: x must be on {weight.device} as the parameters, got {x.device}"
-            )
-        # Where numbers are cast on the way, or parameters quantized, the projections know better.
+        _, device = _check.numbers_of(self.k_proj, self)
+        # meta: the parameters are brought in when the module is called
+        if device is not None and x.device != device and device.type != "meta":
+            raise ValueError(f"{where}: x must be on {device} as the parameters, got {x.device}")
+        # Where numbers are cast on the way, or a projection is another than torch's (an adapter, a
+        # quantised layer), it knows better what it takes.
         cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        exact = weight.is_floating_point() and not cast
-        if not x.is_floating_point() or (exact and x.dtype != weight.dtype):
-            kind = weight.dtype if exact else "floating point"
+        exact = None if cast else _linear_dtype(self.q_proj, self.k_proj, self.v_proj)
+        if not x.is_floating_point() or (exact is not None and x.dtype != exact):
+            kind = exact or "floating point"
             raise TypeError(f"{where}: x must be {kind} as the parameters, got {x.dtype}")
         check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
         if memory is None:
@@ -498,11 +544,33 @@ class CompressiveAttention(nn.Module):
         width = width if self.memory_content == "kv" else 0
         return (numbers, distance, width, base, interleaved)
 
-    def _scores(self, with_mass: bool = False) -> tuple[Any, ...]:
-        """What operators that attend take last: operands of the scores, settings, scale, mass."""
-        relative = [] if self.relative is None else self.relative.operands()
-        operands = (self.compressed_bias, self.alibi_slopes, relative)
+    def _scores(
+        self, with_mass: bool = False, device: torch.device | None = None
+    ) -> tuple[Any, ...]:
+        """What operators that attend take last: operands of the scores, settings, scale, mass.
+
+        Args:
+            with_mass: the last of them.
+            device: of the constants among them; default the parameters'.
+        """
+        device = device or self._place()[1]
+        relative = [] if self.relative is None else [*self.relative()]
+        operands = (self._bias_on(device), self._slopes_on(device), relative)
         return (*operands, *self._settings(), self.head_dim**-0.5, with_mass)
+
+    def _slots_of(
+        self, slots: Sequence[Tensor], block: Tensor | None
+    ) -> tuple[list[Tensor], str, list[Tensor]]:
+        """What operators that write take of the compressor: parameters, name, slots made.
+
+        The engine makes the slots itself where it can, and is given `slots` and their `block` (what
+        the compressor's call made) where it cannot.
+        """
+        compressor = self.compressor
+        if compressor.in_engine:
+            return [x.detach() for x in compressor.operands()], compressor.engine_name, []
+        assert block is not None
+        return [], "custom", [*slots, block]
 
     def _filled(self, memory: Memory | None, stored: Tensor, *, copied: bool) -> Memory:
         """The memory that a call is going to fill: the one given or its copy, or an empty one."""
@@ -540,15 +608,16 @@ class CompressiveAttention(nn.Module):
         """A call that writes into the rings and then reads them."""
         memory = self._filled(call.memory, k, copied=not call.update)
         state = [memory[name] for name in STATE]
-        made: list[Tensor] = []
-        if not self.compressor.native:
+        slots: Sequence[Tensor] = ()
+        block = None
+        if not self.compressor.in_engine:
             keys, values, block = torch.ops.ctx.due_groups(
                 k, v, *call.rows, state, *self._settings()
             )
-            made = [*self.compressor.slots(keys, values), block]
-        compressor = (self.compressor.operands(), self.compressor.engine_name, made)
+            slots = self.compressor.slots(keys, values)
+        scores = self._scores(call.with_mass, q.device)
         out, mass = torch.ops.ctx.step_(
-            q, k, v, *call.rows, *state, *compressor, *self._scores(call.with_mass)
+            q, k, v, *call.rows, *state, *self._slots_of(slots, block), *scores
         )
         return out, mass, memory if call.update else call.memory
 
@@ -563,12 +632,12 @@ class CompressiveAttention(nn.Module):
             with torch.no_grad():
                 memory = self._filled(call.memory, k, copied=True)
         after = [] if memory is None else [memory[name] for name in STATE]
-        positions = None
+        scores, positions = self._scores(call.with_mass, q.device), None
         if chooses:  # what stays is what streaming keeps
             with torch.no_grad():
                 tokens = (q.detach(), k.detach(), v.detach())
                 chosen, positions = torch.ops.ctx.choose_(
-                    *tokens, *rows, *after, *self._scores()[:-1], block, keys.shape[2]
+                    *tokens, *rows, *after, *scores[:-1], block, keys.shape[2]
                 )
             slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
         else:
@@ -577,19 +646,15 @@ class CompressiveAttention(nn.Module):
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
         out, mass = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, call.state, *slots, positions, *self._scores(call.with_mass)
+            q, k, v, *rows, call.state, *slots, positions, *scores
         )
         if not call.update:
             return out, mass, call.memory
         if chooses:  # has written, too
             return out, mass, memory
         with torch.no_grad():
-            compressor = (
-                [operand.detach() for operand in self.compressor.operands()],
-                self.compressor.engine_name,
-                [] if self.compressor.native else [*constants, block],
-            )
-            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *compressor, *settings)
+            made = self._slots_of(constants, block)
+            torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *made, *settings)
         return out, mass, memory
 
     def _projecting(
@@ -617,7 +682,7 @@ class CompressiveAttention(nn.Module):
         # A slot is rounded as the memory will, so that it never matters which call made it.
         slots = project(slots[0].to(hidden.dtype))
         out, mass = torch.ops.ctx.attend_sequence(
-            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(call.with_mass)
+            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(call.with_mass, q.device)
         )
         if not call.update:
             return out, mass, call.memory
@@ -653,6 +718,31 @@ def bias_start(value: Any, kind: str, where: str) -> float:
             f"{where}: compressed_bias_init must be None for compressed_bias {kind!r}, got {start}"
         )
     return start
+
+
+def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
+    """The dtype that the first of these which is torch's own linear layer takes inputs in; None:
+    none is.
+    """
+    for layer in projections:
+        own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+        dtype = _check.numbers_of(layer)[0]
+        if own and "forward" not in layer.__dict__ and dtype is not None:
+            return dtype
+    return None
+
+
+def _execution_device(*modules: nn.Module) -> torch.device | None:
+    """The device that parameters are brought to for each call, where they are on meta between:
+    accelerate's hook of the first module that has one says it.
+    """
+    for module in modules:
+        hook = getattr(module, "_hf_hook", None)
+        for part in (hook, *getattr(hook, "hooks", ())):
+            found = getattr(part, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    return None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from ctx import _check
 
@@ -47,7 +48,8 @@ class Compressor(nn.Module):
     """
 
     name: ClassVar[str]
-    #: Whether the engine computes it by name; otherwise `forward` is called, once for each call.
+    #: Whether the engine knows it by name and can compute it from its parameters. Otherwise its
+    #: `forward` is called, once for each call; so is that of a subclass which overrides it.
     native: ClassVar[bool] = False
     #: Whether slots are tokens, chosen by the attention that they got.
     by_usage: ClassVar[bool] = False
@@ -65,19 +67,13 @@ class Compressor(nn.Module):
         super().__init__()
         value_dim = head_dim if value_dim is None else value_dim
         sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
+        where = f"ctx.compression.{type(self).__name__}"
         for name, size in sizes.items():
             least = 0 if name == "value_dim" else 1
-            if _check.integer(size, name, f"ctx.compression.{type(self).__name__}") < least:
-                raise ValueError(
-                    f"ctx.compression.{type(self).__name__}: {name} must be at least {least}, "
-                    f"got {size}"
-                )
-        self.kv_heads, self.ratio, self.head_dim, self.value_dim = (
-            kv_heads,
-            ratio,
-            head_dim,
-            value_dim,
-        )
+            sizes[name] = _check.integer(size, name, where)
+            if sizes[name] < least:
+                raise ValueError(f"{where}: {name} must be at least {least}, got {size}")
+        self.kv_heads, self.ratio, self.head_dim, self.value_dim = sizes.values()
         for name, shape in self.parameter_shapes().items():
             if value_dim == 0 and name.startswith("value_"):
                 continue
@@ -102,7 +98,7 @@ class Compressor(nn.Module):
 
     def operands(self) -> list[Tensor]:
         """The parameters as the engine takes them; none for a compressor that it does not know."""
-        if not self.native:
+        if not isinstance(self, Native):
             return []
         return [self._operand(name, shape) for name, shape in self.parameter_shapes().items()]
 
@@ -117,6 +113,23 @@ class Compressor(nn.Module):
     def engine_name(self) -> str:
         """What the engine calls it."""
         return self.name if self.native else "custom"
+
+    @property
+    def in_engine(self) -> bool:
+        """Whether a stream may hand the parameters to the engine instead of calling the module.
+
+        Not where something acts on the call: hooks (FSDP2 gathers parameters in them), or a
+        `forward` that was put on the object, as offloading does. A choice by usage has no call.
+        """
+        if not self.native or self.by_usage:
+            return self.native
+        acting = (
+            self._forward_hooks,
+            self._forward_pre_hooks,
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+        )
+        return not (any(acting) or "forward" in self.__dict__)
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses groups. The same tokens must give the same slot, whatever stands beside them.
@@ -140,7 +153,7 @@ class Compressor(nn.Module):
         Raises:
             ValueError, TypeError: forward did not return two tensors of the documented shapes.
         """
-        kept = next((p.dtype for p in self.parameters() if p.is_floating_point()), keys.dtype)
+        kept = _check.numbers_of(self)[0] or keys.dtype
         made: Any = self(keys.to(kept), values.to(kept))
         where = f"ctx.compression.{type(self).__name__}"
         if not (isinstance(made, (tuple, list)) and len(made) == 2):
@@ -163,6 +176,11 @@ class Native(Compressor):
 
     native = True
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "native" not in cls.__dict__ and cls.forward is not Native.forward:
+            cls.native = False
+
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses groups; see :meth:`Compressor.forward`."""
         _check.tensors(f"ctx.compression.{type(self).__name__}", keys=keys, values=values)
@@ -172,7 +190,9 @@ class Native(Compressor):
         return slots
 
     def slots(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`forward`: the operator checks."""
+        """What the module's call makes of groups; where that is the operator's, it checks."""
+        if not self.in_engine:  # a hook or another forward may return anything
+            return super().slots(keys, values)
         made: tuple[Tensor, Tensor] = self(keys, values)
         return made
 
@@ -180,10 +200,13 @@ class Native(Compressor):
 class Custom(Compressor):
     """Any module that maps (keys, values) of groups to (key slots, value slots).
 
-    An integer ``overlap`` of the module says how many tokens left of a group it wants besides.
+    An integer ``overlap`` of the module says how many tokens left of a group it wants besides. A
+    module without one that has a :class:`Compressor` inside (an adapter around it) wants what the
+    first of these does.
 
     Raises:
-        TypeError, ValueError: ``overlap`` is no integer, or below 0.
+        TypeError, ValueError: ``overlap`` is no integer, or below 0; or a compressor inside chooses
+            by usage, which no other module can take part in.
     """
 
     name = "custom"
@@ -197,6 +220,14 @@ class Custom(Compressor):
         value_dim: int | None = None,
     ) -> None:
         super().__init__(kv_heads, ratio, head_dim, value_dim)
+        inside = [part for part in module.modules() if isinstance(part, Compressor)]
+        for part in inside:
+            if part.by_usage:
+                raise ValueError(
+                    "ctx.compression.Custom: module must not contain a compressor that chooses by "
+                    f"usage, got {part.name!r} in {type(module).__name__}"
+                )
+        self._inside = inside[0].overlap if inside else 0
         self.module = module
         if self.overlap < 0:
             raise ValueError(
@@ -205,8 +236,8 @@ class Custom(Compressor):
 
     @property
     def overlap(self) -> int:
-        """What the module says, else 0."""
-        overlap = getattr(self.module, "overlap", 0)
+        """What the module says, else what the first compressor inside it does, else 0."""
+        overlap = getattr(self.module, "overlap", self._inside)
         return _check.integer(overlap, "overlap", "ctx.compression.Custom")
 
     def reset_parameters(self) -> None:
@@ -399,6 +430,7 @@ class MostUsed(Native):
     """
 
     name = "most_used"
+    native = True
     by_usage = True
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,7 +459,8 @@ COMPRESSORS: dict[str, type[Compressor]] = {
 def register(kind: type[Compressor]) -> type[Compressor]:
     """Makes a subclass of :class:`Compressor` available by its name; a class decorator.
 
-    Its constructor must take what :class:`Compressor`'s takes.
+    Its constructor must take what :class:`Compressor`'s takes. A class of the same module and
+    qualified name (a notebook's cell that runs again) takes the earlier one's place.
 
     Raises:
         TypeError: ``kind`` is not such a class.
@@ -435,7 +468,9 @@ def register(kind: type[Compressor]) -> type[Compressor]:
     """
     if not (isinstance(kind, type) and issubclass(kind, Compressor)):
         raise TypeError(f"ctx.compression.register: kind must be a Compressor class, got {kind!r}")
-    if COMPRESSORS.get(kind.name, kind) is not kind or kind.name == "custom":
+    held = COMPRESSORS.get(kind.name, kind)
+    again = (held.__module__, held.__qualname__) == (kind.__module__, kind.__qualname__)
+    if not again or kind.name == "custom":
         raise ValueError(f"ctx.compression.register: name must be a new one, got {kind.name!r}")
     COMPRESSORS[kind.name] = kind
     return kind
@@ -444,8 +479,18 @@ def register(kind: type[Compressor]) -> type[Compressor]:
 def as_compressor(
     module: nn.Module, kv_heads: int, ratio: int, head_dim: int, value_dim: int
 ) -> Compressor:
-    """A compressor as it is, any other module wrapped."""
+    """A compressor as it is, any other module wrapped.
+
+    Raises:
+        ValueError, TypeError: it has another ratio, or is one that cannot be called; see also
+            :class:`Custom`.
+    """
     if isinstance(module, Compressor):
+        if module.by_usage and not module.native:
+            raise ValueError(
+                f"ctx.compression.{type(module).__name__}: forward must not be overridden where "
+                f"slots are chosen by usage, got a subclass of {module.name!r} that does"
+            )
         if module.ratio != ratio:  # a longer kernel of conv would pass for one with an overlap
             raise ValueError(
                 f"ctx.compression.{type(module).__name__}: ratio must be {ratio} as the "

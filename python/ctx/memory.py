@@ -30,7 +30,8 @@ def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | No
             try:
                 if isinstance(name, Tensor):
                     raise TypeError
-                values = torch.tensor([float(value) for value in name], dtype=torch.float64)
+                numbers = [float(value) for value in name]
+                values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             except (TypeError, ValueError, RuntimeError):
                 raise TypeError(
                     f"ctx.KVMemory: compressed_bias must be numbers per query head, got {name!r}"
@@ -41,7 +42,7 @@ def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | No
     if name == "none":
         return None
     if name == "log_ratio":
-        return torch.tensor([math.log(ratio)], dtype=torch.float64)
+        return torch.tensor([math.log(ratio)], dtype=torch.float64, device="cpu")
     raise ValueError(
         'ctx.KVMemory: compressed_bias must be "none", "log_ratio" or numbers per query head, '
         f"got {name!r}"
@@ -76,7 +77,14 @@ def position_operands(
             f"{where}: relative must be a ctx.positions.Relative, got {type(relative).__name__}"
         )
     slopes = None if alibi_slopes is None else slope_values(alibi_slopes, where)
-    return slopes, [] if relative is None else relative.operands()
+    return slopes, [] if relative is None else [*relative()]
+
+
+def places_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """What tells whether tensors are still those that were handed to the engine: where their
+    numbers are and how they lie there.
+    """
+    return [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
 
 
 class KVMemory:
@@ -214,9 +222,9 @@ class KVMemory:
             "headroom": headroom,
             "compressed_dtype": compressed_dtype,
         }
-        operands = compressor.operands()
-        self._places = [operand.data_ptr() for operand in operands]
-        self._relative_places = [operand.data_ptr() for operand in operands_of_positions]
+        operands = compressor.operands() if compressor.native else []
+        self._places = places_of(operands)
+        self._relative_places = places_of(operands_of_positions)
         self._native = _C.KVMemory(
             schedule._law,
             batch_size,
@@ -278,6 +286,11 @@ class KVMemory:
         self._read_parameters()
         step = self._native.step_with_mass if return_mass else self._native.step
         try:
+            if self._calls_compressor():
+                out, mass = self._written(
+                    "ctx.KVMemory.step", q, k, v, lengths, reset_at, return_mass
+                )
+                return (out, mass) if return_mass else out
             return step(q, k, v, lengths, reset_at)
         except TypeError:  # where it is about the binding, its words are a C++ signature
             given = {"q": q, "k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
@@ -299,6 +312,9 @@ class KVMemory:
         """
         self._read_parameters()
         try:
+            if self._calls_compressor():
+                self._written("ctx.KVMemory.append", None, k, v, lengths, reset_at)
+                return
             self._native.append(k, v, lengths, reset_at)
         except TypeError:
             given = {"k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
@@ -515,16 +531,65 @@ class KVMemory:
     def _read_parameters(self) -> None:
         """Hands over parameters that were replaced; those changed in place are seen anyway."""
         if self.relative is not None:
-            relative = self.relative.operands()
-            places = [operand.data_ptr() for operand in relative]
+            relative = [*self.relative()]
+            places = places_of(relative)
             if places != self._relative_places:
                 self._native.set_relative([operand.detach() for operand in relative])
                 self._relative_places = places
-        operands = self.compressor.operands()
-        places = [operand.data_ptr() for operand in operands]
+        operands = self.compressor.operands() if self.compressor.native else []
+        places = places_of(operands)
         if places != self._places:
             self._native.set_parameters([operand.detach() for operand in operands])
             self._places = places
+
+    def _calls_compressor(self) -> bool:
+        """Whether something acts on the call of a compressor that the engine knows: a hook, say."""
+        return self.compressor.native and not self.compressor.in_engine
+
+    @torch.no_grad()
+    def _written(
+        self,
+        where: str,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor | None,
+        reset_at: Tensor | None,
+        with_mass: bool = False,
+    ) -> Any:
+        """A step, or an append without ``q``, with slots that the compressor's call made; it writes
+        to the same tensors as the engine's own.
+        """
+        settings, state = self._settings, [*self.tensors.values()]
+        width = rotary_width(settings["position"], settings["rotary_dim"], k.shape[-1], where)
+        law = (
+            (*self.schedule.numbers, self.compressor.overlap),
+            settings["distance"],
+            width,
+            settings["rotary_base"],
+            settings["rotary_interleaved"],
+        )
+        rows = (lengths, reset_at)
+        try:
+            keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *law)
+            slots: tuple[Any, ...] = ([], "custom", [*self.compressor.slots(keys, values), block])
+            if q is None:
+                return torch.ops.ctx.append_(k, v, *rows, *state, *slots, *law)
+            wide = torch.float64 if state[0].dtype == torch.float64 else torch.float32
+            bias, slopes = (
+                value.to(state[0].device, wide) if isinstance(value, Tensor) else None
+                for value in (settings["compressed_bias"], settings["alibi_slopes"])
+            )
+            relative = [] if self.relative is None else [*self.relative()]
+            scale = settings["scale"] or settings["head_dim"] ** -0.5
+            return torch.ops.ctx.step_(
+                q, k, v, *rows, *state, *slots, bias, slopes, relative, *law, scale, with_mass
+            )
+        except (ValueError, TypeError) as error:
+            operator, _, rest = str(error).partition(": ")
+            if operator not in ("ctx.due_groups", "ctx.step_", "ctx.append_"):
+                raise
+            raise type(error)(f"{where}: {rest}") from None
 
     def _with(self, native: _C.KVMemory) -> KVMemory:
         """This memory's settings around another engine object."""

@@ -25,8 +25,8 @@ class Relative(nn.Module):
     """Parameters of relative positions: a score is (q + u) . k + (q + v) . R(distance), scaled.
 
     R(d) = W [sin(d w); cos(d w)] with w_i = 10000^(-2i / width). A module of nothing but
-    parameters, for :class:`ctx.KVMemory` and :class:`ctx.CompressiveAttention`, which read them at
-    each call.
+    parameters, for :class:`ctx.KVMemory` and :class:`ctx.CompressiveAttention`, which call it at
+    each of their calls: what its ``forward`` returns is used.
 
     Source: Dai et al. 2019 (arXiv:1901.02860), section 3.3; v and W of compressed slots are others,
     as in the code of Rae et al. 2019 (arXiv:1911.05507). Deviation: W starts like a linear layer
@@ -59,9 +59,12 @@ class Relative(nn.Module):
     ) -> None:
         super().__init__()
         where = "ctx.positions.Relative"
-        for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("width", width)):
-            if _check.integer(size, name, where) < 1:
+        sizes = {"num_heads": num_heads, "head_dim": head_dim, "width": width}
+        for name, size in sizes.items():
+            sizes[name] = _check.integer(size, name, where)
+            if sizes[name] < 1:
                 raise ValueError(f"{where}: {name} must be at least 1, got {size}")
+        num_heads, head_dim, width = sizes.values()
         if width % 2:
             raise ValueError(f"{where}: width must be even, got {width}")
         self.num_heads, self.head_dim, self.width = num_heads, head_dim, width
@@ -85,8 +88,12 @@ class Relative(nn.Module):
             else:
                 nn.init.normal_(weight, std=std)
 
+    def forward(self) -> list[Tensor]:
+        """The five tensors in the order in which operators take them, that of the attributes."""
+        return self.operands()
+
     def operands(self) -> list[Tensor]:
-        """The tensors in the order in which operators take them, that of the attributes above."""
+        """The parameters themselves, in that order."""
         return [
             self.key_bias,
             self.position_bias,
@@ -112,10 +119,15 @@ def alibi_slopes(num_heads: int) -> Tensor:
     where = "ctx.positions.alibi_slopes"
     if _check.integer(num_heads, "num_heads", where) < 1:
         raise ValueError(f"{where}: num_heads must be at least 1, got {num_heads}")
+    return torch.tensor(slopes(int(num_heads)), dtype=torch.float64, device="cpu")
+
+
+def slopes(num_heads: int) -> list[float]:
+    """The numbers of :func:`alibi_slopes`."""
     power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
-    between = [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)]
-    return torch.tensor([*slopes, *between][:num_heads], dtype=torch.float64)
+    first = [2.0 ** (-8 * i / power) for i in range(1, power + 1)]
+    between = [2.0 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)]
+    return [*first, *between][:num_heads]
 
 
 def check_position(position: Any, where: str) -> str | None:
@@ -143,7 +155,8 @@ def slope_values(slopes: Sequence[float] | Tensor, where: str) -> Tensor:
         try:
             if isinstance(slopes, (Tensor, str, bytes)):
                 raise TypeError
-            values = torch.tensor([float(value) for value in slopes], dtype=torch.float64)
+            numbers = [float(value) for value in slopes]
+            values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"{where}: alibi_slopes must be numbers per query head, got {slopes!r}"
