@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -151,7 +152,7 @@ class CompressiveTransformerConfig:
             raise ValueError(f"{where}: relative_dim must be even, got {relative_dim}")
         for name in SIZES:
             sizes = as_sizes(getattr(self, name), name, self.num_layers, where)
-            object.__setattr__(self, name, sizes)
+            object.__setattr__(self, name, _plain(sizes))
         each = any(isinstance(getattr(self, name), tuple) for name in SIZES)
         self._schedules(self.num_layers if each else 1)  # refuses what is out of range
 
@@ -216,6 +217,14 @@ class CompressiveTransformerConfig:
         elsewhere = ("vocab_size", "num_layers", "mlp", "mlp_dim", "norm", "tied", *SIZES)
         kept = {name: value for name, value in self.to_dict().items() if name not in elsewhere}
         return kept | dict(zip(SIZES, self.schedules()[layer].numbers, strict=True))
+
+
+def _plain(sizes: Any) -> Any:
+    """Sizes with plain ints for what stands for them; what does not is refused by `Schedule`."""
+    if isinstance(sizes, tuple):
+        return tuple(_plain(size) for size in sizes)
+    whole = hasattr(sizes, "__index__") and not isinstance(sizes, (bool, Tensor))
+    return operator.index(sizes) if whole else sizes
 
 
 def _norm(config: CompressiveTransformerConfig) -> nn.Module:
@@ -516,29 +525,39 @@ class CompressiveTransformer(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        stop: generation.Stop | None = None,
     ) -> Tensor:
         """Continues every row by `num_tokens` sampled tokens, at constant memory.
+
+        The model is called as a module, without grad, so that hooks run and FSDP2 works. Where
+        several processes hold shards of one model, each must make as many calls: prompts of one
+        width, the same `num_tokens`, and no `stop`.
 
         Args:
             tokens: int64 [B, T], T >= 1: the prompt, or what comes next in `memory`'s streams.
             memory: streamed into in place; afterwards it holds all but the newest token, so
                 `generate(out[:, -1:], n, memory=memory)` goes on. None: starts empty.
+            num_tokens: at least 0; with 0 the prompt is read into `memory`, whole.
             lengths: int64 [B], each at least 1: prompts of unequal length, padded on the right.
             mask: bool [B, T], true at tokens: as `lengths`, for padding on the left or anywhere.
             temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
             top_k: only the k likeliest tokens can be drawn.
             top_p: only the fewest likeliest tokens whose probabilities reach p can be drawn.
             seed: of a private generator; None: torch's global one.
+            stop: a token, several, or a callable that is given the drawn tokens, int64 [B], and
+                returns bool [B], true for rows that are to end with it. A row that has ended
+                repeats its last token, and its memory takes no more; when all have, so has the
+                result. Waits for the device at every step.
 
         Returns:
-            int64 [B, num_tokens], without the prompt.
+            int64 [B, num_tokens], without the prompt; fewer columns where every row has stopped.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
         """
         where = "ctx.CompressiveTransformer.generate"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        steps = list(self._stream(tokens, num_tokens, memory, lengths, mask, settings))
+        steps = list(self._stream(tokens, num_tokens, memory, lengths, mask, settings, stop))
         return torch.stack(steps, 1) if steps else tokens.new_empty(tokens.shape[0], 0)
 
     def stream(
@@ -553,11 +572,12 @@ class CompressiveTransformer(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        stop: generation.Stop | None = None,
     ) -> Iterator[Tensor]:
         """`generate`, one step at a time: yields int64 [B] as soon as it is drawn."""
         where = "ctx.CompressiveTransformer.stream"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        return self._stream(tokens, num_tokens, memory, lengths, mask, settings)
+        return self._stream(tokens, num_tokens, memory, lengths, mask, settings, stop)
 
     def _stream(
         self,
@@ -567,6 +587,7 @@ class CompressiveTransformer(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None,
         settings: generation.Sampling,
+        stop: generation.Stop | None,
     ) -> Iterator[Tensor]:
         where = settings.where
         if memory is not None and _casts_what_is_given(self, where.rpartition(".")[2]):
@@ -581,7 +602,8 @@ class CompressiveTransformer(nn.Module):
             raise ValueError(
                 f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
             )
-        generation.check_count(num_tokens, where)
+        num_tokens = generation.check_count(num_tokens, where)
+        stops = generation.as_stop(stop, self.config.vocab_size, where)
         if mask is not None:
             tokens, lengths = to_right_padded(tokens, mask)
         if lengths is not None and tokens.device.type == "cpu" and int(lengths.min()) < 1:
@@ -591,7 +613,7 @@ class CompressiveTransformer(nn.Module):
                 f"{where}: {name} must leave at least one token, got none in row {row}"
             )
         state = self.init_memory(tokens.shape[0]) if memory is None else memory
-        return generation.draw(self, tokens, lengths, num_tokens, state, settings)
+        return generation.draw(self, tokens, lengths, num_tokens, state, settings, stops)
 
     def _hidden(
         self,
