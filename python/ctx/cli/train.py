@@ -92,12 +92,12 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     trained = [trainer]
-    finished = _train(trainer, folder, parts)
-    for other in others if finished else []:
+    finished = _train(trainer, folder, parts, last=not others)
+    for i, other in enumerate(others if finished else [], 1):
         rival, place = _rival(other, trainer, folder, parts)
         print(f"{place.path}: {other.name}", flush=True)
         trained.append(rival)
-        finished = _train(rival, place, {**parts, "compare": False})
+        finished = _train(rival, place, {**parts, "compare": False}, last=i == len(others))
         place.close()
         if not finished:
             break
@@ -211,8 +211,9 @@ def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any
     return trainer, folder, parts
 
 
-def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any]) -> bool:
-    """Trains to the last step; False where a signal came first. Ends with a checkpoint."""
+def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any], *, last: bool) -> bool:
+    """Trains to the last step; False where a signal came first, or during it with more models to
+    come. Ends with a checkpoint."""
     settings = trainer.settings
     smooth = None
     with _Stop() as stop, Progress("training", settings.steps, trainer.step) as progress:
@@ -225,7 +226,7 @@ def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any]) -> bool:
             if trainer.step % settings.checkpoint_every == 0:
                 checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
         checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
-    return trainer.step == settings.steps
+    return trainer.step == settings.steps and (last or not stop.asked)
 
 
 class _Stop:
