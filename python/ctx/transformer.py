@@ -711,6 +711,9 @@ class CompressiveTransformer(nn.Module):
 
 def _attention_of(block: nn.Module, index: int) -> CompressiveAttention:
     """The attention of a block, also where a module wraps either."""
+    usual = getattr(block, "attention", None)
+    if isinstance(usual, CompressiveAttention):  # a search costs more than a check of a memory
+        return usual
     for module in block.modules():
         if isinstance(module, CompressiveAttention):
             return module
@@ -774,18 +777,19 @@ def _each_its_own(memory: Sequence[Any], where: str) -> None:
                 )
     if torch.compiler.is_compiling():  # addresses are not there yet
         return
+    layers = [layer for layer in memory if isinstance(layer, dict)]
+    parts = [x for layer in layers for x in layer.values() if isinstance(x, Tensor)]
+    try:
+        places = [place for part in parts if (place := part.data_ptr())]  # 0: without elements
+    except RuntimeError:  # a tensor without storage, inside of a transform
+        return
+    if len(set(places)) == len(places):
+        return
     owners: dict[int, tuple[int, str]] = {}
     for i, layer in enumerate(memory):
-        if not isinstance(layer, dict):
-            continue
-        for name, tensor in layer.items():
-            if not isinstance(tensor, Tensor) or not tensor.numel():
-                continue
-            try:
-                place = tensor.data_ptr()
-            except RuntimeError:  # a tensor without storage, inside of a transform
-                continue
-            if not place:  # on the meta device
+        for name, tensor in layer.items() if isinstance(layer, dict) else ():
+            place = tensor.data_ptr() if isinstance(tensor, Tensor) else 0
+            if not place:
                 continue
             other, other_name = owners.setdefault(place, (i, name))
             if other != i:
