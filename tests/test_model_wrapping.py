@@ -233,3 +233,77 @@ def test_a_block_without_attention_is_named():
     built.blocks[1] = nn.Identity()
     with pytest.raises(TypeError, match=r"blocks must each have .* got none in blocks\[1\]"):
         built.init_memory(1)
+
+
+class LowRank(nn.Module):
+    """An adapter as LoRA has it (Hu et al. 2021, arXiv:2106.09685): base(x) + B A x, B first 0."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) / rank)
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+def train_step(built, tokens):
+    optimizer = torch.optim.SGD([p for p in built.parameters() if p.requires_grad], lr=0.5)
+    logits, _ = built(tokens[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_adapters_everywhere_train_generate_and_train():
+    built, plain = model(tied=False), model(tied=False)
+    tokens = torch.randint(0, 11, (2, 23))
+    built.requires_grad_(False)
+    linear = [name for name, one in built.named_modules() if isinstance(one, nn.Linear)]
+    for name in linear:
+        built.set_submodule(name, LowRank(built.get_submodule(name)))
+    torch.testing.assert_close(built(tokens)[0], plain(tokens)[0])
+    for _ in range(2):
+        train_step(built, tokens)
+        with torch.no_grad():
+            for name in linear:  # merged, as adapters are for serving
+                adapter, merged = built.get_submodule(name), plain.get_submodule(name)
+                merged.weight.copy_(adapter.base.weight + adapter.up @ adapter.down)
+        torch.testing.assert_close(built(tokens)[0], plain(tokens)[0], atol=1e-5, rtol=1e-5)
+        drawn = [one.generate(tokens, 4, temperature=0) for one in (built, plain)]
+        assert torch.equal(*drawn)
+    assert all(built.get_submodule(name).up.abs().sum() > 0 for name in linear)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch announces that it will move
+def test_dynamically_quantised_linears():
+    built = model(tied=False).eval()
+    small = torch.ao.quantization.quantize_dynamic(built, {nn.Linear})
+    assert not isinstance(small.head, nn.Linear)
+    tokens = torch.randint(0, 11, (2, 23))
+    with torch.no_grad():
+        wanted, got = built(tokens)[0], small(tokens)[0]
+    assert 0 < (got - wanted).abs().max() < 0.1 * wanted.abs().max()
+    memory = small.init_memory(2)
+    assert small.generate(tokens, 3, memory=memory).shape == (2, 3)
+    assert memory[0]["seen"].tolist() == [25, 25]
+
+
+def test_with_memory_of_a_compiled_model_is_not_what_was_compiled():
+    built = model()
+    tokens = torch.randint(0, 11, (2, 23))
+    wanted = built.with_memory(compressed=0)(tokens)[0]
+    built.compile(backend="eager")
+    twin = built.with_memory(compressed=0)
+    torch.testing.assert_close(twin(tokens)[0], wanted)
+    with torch.no_grad():
+        twin(tokens, twin.init_memory(2))
+    torch._dynamo.reset()
+
+
+def test_with_memory_copies_a_module_that_stands_twice_once():
+    built = model(tied=False)
+    built.again = built.head
+    twin = built.with_memory(compressed=0)
+    assert twin.again is twin.head is not built.head

@@ -1,4 +1,5 @@
-"""FSDP2 and generation: a sharded model continues a text as its hand-written loop does."""
+"""Several processes and generation: a sharded model (FSDP2, a split embedding) or a replicated one
+continues a text as its hand-written loop does."""
 
 import itertools
 import os
@@ -9,12 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 
 import ctx
 
@@ -96,8 +101,34 @@ def generates(rank, changed, low, registered):
     check(model, tokens, low and registered)
     train_step(model, tokens)
     check(model, tokens, low and registered)
+    check(model.with_memory(compressed=0), tokens, False)  # the twin is sharded, not registered
     train_step(model, tokens)  # generation leaves nothing that training could not take
     assert all(x.full_tensor().isfinite().all() for x in model.state_dict().values())
+
+
+def replicated(rank):
+    """DDP: trains a step, generates by the module inside, trains again; ranks stay equal."""
+    model, tokens = DistributedDataParallel(make()), text(rank)
+    before = model.module.generate(tokens, NEW, temperature=0)
+    assert torch.equal(before, by_hand(model.module, tokens)[0])
+    train_step(model, tokens)
+    check(model.module, tokens, False)
+    train_step(model, tokens)
+    for parameter in model.parameters():
+        everyone = [torch.empty_like(parameter) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, parameter.detach())
+        assert all(torch.equal(everyone[0], other) for other in everyone)
+
+
+def split_embedding(ranks):
+    """A tied table whose rows lie on several ranks (tensor parallelism) is asked, not read."""
+    model, tokens = make(), text(0)
+    wanted, drawn = model(tokens)[0], model.generate(tokens, NEW, temperature=0)
+    mesh = init_device_mesh("cpu", (ranks,))
+    plan = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    parallelize_module(model, mesh, {"embedding": plan})
+    torch.testing.assert_close(model(tokens)[0], wanted)
+    assert torch.equal(model.generate(tokens, NEW, temperature=0), drawn)
 
 
 MODELS = [{}, {"tied": False, "norm": "layer", "compression": "most_used", "position": None}]
@@ -111,6 +142,8 @@ def worker(rank, ranks, port):
     for changed, low, registered in CASES:
         print(f"rank {rank}: {changed}, bfloat16: {low}, registered: {registered}", flush=True)
         generates(rank, changed, low, registered)
+    replicated(rank)
+    split_embedding(ranks)
     dist.barrier()
     # Gloo's threads may abort where the other end is gone first: nobody leaves early, nor unwinds.
     time.sleep(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import operator
@@ -612,8 +611,10 @@ class CompressiveTransformer(nn.Module):
             raise ValueError(
                 f"{where}: {name} must leave at least one token, got none in row {row}"
             )
-        state = self.init_memory(tokens.shape[0]) if memory is None else memory
-        return generation.draw(self, tokens, lengths, num_tokens, state, settings, stops)
+        if memory is None:
+            device = tokens.device
+            memory = [layer.init_memory(len(tokens), device=device) for layer in self.layers]
+        return generation.draw(self, tokens, lengths, num_tokens, memory, settings, stops)
 
     def _hidden(
         self,
@@ -724,10 +725,13 @@ def _attention_of(block: nn.Module, index: int) -> CompressiveAttention:
 
 
 def _device(module: nn.Module) -> torch.device | None:
-    """Where a module computes, as far as its first parameter or buffer tells."""
+    """Where a module computes, as far as its first parameter or buffer tells.
+
+    A shard does not: it may be kept elsewhere between calls.
+    """
     for tensors in (module.parameters(), module.buffers()):
         for tensor in tensors:
-            return tensor.device
+            return None if hasattr(type(tensor), "__tensor_flatten__") else tensor.device
     return None
 
 
@@ -806,7 +810,14 @@ def _share(module: Any, made: dict[nn.Module, Any] | None = None) -> Any:
     """
     made = {} if made is None else made
     if module not in made:
-        twin = made[module] = copy.copy(module)
+        # Not copy.copy: a class of FSDP2 cannot be made without the arguments of __init__.
+        twin = made[module] = object.__new__(type(module))
+        twin.__dict__.update(
+            (name, value)
+            for name, value in vars(module).items()
+            # What was compiled or registered is bound to the original, and would run that.
+            if name != "_compiled_call_impl" and getattr(value, "__self__", None) is not module
+        )
         twin._modules = {
             name: None if child is None else _share(child, made)
             for name, child in module._modules.items()
