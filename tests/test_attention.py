@@ -147,7 +147,7 @@ def snapshot(memory):
 
 def assert_memory_close(got, want, tolerance):
     """The same stream gives the same rings; what was never written is zero in both."""
-    assert list(got) == list(want) == MEMORY
+    assert list(got) == list(want) and list(got)[:-1] == MEMORY
     assert_same_bits(got["seen"], want["seen"])
     for name in (name for name in MEMORY if name != "rewindable"):
         assert_close(got[name], want[name], tolerance)
@@ -311,7 +311,10 @@ def test_memory_is_updated_in_place_without_grad(mode):
 def test_init_memory():
     attn = make(sinks=2)
     memory = attn.init_memory(3)
-    assert list(memory) == MEMORY
+    *tensors, identity = memory
+    assert tensors == MEMORY
+    assert identity.startswith("made for window=4 compressed=3 ratio=")
+    assert memory[identity].shape == (3, 0) and memory[identity].dtype == torch.uint8
     assert memory["seen"].tolist() == [0, 0, 0] and memory["seen"].dtype == torch.int64
     assert memory["window_keys"].shape == (3, 1, 4 + 4 + 2 - 1 + 8, 4)
     assert memory["compressed_keys"].shape == (3, 1, 3 + 4, 4)
@@ -460,7 +463,8 @@ class TestPlainData:
     def test_pytree(self):
         attn, memory, x = self.parts()
         leaves, spec = pytree.tree_flatten(memory)
-        assert len(leaves) == len(MEMORY) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        assert len(leaves) == len(memory) == len(MEMORY) + 1
+        assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
         copied = pytree.tree_unflatten([leaf.clone() for leaf in leaves], spec)
         self.assert_continues(attn, memory, attn, copied, x)
 

@@ -321,9 +321,9 @@ def test_configuration_round_trip():
 def test_a_memory_of_pairs_is_refused():
     hidden, pairs = attention(), attention(memory_content="kv")
     x = torch.randn(1, 3, 8, dtype=F64)
-    with pytest.raises(ValueError, match=r"CompressiveAttention: window_keys must be .*got"):
+    with pytest.raises(ValueError, match=r"must be .*content=hidden.*, got .*content=kv"):
         hidden(x, pairs.init_memory(1))
-    with pytest.raises(ValueError, match=r"CompressiveAttention: window_keys must be .*got"):
+    with pytest.raises(ValueError, match=r"must be .*content=kv.*, got .*content=hidden"):
         pairs(x, hidden.init_memory(1))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ctx import _check
+from ctx import _check, identity
 from ctx.compression import (
     COMPRESSORS,
     Compressor,
@@ -26,11 +26,21 @@ from ctx.memory import rotary_width
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import Relative
 from ctx.schedule import Schedule
-from ctx.state import STATE, Memory, StateShape, slot_dtypes
+from ctx.state import STATE, Memory, StateShape, check_names, ordinary, slot_dtypes
 
 __all__ = ["CompressiveAttention", "Memory"]
 
 _WHERE = "ctx.CompressiveAttention"
+#: Attributes that a memory's identity is made of, besides the compressor.
+_IDENTIFYING = (
+    "_schedule",
+    "distance",
+    "memory_content",
+    "position",
+    "rotary_base",
+    "rotary_dim",
+    "rotary_interleaved",
+)
 
 
 class _Call(NamedTuple):
@@ -246,6 +256,7 @@ class CompressiveAttention(nn.Module):
         if position == "relative":
             self.relative = Relative(num_heads, head_dim, sinusoids, **made)
         self._reset_compression()
+        self._identity = self._described()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
@@ -258,9 +269,11 @@ class CompressiveAttention(nn.Module):
         self._reset_compression()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As a module does; a compressor is made one, and what follows from it is made anew."""
+        """As a module does; a compressor is made one, and what follows from settings follows."""
         if name != "compressor":
             super().__setattr__(name, value)
+            if name in _IDENTIFYING and "_identity" in self.__dict__:
+                self._identity = self._described()
             return
         if not isinstance(value, nn.Module):
             raise TypeError(f"{_WHERE}: compressor must be a module, got {value!r}")
@@ -274,6 +287,17 @@ class CompressiveAttention(nn.Module):
                 )
         super().__setattr__(name, compressor)
         self.schedule = self._schedule  # the window's ring depends on what a compressor reads
+
+    def _described(self) -> str:
+        """The name of the entry that says what this layer's memories are made for."""
+        return identity.describe(
+            self.schedule,
+            self.compressor,
+            content=self.memory_content,
+            position=self.position,
+            distance=self.distance,
+            rotary=self._rotary(),
+        )
 
     def _reset_compression(self) -> None:
         if self._learns_bias:
@@ -358,7 +382,8 @@ class CompressiveAttention(nn.Module):
             ``sink_values``, of the parameters' dtype and device unless given, and ``seen`` int64
             [B]. With ``memory_content="hidden"`` the inputs stand where keys do, [B, 1, capacity,
             E], and values have width 0. It can be saved, copied and flattened like any dict of
-            tensors.
+            tensors. One more entry, uint8 [B, 0], says in its name what the memory was made for
+            (:mod:`ctx.identity`); a layer with other settings refuses it.
 
         Args:
             batch_size: rows B.
@@ -385,7 +410,18 @@ class CompressiveAttention(nn.Module):
                 raise TypeError(
                     f"{where}: compressed_dtype must be one of {names}, got {compressed_dtype}"
                 )
-        return self._state.zeros(batch_size, dtype, device, compressed_dtype)
+        return self._empty(batch_size, dtype, device, compressed_dtype)
+
+    def _empty(
+        self,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        slots: torch.dtype | None = None,
+    ) -> Memory:
+        memory = self._state.zeros(rows, dtype, device, slots)
+        with ordinary():
+            return memory | identity.entry(self._identity, rows, device)
 
     def forward(
         self,
@@ -477,7 +513,11 @@ class CompressiveAttention(nn.Module):
         reset_at: Tensor | None,
         where: str,
     ) -> None:
-        """Raises what :meth:`forward` would, `where` in front; a no-op in a compiled graph."""
+        """Raises what :meth:`forward` would, `where` in front; in a compiled graph only where the
+        memory is another's.
+        """
+        if isinstance(memory, dict):  # names are constants of a graph
+            identity.check(memory, self._identity, where)
         if torch.compiler.is_compiling():
             return
         _check.tensors(where, x=x)
@@ -512,6 +552,8 @@ class CompressiveAttention(nn.Module):
         self, memory: Memory, rows: int, device: torch.device, where: str, of: str
     ) -> None:
         """Raises unless `memory` is one of this layer, with the rows and device of input `of`."""
+        check_names(memory, where)
+        identity.check(memory, self._identity, where)
         self._state.check(memory, rows, device, where, of)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
@@ -575,7 +617,7 @@ class CompressiveAttention(nn.Module):
     def _filled(self, memory: Memory | None, stored: Tensor, *, copied: bool) -> Memory:
         """The memory that a call is going to fill: the one given or its copy, or an empty one."""
         if memory is None:
-            return self._state.zeros(stored.shape[0], stored.dtype, stored.device)
+            return self._empty(stored.shape[0], stored.dtype, stored.device)
         return {name: x.clone() for name, x in memory.items()} if copied else memory
 
     def _streams(self, call: _Call) -> bool:

@@ -1,5 +1,6 @@
 """What is done with whole rows of a memory: of one layer, or of a model, that is any nesting of
-lists and tuples of such memories.
+lists and tuples of such memories. What is made of a memory says what it was made for, as that does
+(:mod:`ctx.identity`).
 
 :class:`ctx.KVMemory` has the same operations as methods. They may wait for a device to read an
 index; a step never does.
@@ -14,11 +15,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ctx import _check
-from ctx.schedule import Schedule
-from ctx.state import COUNTS, RINGS, SLOTS, STATE, Memory, StateShape, ring_positions
+from ctx import _check, identity
+from ctx.schedule import SIZES, Schedule
+from ctx.state import (
+    COUNTS,
+    RINGS,
+    SLOTS,
+    STATE,
+    Memory,
+    StateShape,
+    check_names,
+    dtype_of,
+    ordinary,
+    ring_positions,
+    slot_dtypes,
+    slots_as,
+)
 
-__all__ = ["clone", "merge", "reset", "resized", "rewind", "select"]
+__all__ = ["clone", "merge", "reset", "resized", "rewind", "select", "to"]
 
 _SIZES = {
     "seen": "[B]",
@@ -44,7 +58,7 @@ def as_rows(rows: Any, where: str) -> Tensor:
         rows = rows.tolist()
     values = rows if isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)) else [rows]
     if values is rows and values and all(isinstance(value, bool) for value in values):
-        return torch.tensor(values)
+        return torch.tensor(values, device="cpu")
     try:
         if any(isinstance(value, bool) for value in values):
             raise TypeError
@@ -56,7 +70,7 @@ def as_rows(rows: Any, where: str) -> Tensor:
     for index in indices:
         if index not in _check.INT64:
             raise IndexError(f"{where}: rows must be between 0 and B - 1, got {index}")
-    return torch.tensor(indices, dtype=torch.int64)
+    return torch.tensor(indices, dtype=torch.int64, device="cpu")
 
 
 def as_counts(tokens: Any, seen: Tensor, where: str) -> Tensor:
@@ -148,15 +162,18 @@ def select(memory: Nested, rows: Rows) -> Nested:
         index = _index(layer, rows, where)
         return {name: tensor.index_select(0, index) for name, tensor in layer.items()}
 
-    selected: Nested = _map(chosen, memory)
+    with ordinary():
+        selected: Nested = _map(chosen, memory)
     return selected
 
 
 def merge(memories: Sequence[Nested]) -> Nested:
-    """A new memory of the rows of several, one after the other; their geometry must be one.
+    """A new memory of the rows of several, one after the other; their geometry must be one, and so
+    must be what they were made for.
 
     Raises:
-        ValueError: there is none, or two of them differ; the message names the tensor.
+        ValueError: there is none, or two of them differ; the message names the setting or the
+            tensor.
     """
     where = "ctx.rows.merge"
     if not isinstance(memories, (list, tuple)):
@@ -169,12 +186,14 @@ def merge(memories: Sequence[Nested]) -> Nested:
         raise ValueError(f"{where}: memories must have as many layers as the first, got {counts}")
     merged = []
     for layers in zip(*parts, strict=True):
+        _made_alike(layers, where)
         for name in STATE:
             first, *others = (_kind(layer[name]) for layer in layers)
             for other in others:
                 if other != first:
                     raise ValueError(f"{where}: {name} must be {first} as the first's, got {other}")
-        merged.append({name: torch.cat([layer[name] for layer in layers]) for name in layers[0]})
+        with ordinary():
+            merged.append({name: torch.cat([part[name] for part in layers]) for name in layers[0]})
     rest = iter(merged)
     whole: Nested = _map(lambda layer: next(rest), memories[0])
     return whole
@@ -183,7 +202,51 @@ def merge(memories: Sequence[Nested]) -> Nested:
 def clone(memory: Nested) -> Nested:
     """A new memory that holds the same: where two continuations of a stream part."""
     _layers(memory, "ctx.rows.clone")
-    twin: Nested = _map(lambda layer: {name: x.clone() for name, x in layer.items()}, memory)
+    with ordinary():
+        twin: Nested = _map(lambda layer: {name: x.clone() for name, x in layer.items()}, memory)
+    return twin
+
+
+def to(
+    memory: Nested,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Nested:
+    """A new memory that holds the same, in another dtype or on another device.
+
+    Counts stay int64, and usage stays float32 (float64 beside float64). Slots that are stored in
+    another dtype than pairs (``compressed_dtype=``, int8 among them) keep it, but in a float64
+    memory, which has one dtype.
+
+    Args:
+        memory: of a layer or a model; left as it is.
+        dtype: of pairs: float32, float64, bfloat16 or float16; default as it is.
+        device: default as it is.
+
+    Raises:
+        TypeError, ValueError: there is no such dtype or device for a memory.
+    """
+    where = "ctx.rows.to"
+    _layers(memory, where)
+    if dtype is not None and not _check.dtype(dtype, where).is_floating_point:
+        raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
+    if device is not None:
+        device = _check.device(device, where)
+
+    def moved(layer: Memory) -> Memory:
+        was, slots = layer["window_keys"].dtype, layer["compressed_keys"].dtype
+        pairs = dtype or was
+        stored = slots if slots != was and slots in slot_dtypes(pairs) else pairs
+        made = {}
+        for name, x in layer.items():
+            kind = dtype_of(name, pairs, stored) if name in STATE else x.dtype
+            numbers = slots_as(x, kind) if name in SLOTS and kind != x.dtype else x
+            made[name] = numbers.to(device or x.device, kind, copy=True)
+        return made
+
+    with ordinary():
+        twin: Nested = _map(moved, memory)
     return twin
 
 
@@ -192,20 +255,28 @@ def resized(
     old: Schedule | Sequence[Schedule],
     new: Schedule | Sequence[Schedule],
     *,
-    overlap: int = 0,
+    overlap: int | None = None,
 ) -> Nested:
-    """A new memory of other sizes that holds the same streams, as if it had had them all along.
+    """A new memory of other sizes that holds the same pairs and the slots made of them.
 
-    What a memory holds is a function of the sizes and of the tokens seen, so a running memory can
-    be carried over exactly where it still has everything: to fewer compressed slots always (the
-    newest stay), to more while no slot has been dropped, and to another window while that makes
-    nothing due earlier or later than it was. Rows can be rewound as far as both windows agree.
+    What a layer's memory holds is a function of the sizes and of the pairs that it was given, so a
+    running one can be carried over exactly where it still has everything: to fewer compressed slots
+    always (the newest stay), to more while no slot has been dropped, and to another window while
+    that makes nothing due earlier or later than it was. Rows can be rewound as far as both windows
+    agree.
+
+    One layer's memory is then as if it had had the new sizes all along. So is the whole model's
+    while no query has seen less or more than it would have with the new sizes: with more slots, as
+    long as none has been dropped; with fewer, as long as no more have been made. Later the pairs of
+    deeper layers are those that were made over the old sizes, which a model of the new sizes would
+    have made otherwise: the memory is that of a model whose sizes changed at this token.
 
     Args:
         memory: of a layer or a model; left as it is.
         old: the schedule it was made with, or one per layer (``model.schedules``).
         new: the schedule of the result; ratio, segment and sinks as in ``old``.
-        overlap: tokens before a group that the compressor reads, too.
+        overlap: tokens before a group that the compressor reads, too; default what the memory says,
+            or 0.
 
     Raises:
         ValueError, TypeError: ``memory`` is not of ``old``, or does not have what ``new`` shows;
@@ -214,7 +285,8 @@ def resized(
     """
     where = "ctx.rows.resized"
     layers = _layers(memory, where)
-    overlap = _check.integer(overlap, "overlap", where)
+    if overlap is not None:
+        overlap = _check.integer(overlap, "overlap", where)
     pairs = zip(_each(old, "old", layers, where), _each(new, "new", layers, where), strict=True)
     made = [
         resize(layer, before, after, overlap, where)
@@ -225,8 +297,17 @@ def resized(
     return whole
 
 
-def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str) -> Memory:
+def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int | None, where: str) -> Memory:
     """:func:`resized` of one layer."""
+    said = dict(
+        part for name in identity.marks(layer) for part in identity.settings_in(name).items()
+    )
+    if overlap is None:
+        overlap = int(said.get("overlap", 0))
+    elif said.get("overlap", str(overlap)) != str(overlap):
+        raise ValueError(
+            f"{where}: overlap must be {said['overlap']} as the memory was made for, got {overlap}"
+        )
     if layer["usage"].shape[2]:
         raise ValueError(
             f"{where}: compression must be one whose slots follow from the tokens alone, "
@@ -246,6 +327,11 @@ def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str
     widths = (keys.shape[1], keys.shape[3], values.shape[3], headroom)
     shapes = [StateShape.of(one, *widths, overlap=overlap) for one in (old, new)]
     shapes[0].check(layer, len(keys), keys.device, where, "memory")
+    for name, value in zip(SIZES, old.numbers, strict=True):
+        if said.get(name, str(value)) != str(value):
+            raise ValueError(
+                f"{where}: {name} must be {said[name]} as the memory was made for, got {value}"
+            )
 
     seen = layer["seen"].tolist()
     groups = [old.groups(count - 1) for count in seen]
@@ -267,14 +353,18 @@ def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int, where: str
     ]
     slots = layer["compressed_keys"].dtype
     result = shapes[1].zeros(len(keys), keys.dtype, keys.device, slots)
-    for name in ("sink_keys", "sink_values", "seen"):
-        result[name].copy_(layer[name])
-    result["rewindable"].copy_(torch.tensor(rewindable))
-    newest = {"window": layer["seen"] - 1, "compressed": torch.tensor(groups).to(keys.device) - 1}
-    oldest = {"window": old.sinks, "compressed": 0}
-    for region, names in RINGS.items():
-        for name in names:
-            _refill(result[name], layer[name], newest[region], oldest[region])
+    with ordinary():
+        for name in identity.marks(layer):
+            result |= identity.entry(identity.rescheduled(name, new), len(keys), keys.device)
+        for name in ("sink_keys", "sink_values", "seen"):
+            result[name].copy_(layer[name])
+        result["rewindable"].copy_(torch.tensor(rewindable, device="cpu"))
+        slots_made = torch.tensor(groups, device="cpu").to(keys.device)
+        newest = {"window": layer["seen"] - 1, "compressed": slots_made - 1}
+        oldest = {"window": old.sinks, "compressed": 0}
+        for region, names in RINGS.items():
+            for name in names:
+                _refill(result[name], layer[name], newest[region], oldest[region])
     return result
 
 
@@ -314,6 +404,20 @@ def _each(schedules: Any, name: str, layers: Sequence[Memory], where: str) -> li
     return found
 
 
+def _made_alike(layers: Sequence[Memory], where: str) -> None:
+    """Raises unless all were made for the same, or none says for what."""
+    first, *others = (identity.marks(layer) for layer in layers)
+    for other in others:
+        if bool(other) != bool(first):
+            got = "one that does not say it" if first else "one that says it"
+            raise ValueError(
+                f"{where}: memories must all say what they were made for, or none, got {got} "
+                "beside the first"
+            )
+        if other != first:
+            identity.check(dict.fromkeys(other), first[0], where)
+
+
 def _kind(tensor: Tensor) -> str:
     return f"[B, {', '.join(map(str, tensor.shape[1:]))}] {tensor.dtype} on {tensor.device}"
 
@@ -334,10 +438,7 @@ def _map(function: Any, memory: Any) -> Any:
 def _layers(memory: Any, where: str) -> list[Memory]:
     """The memories of all layers, or an error before any of them is touched."""
     if isinstance(memory, dict):
-        if set(memory) != set(STATE):
-            got = ", ".join(map(str, memory)) or "an empty one"
-            raise ValueError(f"{where}: memory must be a dict of {', '.join(STATE)}, got {got}")
-        _check.tensors(where, **memory)
+        check_names(memory, where)
         rows = memory["seen"].shape[:1]
         for name in (*COUNTS, *STATE):
             tensor = memory[name]
@@ -350,6 +451,7 @@ def _layers(memory: Any, where: str) -> list[Memory]:
             if (tensor.dtype == torch.int64) != (name in COUNTS) and not packed:
                 kind = "int64" if name in COUNTS else "floating point"
                 raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
+        identity.check_entry(memory, rows[0], where)
         return [memory]
     if not isinstance(memory, (list, tuple)):
         raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ctx import _check
+from ctx.identity import check_entry, marks
 from ctx.schedule import Schedule
 
 __all__ = ["STATE", "Memory", "StateShape"]
 
-#: The memory of one attention layer: a plain dict of tensors by these names.
+#: The memory of one attention layer: a plain dict of tensors by these names, and one more that says
+#: what it was made for (:mod:`ctx.identity`).
 Memory = dict[str, Tensor]
 
 #: Names of the tensors that are a memory, in the order in which operators take them. ``seen`` is
@@ -43,6 +46,29 @@ COUNTS = ("seen", "rewindable", "slot_positions")
 SLOTS = ("compressed_keys", "compressed_values")
 #: int8 slots are rows of multiples of a scale, which stands behind them as a float32.
 SCALE_BYTES = 4
+
+
+def ordinary() -> contextlib.AbstractContextManager[Any]:
+    """In it a memory's tensors are made, also in inference mode, as tensors that can be used under
+    grad later; a graph is left as it is traced.
+    """
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
+
+
+def check_names(memory: Any, where: str) -> None:
+    """Raises unless `memory` is a dict of tensors by the names of a memory.
+
+    Raises:
+        ValueError, TypeError: it is not; the message begins with `where`.
+    """
+    if not isinstance(memory, dict) or set(memory) - set(marks(memory)) != set(STATE):
+        got = type(memory).__name__
+        if isinstance(memory, dict):
+            got = ", ".join(map(str, memory)) or "an empty one"
+        raise ValueError(f"{where}: memory must be a dict of {', '.join(STATE)}, got {got}")
+    _check.tensors(where, **memory)
 
 
 def dtype_of(name: str, pairs: torch.dtype, slots: torch.dtype) -> torch.dtype:
@@ -133,10 +159,11 @@ class StateShape:
     ) -> Memory:
         """An empty memory; slots of another dtype where it is given."""
         slots = slots or dtype
-        return {
-            name: torch.zeros(size, device=device, dtype=dtype_of(name, dtype, slots))
-            for name, size in self.sizes(rows, slots).items()
-        }
+        with ordinary():
+            return {
+                name: torch.zeros(size, device=device, dtype=dtype_of(name, dtype, slots))
+                for name, size in self.sizes(rows, slots).items()
+            }
 
     def check(self, memory: Any, rows: int, device: torch.device, where: str, of: str) -> None:
         """Raises unless `memory` has these shapes, one dtype, and the rows and device of input
@@ -145,15 +172,13 @@ class StateShape:
         Raises:
             ValueError, TypeError: the message begins with `where` and names the tensor.
         """
-        if not isinstance(memory, dict) or set(memory) != set(STATE):
-            got = ", ".join(map(str, memory)) if isinstance(memory, dict) else type(memory).__name__
-            raise ValueError(f"{where}: memory must be a dict of {', '.join(STATE)}, got {got}")
-        _check.tensors(where, **memory)
+        check_names(memory, where)
         held = memory["seen"].shape
         if len(held) == 1 and held[0] != rows:
             raise ValueError(
                 f"{where}: {of} must have as many rows as memory = {held[0]}, got {rows}"
             )
+        check_entry(memory, rows, where)
         dtype = memory["window_keys"].dtype
         slots = memory["compressed_keys"].dtype
         if slots not in slot_dtypes(dtype):

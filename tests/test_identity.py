@@ -1,0 +1,302 @@
+"""A memory knows what it was made for, and a layer takes no other: every setting that decides what
+is stored or how it is read, changed one at a time, in both paths, whatever a memory went through.
+"""
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import ctx
+from ctx import identity
+from strategies import assert_same_bits
+
+BASE = {
+    "window": 64,
+    "compressed": 4,
+    "ratio": 2,
+    "segment": 4,
+    "sinks": 1,
+    "compression": "mean",
+    "memory_content": "kv",
+    "position": "rotary",
+    "distance": "slot",
+    "rotary_dim": 4,
+    "rotary_base": 10000.0,
+    "rotary_interleaved": False,
+}
+
+
+class Pool(nn.Module):
+    def forward(self, keys, values):
+        return keys.mean(3), values.mean(3)
+
+
+class OtherPool(Pool):
+    pass
+
+
+class Softer(ctx.compression.Mean):
+    """Inherits a name, and does something else."""
+
+    def forward(self, keys, values):
+        return keys.mean(3) / 2, values.mean(3)
+
+
+# (what is changed, what the message names)
+CHANGES = [
+    ({"window": 63}, ["window=63"]),
+    ({"window": 60, "segment": 8}, ["window=60", "segment=8"]),  # the shapes are equal
+    ({"compressed": 5}, ["compressed=5"]),
+    ({"ratio": 1, "window": 65}, ["ratio=1", "window=65"]),
+    ({"segment": 3}, ["segment=3"]),
+    ({"sinks": 2}, ["sinks=2"]),
+    ({"compression": "conv"}, ["compressor=conv"]),
+    ({"compression": "max"}, ["compressor=max"]),
+    ({"compression": "gated"}, ["compressor=gated"]),
+    ({"compression": "dilated"}, ["compressor=dilated", "overlap=1"]),
+    ({"compression": "conv", "compression_kernel": 5}, ["compressor=conv", "overlap=3"]),
+    ({"compression": "most_used"}, ["compressor=most_used"]),
+    ({"compression": Pool()}, ["compressor=Pool"]),
+    ({"compression": Softer(2, 2, 4)}, ["compressor=Softer"]),
+    ({"memory_content": "hidden"}, ["content=hidden"]),
+    ({"position": None}, ["position=None", "rotary_dim=0"]),
+    ({"position": "alibi"}, ["position=alibi"]),
+    ({"position": "relative"}, ["position=relative"]),
+    ({"distance": "token"}, ["distance=token"]),
+    ({"rotary_dim": 2}, ["rotary_dim=2"]),
+    ({"rotary_base": 500.0}, ["rotary_base=500.0"]),
+    ({"rotary_interleaved": True}, ["rotary_interleaved=True"]),
+]
+OTHER_BASES = [
+    ({"position": "alibi"}, {"position": "relative"}, ["position=relative"]),
+    ({"position": "alibi"}, {"position": None}, ["position=None"]),
+    ({"compression": Pool()}, {"compression": OtherPool()}, ["compressor=OtherPool"]),
+    ({"memory_content": "hidden"}, {"memory_content": "hidden", "rotary_base": 9.0},
+     ["rotary_base=9.0"]),
+    ({"memory_content": "hidden"}, {"memory_content": "hidden", "distance": "token"},
+     ["distance=token"]),
+]  # fmt: skip
+PAIRS = [({}, change, named) for change, named in CHANGES] + OTHER_BASES
+
+
+def attention(**options):
+    torch.manual_seed(5)
+    return ctx.CompressiveAttention(16, 4, 2, **{**BASE, **options})
+
+
+def saved(memory):
+    buffer = io.BytesIO()
+    torch.save(memory, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+class Copy(nn.Module):
+    """A graph that takes a memory and gives one."""
+
+    def forward(self, memory):
+        return {name: x.clone() for name, x in memory.items()}
+
+
+WAYS = {
+    "as it is": lambda memory: memory,
+    "save": saved,
+    "deepcopy": copy.deepcopy,
+    "pytree": lambda memory: pytree.tree_map(torch.clone, memory),
+    "clone": ctx.rows.clone,
+    "select": lambda memory: ctx.rows.select(memory, [1, 0]),
+    "merge": lambda memory: ctx.rows.merge([ctx.rows.select(memory, [i]) for i in range(2)]),
+    "to": lambda memory: ctx.rows.to(memory, dtype=torch.float64),
+    "first rows": lambda memory: ctx.rows.merge([{k: x[:1] for k, x in memory.items()}] * 2),
+}
+
+
+def streamed(attn):
+    with torch.no_grad():
+        return attn(torch.randn(2, 7, 16), attn.init_memory(2))[1]
+
+
+def refused(attn, memory, named):
+    """By the layer in both paths, before anything is written."""
+    before = {name: x.clone() for name, x in memory.items()}
+    for grad, update in itertools.product([True, False], [True, False]):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError) as caught:  # noqa: PT011
+            attn(torch.randn(2, 3, 16), memory, update=update)
+        message = str(caught.value)
+        assert message.startswith("ctx.CompressiveAttention: memory must be made for ")
+        wanted, _, got = message.partition(", got one made for ")
+        for setting in named:
+            assert f" {setting}" in f" {got}", message
+            assert f" {setting.split('=')[0]}=" in wanted and setting not in wanted, message
+    for name, x in before.items():
+        assert_same_bits(memory[name], x)
+
+
+@pytest.mark.parametrize("own, change, named", PAIRS, ids=str)
+def test_a_foreign_memory_is_refused(own, change, named):
+    attn, other = attention(**own), attention(**change)
+    memory = streamed(other)
+    for way, carried in WAYS.items():
+        try:
+            refused(attn, carried(memory), named)
+        except AssertionError:
+            raise AssertionError(way) from None
+    if change == {"window": 60, "segment": 8}:  # nothing but the name tells them apart
+        own_shapes = [x.shape for x in attn.init_memory(2).values()]
+        assert [x.shape for x in memory.values()] == own_shapes
+    mine = {setting.split("=")[0] for setting in named}
+    with torch.no_grad():  # the way back, and one's own
+        with pytest.raises(ValueError, match=f"made for .*{mine.pop()}="):
+            other(torch.randn(2, 3, 16), attn.init_memory(2))
+        other(torch.randn(2, 3, 16), saved(ctx.rows.select(memory, [1, 0])))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compressed_bias": "none"},
+        {"compressed_bias": "log_ratio"},
+        {"compressor_grad": "aux"},
+        {"aux_loss": "autoencoding"},
+        {"dropout": 0.5},
+        {"bias": True},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+def test_what_decides_nothing_is_no_part_of_it(options):
+    memory = attention(**options).init_memory(2)
+    with torch.no_grad():
+        attention()(torch.randn(2, 3, 16), memory)
+    rotary = {"rotary_base": 5.0, "rotary_interleaved": True}
+    with torch.no_grad():  # nothing is rotated
+        memory = attention(position=None, **rotary).init_memory(2)
+        attention(position=None)(torch.randn(2, 3, 16), memory)
+
+
+def test_one_that_does_not_say_is_refused():
+    attn = attention()
+    memory = {name: x for name, x in attn.init_memory(2).items() if name in ctx.state.STATE}
+    for grad in (True, False):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(ValueError, match="memory must say what it was made for"),
+        ):
+            attn(torch.randn(2, 3, 16), memory)
+    both = attn.init_memory(2) | attention(distance="token").init_memory(2)
+    with pytest.raises(ValueError, match="memory must be made for one thing, got "):
+        attn(torch.randn(2, 3, 16), both)
+    (name,) = identity.marks(attn.init_memory(2))
+    with pytest.raises(ValueError, match=r"in memory must be \[2, 0\], got \[3, 0\]"):
+        attn(torch.randn(2, 3, 16), attn.init_memory(2) | identity.entry(name, 3, "cpu"))
+
+
+def test_follows_what_is_assigned():
+    """Of the layer as it is now, and of a twin that shares its parameters."""
+    attn, x = attention(), torch.randn(2, 3, 16)
+    old = attn.init_memory(2)
+    attn.schedule = attn.schedule.resized(compressed=3)
+    with pytest.raises(ValueError, match="made for compressed=3, got one made for compressed=4"):
+        attn(x, old)
+    carried = ctx.rows.resized(old, attention().schedule, attn.schedule)
+    attn(x, carried)
+    attn.compressor = Pool()
+    with pytest.raises(ValueError, match="compressor=Pool, got one made for compressor=mean"):
+        attn(x, carried)
+    attn.distance = "token"
+    with pytest.raises(ValueError, match="distance=token compressor=Pool"):
+        attn(x, carried)
+    attn(x, attn.init_memory(2))
+
+
+def test_a_model():
+    config = {"vocab_size": 9, "embed_dim": 16, "num_layers": 2, "num_heads": 4}
+    sizes = {"window": 8, "compressed": 4, "ratio": 2}
+    model, other = (
+        ctx.CompressiveTransformer(
+            ctx.CompressiveTransformerConfig(**config, **sizes, rotary_base=base)
+        )
+        for base in (10000.0, 500.0)
+    )
+    tokens, memory = torch.randint(0, 9, (2, 7)), other.init_memory(2)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"rotary_base=500\.0"):
+            model(tokens, memory)
+    assert memory[0]["seen"].tolist() == [0, 0]
+    twin = model.with_memory(compressed=2)
+    with torch.no_grad():
+        _, memory = model(tokens)
+        with pytest.raises(ValueError, match="compressed=2, got one made for compressed=4"):
+            twin(tokens, memory)
+        twin(tokens, ctx.rows.resized(memory, model.schedules, twin.schedules))
+
+
+def test_merge_and_resized_look_at_it():
+    memories = [attention(distance=distance).init_memory(1) for distance in ("slot", "token")]
+    with pytest.raises(ValueError, match=r"ctx.rows.merge: .*distance=slot, got .* distance=token"):
+        ctx.rows.merge(memories)
+    bare = {name: memories[0][name] for name in ctx.state.STATE}
+    for pair in ([memories[0], bare], [bare, memories[0]]):
+        with pytest.raises(ValueError, match=r"ctx.rows.merge: memories must all say"):
+            ctx.rows.merge(pair)
+    assert len(ctx.rows.merge([bare, bare])["seen"]) == 2
+    equal = attention(window=60, segment=8)
+    with pytest.raises(ValueError, match=r"ctx.rows.resized: window must be 60 as .*, got 64"):
+        ctx.rows.resized(equal.init_memory(1), attention().schedule, attention().schedule)
+    kernel = attention(compression="conv", compression_kernel=5)
+    smaller = kernel.schedule.resized(compressed=2)
+    carried = ctx.rows.resized(kernel.init_memory(2), kernel.schedule, smaller)  # overlap: it says
+    kernel.schedule = smaller
+    kernel(torch.randn(2, 3, 16), carried)
+    with pytest.raises(ValueError, match=r"ctx.rows.resized: overlap must be 3 .* got 1"):
+        ctx.rows.resized(carried, smaller, smaller, overlap=1)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("change", [{"rotary_base": 500.0}, {"window": 60, "segment": 8}], ids=str)
+def test_compiled(change, grad):
+    """It passes through graphs, and a graph is not made for a foreign one."""
+    attn, other = attention(), attention(**change)
+    x = torch.randn(2, 3, 16)
+    torch._dynamo.reset()
+    step = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(grad):
+        _, memory = step(x)
+        for _ in range(2):
+            _, memory = step(x, memory)
+        attn(x, memory)
+        refused(other, memory, ["segment=4" if "segment" in change else "rotary_base=10000.0"])
+        named = "got one made for rotary_base=500" if "rotary_base" in change else "got one made"
+        with pytest.raises(Exception, match=named):  # the compiler's, which quotes ours
+            step(x, other.init_memory(2))
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match=named):
+            torch.compile(attn, backend="aot_eager")(x, other.init_memory(2))
+
+
+class Step(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, memory):
+        with torch.no_grad():
+            return self.module(x, memory)
+
+
+def test_exported():
+    attn, other = attention().requires_grad_(False), attention(distance="token")
+    x = torch.randn(2, 1, 16)
+    exported = torch.export.export(Step(attn), (x, attn.init_memory(2)), strict=False)
+    _, memory = exported.module()(x, attn.init_memory(2))
+    attn(x, memory)
+    refused(other, memory, ["distance=slot"])
+    with pytest.raises(ValueError, match="got one made for distance=token"):
+        torch.export.export(Step(attn), (x, other.init_memory(2)), strict=False)
+    with pytest.raises(Exception, match="made for"):  # the names are the graph's
+        exported.module()(x, other.init_memory(2))
