@@ -278,11 +278,18 @@ class TestGenerate:
         with pytest.raises(ValueError, match="mask must leave at least one token"):
             built.generate(tokens(1, 2), 1, mask=torch.zeros(1, 2, dtype=torch.bool))
 
-    def test_nothing_is_drawn(self):
-        built = model()
-        memory = built.init_memory(2)
-        assert built.generate(tokens(2, 4), 0, memory=memory).shape == (2, 0)
-        assert memory[0]["seen"].tolist() == [0, 0]
+    @pytest.mark.parametrize("method", ["generate", "stream"])
+    def test_a_prompt_is_read_where_nothing_is_drawn(self, method):
+        built, text = model(), tokens(2, 70)
+        memory, wanted = built.init_memory(2), built.init_memory(2)
+        drawn = getattr(built, method)(text, 0, memory=memory)
+        assert drawn.shape == (2, 0) if method == "generate" else list(drawn) == []
+        with torch.no_grad():
+            built(text[:, :64], wanted)
+            built(text[:, 64:], wanted)
+        for mine, layer in zip(memory, wanted, strict=True):
+            assert mine["seen"].tolist() == [70, 70]
+            assert all(torch.equal(mine[name], layer[name]) for name in layer)
 
     @pytest.mark.parametrize(
         "changed, error, message",
@@ -301,6 +308,11 @@ class TestGenerate:
             ({"seed": -1}, ValueError, "seed must be at least 0"),
             ({"num_tokens": -1}, ValueError, "num_tokens must be at least 0, got -1"),
             ({"num_tokens": 1.5}, TypeError, "num_tokens must be an int"),
+            (
+                {"tokens": torch.zeros(0, 4, dtype=torch.int64)},
+                ValueError,
+                "at least one row, got B",
+            ),
             ({"tokens": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "T >= 1"),
             ({"tokens": torch.zeros(1, 2)}, TypeError, "tokens must be int64"),
             ({"tokens": torch.tensor([[50]])}, IndexError, r"\[0, 50\), got 50"),
@@ -366,6 +378,11 @@ class TestForwardErrors:
             ([[1]], TypeError, "tokens must be a tensor, got list"),
             (torch.zeros(2, 3), TypeError, "tokens must be int64, got torch.float32"),
             (torch.zeros(3, dtype=torch.int64), ValueError, r"tokens must be \[B, T\], got \[3\]"),
+            (
+                torch.zeros(0, 3, dtype=torch.int64),
+                ValueError,
+                r"tokens must have at least one row, got B = 0 in \[0, 3\]",
+            ),
             (torch.tensor([[-1]]), IndexError, "got -1"),
             (torch.tensor([[3, 50]]), IndexError, "got 50"),
         ],

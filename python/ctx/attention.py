@@ -104,7 +104,10 @@ class CompressiveAttention(nn.Module):
         relative_dim: sines and cosines of ``"relative"``, even; default E, as Transformer-XL has.
         distance: ``"slot"`` or ``"token"``.
         compressed_bias: ``"none"``, ``"log_ratio"`` or ``"learned"`` (per query head, starting at
-            log ratio).
+            ``compressed_bias_init``).
+        compressed_bias_init: where the learned bias starts; default log ratio, as a slot stands for
+            that many tokens. A low one, such as -4, keeps slots nearly out of attention until the
+            model has a use for them. Only with ``compressed_bias="learned"``.
         compressor_grad: ``"task"`` (the task's gradient trains the compressor, and keys and values
             through it) or ``"aux"`` (the paper's: compressed slots are constants to the task; only
             an auxiliary loss trains it).
@@ -139,6 +142,7 @@ class CompressiveAttention(nn.Module):
         relative_dim: int | None = None,
         distance: str = "slot",
         compressed_bias: str = "learned",
+        compressed_bias_init: float | None = None,
         compressor_grad: str = "task",
         aux_loss: str | None = None,
         dropout: float = 0.0,
@@ -189,6 +193,8 @@ class CompressiveAttention(nn.Module):
         _one_of("memory_content", memory_content, ("kv", "hidden"))
         _one_of("distance", distance, ("slot", "token"))
         _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
+        if compressed_bias_init is not None:
+            compressed_bias_init = bias_start(compressed_bias_init, compressed_bias, _WHERE)
         _one_of("compressor_grad", compressor_grad, ("task", "aux"))
         if aux_loss is not None:
             _one_of("aux_loss", aux_loss, LOSSES)
@@ -228,6 +234,7 @@ class CompressiveAttention(nn.Module):
             rotary_interleaved,
         )
         self.dropout, self.headroom = dropout, headroom
+        self.compressed_bias_init = compressed_bias_init
         self.memory_content, self.aux_loss = memory_content, aux_loss
         #: What is remembered of a token: heads, key width, value width.
         self._stored = (
@@ -304,7 +311,9 @@ class CompressiveAttention(nn.Module):
     def _reset_compression(self) -> None:
         if self._learns_bias:
             with torch.no_grad():
-                self.get_parameter("compressed_bias").fill_(math.log(self.schedule.ratio))
+                ratio, start = self.schedule.ratio, self.compressed_bias_init
+                first = math.log(ratio) if start is None else start
+                self.get_parameter("compressed_bias").fill_(first)
 
     @property
     def compressed_bias(self) -> Tensor | None:
@@ -783,6 +792,22 @@ def _refuse_recomputation(x: Tensor) -> None:
                     f"{type(first).__name__}: checkpoint with use_reentrant=False"
                 )
         frame = frame.f_back
+
+
+def bias_start(value: Any, kind: str, where: str) -> float:
+    """Where a bias of compressed slots starts, as a float.
+
+    Raises:
+        TypeError, ValueError: it is no finite number, or the bias is not learned.
+    """
+    start = _check.number(value, "compressed_bias_init", where)
+    if not math.isfinite(start):
+        raise ValueError(f"{where}: compressed_bias_init must be finite, got {start}")
+    if kind != "learned":
+        raise ValueError(
+            f"{where}: compressed_bias_init must be None for compressed_bias {kind!r}, got {start}"
+        )
+    return start
 
 
 def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:

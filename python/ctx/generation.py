@@ -1,24 +1,71 @@
-"""Drawing the next token: temperature, top-k, top-p, seed."""
+"""Continuing a text: how the next token is drawn (temperature, top-k, top-p, seed)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Sampling", "check_count"]
+from ctx import _check
+
+__all__ = ["Sampling", "Stop", "as_stop", "check_count", "draw"]
 
 
-def check_count(value: Any, where: str) -> None:
-    """Raises unless `value` can be a number of tokens."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{where}: num_tokens must be an int, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{where}: num_tokens must be at least 0, got {value}")
+#: What ends a row: a token, several, or what says of the drawn int64 [B] which rows are to stop.
+Stop = int | Sequence[int] | Tensor | Callable[[Tensor], Tensor]
+
+
+def check_count(value: Any, where: str) -> int:
+    """`value` as a number of tokens; raises unless it can be one."""
+    count = _check.integer(value, "num_tokens", where)
+    if count < 0:
+        raise ValueError(f"{where}: num_tokens must be at least 0, got {count}")
+    return count
+
+
+def as_stop(stop: Any, vocab_size: int, where: str) -> Callable[[Tensor], Tensor] | None:
+    """`stop` as a function from drawn tokens, int64 [B], to bool [B]; None where nothing stops.
+
+    Raises:
+        TypeError, ValueError: it is none of what a stop can be, or a token that cannot be drawn.
+    """
+    if stop is None:
+        return None
+    if callable(stop) and not isinstance(stop, Tensor):
+        return lambda drawn: _stopped(stop(drawn), drawn, where)
+    kind = "a token, a list of tokens or a callable"
+    if isinstance(stop, Tensor):
+        if stop.dtype != torch.int64 or stop.dim() > 1:
+            got = f"{stop.dtype} {list(stop.shape)}"
+            raise TypeError(f"{where}: stop must be {kind}, got a tensor {got}")
+        stop = stop.reshape(-1).tolist()
+    elif hasattr(stop, "__iter__") and not isinstance(stop, (str, bytes)):
+        stop = list(stop)
+    else:
+        stop = [stop]
+    ids = []
+    for one in stop:
+        try:
+            ids.append(_check.integer(one, "stop", where))
+        except TypeError:
+            raise TypeError(f"{where}: stop must be {kind}, got {one!r}") from None
+        if not 0 <= ids[-1] < vocab_size:
+            raise ValueError(f"{where}: stop must be tokens in [0, {vocab_size}), got {ids[-1]}")
+    if not ids:
+        raise ValueError(f"{where}: stop must name at least one token, got none")
+    return lambda drawn: torch.isin(drawn, torch.tensor(ids, device=drawn.device))
+
+
+def _stopped(said: Any, drawn: Tensor, where: str) -> Tensor:
+    """What a callable said, checked."""
+    if not isinstance(said, Tensor) or said.dtype != torch.bool or said.shape != drawn.shape:
+        got = f"{said.dtype} {list(said.shape)}" if isinstance(said, Tensor) else repr(said)
+        raise TypeError(f"{where}: stop must return bool [B] = [{drawn.shape[0]}], got {got}")
+    return said.to(drawn.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +91,16 @@ class Sampling:
             value = getattr(self, name)
             if value is None and name == "top_p":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{self.where}: {name} must be a number, got {value!r}")
+            object.__setattr__(self, name, _check.number(value, name, self.where))
         for name in ("top_k", "seed"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{self.where}: {name} must be an int or None, got {value!r}")
+            if value is not None:
+                try:
+                    object.__setattr__(self, name, _check.integer(value, name, self.where))
+                except TypeError:
+                    raise TypeError(
+                        f"{self.where}: {name} must be an int or None, got {value!r}"
+                    ) from None
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(
                 f"{self.where}: temperature must be finite and at least 0, got {self.temperature}"
@@ -91,3 +142,68 @@ class Sampling:
             ordered = ordered.masked_fill(before >= self.top_p, 0.0)
             probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
         return probabilities
+
+
+def draw(
+    model: Any,
+    tokens: Tensor,  # [B, T]
+    lengths: Tensor | None,
+    num_tokens: int,
+    memory: Sequence[dict[str, Tensor]],
+    settings: Sampling,
+    stop: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """Streams the tokens, then as many drawn ones but the last, and yields each, int64 [B].
+
+    A row that has stopped yields its last token again and streams no more; where all have, the end
+    has come.
+
+    The model is called as a module, so that hooks run and shards are gathered; without grad, but
+    not in inference mode, whose tensors sharding and the caller's graphs cannot take.
+    """
+    sample = settings.sampler(tokens.device)
+    ended: Tensor | None = None  # bool [B]
+    for step in range(max(num_tokens, 1)):
+        with torch.no_grad():  # never across a yield: it would leak to the caller
+            logits = _read(model, tokens, lengths, memory)
+            if not num_tokens:  # the prompt is read all the same
+                return
+            drawn = sample(logits)
+            if ended is not None:
+                drawn = torch.where(ended, tokens[:, 0], drawn)
+            tokens, lengths = drawn[:, None], None
+            if stop is not None:
+                now = stop(drawn.clone())
+                ended = now if ended is None else ended | now
+                lengths = ended.logical_not().long()
+        yield drawn.clone()  # the caller may write to it
+        if ended is not None and step < num_tokens - 1 and bool(ended.all()):
+            return
+
+
+def _read(
+    model: Any, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
+) -> Tensor:
+    """Streams the tokens and returns the logits behind the last of every row, [B, V]."""
+    # A long prompt is read at constant memory, too.
+    block = max(64, *(schedule.segment for schedule in model.schedules))
+    newest: Tensor | None = None
+    for first in range(0, tokens.shape[1], block):
+        chunk = tokens[:, first : first + block]
+        count = None if lengths is None else (lengths - first).clamp(0, chunk.shape[1])
+        logits, after = model(chunk, memory, lengths=count, last_only=True)
+        _take_over(memory, after)
+        if newest is None or count is None:
+            newest = logits
+        else:  # a row that ended in an earlier chunk keeps what it had
+            newest = torch.where((count > 0)[:, None], logits, newest)
+    assert newest is not None
+    return newest
+
+
+def _take_over(memory: Sequence[dict[str, Tensor]], after: Sequence[dict[str, Tensor]]) -> None:
+    """Writes to `memory` what a call left elsewhere: FSDP2's mixed precision casts its inputs."""
+    for held, layer in zip(memory, after, strict=True):
+        for name, tensor in layer.items():
+            if tensor is not held[name]:
+                held[name].copy_(tensor)

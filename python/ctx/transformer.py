@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctx import generation
-from ctx.attention import CompressiveAttention
+from ctx import _check, generation, interrupted
+from ctx.attention import CompressiveAttention, bias_start
 from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import POSITIONS, Relative
 from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
+from ctx.state import dtype_of
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
 
@@ -78,6 +79,7 @@ class CompressiveTransformerConfig:
     relative_dim: int | None = None
     distance: str = "slot"
     compressed_bias: str = "learned"
+    compressed_bias_init: float | None = None
     compressor_grad: str = "task"
     aux_loss: str | None = None
     rotary_base: float = 10000.0
@@ -104,22 +106,23 @@ class CompressiveTransformerConfig:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{where}: {name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+            whole = _check.integer(value, name, where)
+            if whole < 1:
+                raise ValueError(f"{where}: {name} must be at least 1, got {whole}")
+            object.__setattr__(self, name, whole)  # a plain one: it goes into checkpoints
         for name in ("rotary_interleaved", "tied", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}")
         for name in ("rotary_base", "dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{where}: {name} must be a number, got {value!r}")
+            object.__setattr__(self, name, _check.number(getattr(self, name), name, where))
         for name, choices in {"compression": tuple(COMPRESSORS), **_CHOICES}.items():
             if getattr(self, name) not in choices:
                 names = ", ".join(map(repr, choices))
                 got = getattr(self, name)
                 raise ValueError(f"{where}: {name} must be one of {names}, got {got!r}")
+        if self.compressed_bias_init is not None:
+            start = bias_start(self.compressed_bias_init, self.compressed_bias, where)
+            object.__setattr__(self, "compressed_bias_init", start)
         if not (math.isfinite(self.rotary_base) and self.rotary_base > 0):
             raise ValueError(
                 f"{where}: rotary_base must be positive and finite, got {self.rotary_base}"
@@ -148,7 +151,7 @@ class CompressiveTransformerConfig:
             raise ValueError(f"{where}: relative_dim must be even, got {relative_dim}")
         for name in SIZES:
             sizes = as_sizes(getattr(self, name), name, self.num_layers, where)
-            object.__setattr__(self, name, sizes)
+            object.__setattr__(self, name, _plain(sizes))
         each = any(isinstance(getattr(self, name), tuple) for name in SIZES)
         self._schedules(self.num_layers if each else 1)  # refuses what is out of range
 
@@ -215,6 +218,14 @@ class CompressiveTransformerConfig:
         return kept | dict(zip(SIZES, self.schedules()[layer].numbers, strict=True))
 
 
+def _plain(sizes: Any) -> Any:
+    """Sizes with plain ints for what stands for them; what does not is refused by `Schedule`."""
+    if isinstance(sizes, tuple):
+        return tuple(_plain(size) for size in sizes)
+    whole = hasattr(sizes, "__index__") and not isinstance(sizes, (bool, Tensor))
+    return operator.index(sizes) if whole else sizes
+
+
 def _norm(config: CompressiveTransformerConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.embed_dim, eps=1e-6)
@@ -245,6 +256,16 @@ class _MLP(nn.Module):
         return out
 
 
+class _Call(NamedTuple):
+    """What a call says to every layer besides its tokens; a block's arguments, in their order."""
+
+    lengths: Tensor | None  # int64 [B]
+    reset_at: Tensor | None  # bool [B, T]
+    update: bool
+    return_aux: bool
+    return_usage: bool
+
+
 class _Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -262,15 +283,18 @@ class _Block(nn.Module):
         memory: dict[str, Tensor] | None,
         lengths: Tensor | None,
         reset_at: Tensor | None,
+        update: bool,
         return_aux: bool,
         return_usage: bool,
-    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor] | None, list[Tensor]]:
         """x and the memory after the tokens, and what was asked for besides, loss first."""
+        memory = None if memory is None else _kept(memory)
         rows = {"lengths": lengths, "reset_at": reset_at}
         y, memory, *asked = self.attention(
             self.attention_norm(x),
             memory,
             **rows,
+            update=update,
             return_aux=return_aux,
             return_usage=return_usage,
         )
@@ -298,7 +322,8 @@ class CompressiveTransformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config)
-        self.head: nn.Linear | None = None
+        # What is in their place later (an adapter, a shard, a quantised layer) is called alike.
+        self.head: nn.Module | None = None
         if not config.tied:
             self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -311,21 +336,22 @@ class CompressiveTransformer(nn.Module):
             layer.reset_parameters()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(
-                    module.weight, std=branch if name.endswith(("out_proj", "down")) else std
-                )
+                inner = {"out_proj", "down"} & set(name.split("."))  # also inside of a wrapper
+                nn.init.normal_(module.weight, std=branch if inner else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Relative):
                 module.reset_parameters(std)
             elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
                 module.reset_parameters()
-        nn.init.normal_(self.embedding.weight, std=std)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
 
     @property
     def layers(self) -> list[CompressiveAttention]:
-        """The attention of every block, first block first."""
-        return [cast(_Block, block).attention for block in self.blocks]
+        """The attention of every block, first block first; also inside of what wraps it."""
+        return [_attention_of(block, i) for i, block in enumerate(self.blocks)]
 
     @property
     def schedules(self) -> tuple[Schedule, ...]:
@@ -357,8 +383,10 @@ class CompressiveTransformer(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset_at: Tensor | None = None,
+        update: bool = True,
         return_aux: bool = False,
         return_usage: bool = False,
+        last_only: bool = False,
     ) -> Any:
         """Continues every row's stream by T tokens.
 
@@ -369,39 +397,88 @@ class CompressiveTransformer(nn.Module):
             mask: bool [B, T], true at tokens: as `lengths`, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
                 packed batch), which sees nothing of what its row held before.
+            update: False reads the memory and does not write it: the logits are the same, and the
+                memory returned is the one passed, bit for bit as it was (None stays None). For
+                scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
                 layers; not together with `reset_at`.
             return_usage: also return what share of its attention every query gives to sinks,
                 compressed slots and window in every layer, for inspection: [layers, B, H, T, 3],
                 adding up to one, zero at padding, constant.
+            last_only: logits of every row's last token only, [B, vocab_size], zero for a row
+                without tokens; what generation needs of a long prompt.
 
         Returns:
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
-            after the last: a new one under grad, the one passed (streamed into in place) without;
-            then the loss with `return_aux`, then the shares with `return_usage`.
+            after the last: a new one under grad, the one passed (streamed into in place) without,
+            and with `update=False`; then the loss with `return_aux`, then the shares with
+            `return_usage`. Where a call without grad is interrupted (an exception in a hook,
+            Ctrl-C), the memory passed is as it was before the call, or refused from then on where
+            the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
+            before the call: go on with the one returned then.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
         """
-        self._check(tokens, memory, "ctx.CompressiveTransformer.forward", lengths, mask, reset_at)
+        where = "ctx.CompressiveTransformer.forward"
+        _check.flag(update, "update", where)
+        _check.flag(last_only, "last_only", where)
+        passed = memory
+        if isinstance(memory, (list, tuple)):
+            memory = [_kept(layer) for layer in memory]
+        self._check(tokens, memory, where, lengths, mask, reset_at)
+        if return_aux and (self.config.aux_loss is None or reset_at is not None):
+            got = "aux_loss=None" if self.config.aux_loss is None else "reset_at"
+            raise ValueError(
+                f"{where}: return_aux must go with an aux_loss and without reset_at, got {got}"
+            )
         if mask is not None:
             tokens, lengths = to_right_padded(tokens, mask)
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
         if lengths is not None:
             lengths = lengths.clone()  # a layer's own counter would change before the next layer
-        hidden, memory, aux, usage = self._hidden(
-            tokens, memory, lengths, reset_at, return_aux, return_usage
-        )
-        logits = self._logits(hidden)
+        call = _Call(lengths, reset_at, update, return_aux, return_usage)
+        if not update:
+            logits, _, *asked = self._call(tokens, memory, call, mask, last_only)
+            return (logits, passed, *asked)
+        if memory is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._call(tokens, memory, call, mask, last_only)
+        before = memory[0]["seen"].clone()
+        try:
+            return self._call(tokens, memory, call, mask, last_only)
+        except BaseException:
+            interrupted.take_back(memory, before, tokens.shape[1], lengths, reset_at)
+            raise
+
+    def _call(
+        self,
+        tokens: Tensor,
+        memory: Sequence[dict[str, Tensor]] | None,
+        call: _Call,
+        mask: Tensor | None,
+        last_only: bool,
+    ) -> Any:
+        """`forward` of checked arguments, whose padding stands on the right."""
+        lengths = call.lengths
+        hidden, memory, aux, usage = self._hidden(tokens, memory, call)
+        if last_only:
+            logits = self._logits(_last(hidden, lengths))[:, 0]
+            if not tokens.shape[1]:
+                logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0)
+            elif lengths is not None:
+                logits = logits.masked_fill((lengths < 1).unsqueeze(-1), 0.0)
+        else:
+            logits = self._logits(hidden)
         if mask is not None:
-            logits = from_right_padded(logits, mask)
+            if not last_only:
+                logits = from_right_padded(logits, mask)
             usage = [from_right_padded(u.transpose(1, 2), mask).transpose(1, 2) for u in usage]
-        elif lengths is not None:
+        elif lengths is not None and not last_only:
             padding = mask_of(lengths, tokens.shape[1]).logical_not()
             logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
-        asked = [torch.stack(aux).mean()] if return_aux else []
-        asked += [torch.stack(usage)] if return_usage else []
+        asked = [torch.stack(aux).mean()] if call.return_aux else []
+        asked += [torch.stack(usage)] if call.return_usage else []
         return (logits, memory, *asked)
 
     def with_memory(
@@ -447,29 +524,39 @@ class CompressiveTransformer(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        stop: generation.Stop | None = None,
     ) -> Tensor:
         """Continues every row by `num_tokens` sampled tokens, at constant memory.
+
+        The model is called as a module, without grad, so that hooks run and FSDP2 works. Where
+        several processes hold shards of one model, each must make as many calls: prompts of one
+        width, the same `num_tokens`, and no `stop`.
 
         Args:
             tokens: int64 [B, T], T >= 1: the prompt, or what comes next in `memory`'s streams.
             memory: streamed into in place; afterwards it holds all but the newest token, so
                 `generate(out[:, -1:], n, memory=memory)` goes on. None: starts empty.
+            num_tokens: at least 0; with 0 the prompt is read into `memory`, whole.
             lengths: int64 [B], each at least 1: prompts of unequal length, padded on the right.
             mask: bool [B, T], true at tokens: as `lengths`, for padding on the left or anywhere.
             temperature: 0 takes the likeliest token; 1 samples from the model's distribution.
             top_k: only the k likeliest tokens can be drawn.
             top_p: only the fewest likeliest tokens whose probabilities reach p can be drawn.
             seed: of a private generator; None: torch's global one.
+            stop: a token, several, or a callable that is given the drawn tokens, int64 [B], and
+                returns bool [B], true for rows that are to end with it. A row that has ended
+                repeats its last token, and its memory takes no more; when all have, so has the
+                result. Waits for the device at every step.
 
         Returns:
-            int64 [B, num_tokens], without the prompt.
+            int64 [B, num_tokens], without the prompt; fewer columns where every row has stopped.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
         """
         where = "ctx.CompressiveTransformer.generate"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        steps = list(self._stream(tokens, num_tokens, memory, lengths, mask, settings))
+        steps = list(self._stream(tokens, num_tokens, memory, lengths, mask, settings, stop))
         return torch.stack(steps, 1) if steps else tokens.new_empty(tokens.shape[0], 0)
 
     def stream(
@@ -484,11 +571,12 @@ class CompressiveTransformer(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        stop: generation.Stop | None = None,
     ) -> Iterator[Tensor]:
         """`generate`, one step at a time: yields int64 [B] as soon as it is drawn."""
         where = "ctx.CompressiveTransformer.stream"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        return self._stream(tokens, num_tokens, memory, lengths, mask, settings)
+        return self._stream(tokens, num_tokens, memory, lengths, mask, settings, stop)
 
     def _stream(
         self,
@@ -498,14 +586,23 @@ class CompressiveTransformer(nn.Module):
         lengths: Tensor | None,
         mask: Tensor | None,
         settings: generation.Sampling,
+        stop: generation.Stop | None,
     ) -> Iterator[Tensor]:
         where = settings.where
-        self._check(tokens, memory, where, lengths, mask)
+        if memory is not None and _casts_what_is_given(self, where.rpartition(".")[2]):
+            raise ValueError(
+                f"{where}: memory must not be given to a registered method under mixed precision, "
+                "which would stream into copies of another dtype, got one: call the method "
+                "without registering it, or set cast_forward_inputs=False"
+            )
+        kept = [_kept(layer) for layer in memory] if isinstance(memory, (list, tuple)) else memory
+        self._check(tokens, kept, where, lengths, mask)
         if tokens.shape[1] < 1:
             raise ValueError(
                 f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
             )
-        generation.check_count(num_tokens, where)
+        num_tokens = generation.check_count(num_tokens, where)
+        stops = generation.as_stop(stop, self.config.vocab_size, where)
         if mask is not None:
             tokens, lengths = to_right_padded(tokens, mask)
         if lengths is not None and tokens.device.type == "cpu" and int(lengths.min()) < 1:
@@ -514,52 +611,16 @@ class CompressiveTransformer(nn.Module):
             raise ValueError(
                 f"{where}: {name} must leave at least one token, got none in row {row}"
             )
-        state = self.init_memory(tokens.shape[0]) if memory is None else memory
-        return self._draw(tokens, lengths, num_tokens, state, settings)
-
-    def _draw(
-        self,
-        tokens: Tensor,
-        lengths: Tensor | None,
-        num_tokens: int,
-        memory: Sequence[dict[str, Tensor]],
-        settings: generation.Sampling,
-    ) -> Iterator[Tensor]:
-        draw = settings.sampler(tokens.device)
-        for _ in range(num_tokens):
-            with torch.inference_mode():  # never across a yield: it would leak to the caller
-                drawn = draw(self._logits(self._newest(tokens, lengths, memory)))
-            tokens, lengths = drawn[:, None], None
-            yield drawn.clone()  # an ordinary tensor, of use under grad as well
-
-    def _newest(
-        self, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
-    ) -> Tensor:
-        """Streams the tokens and returns what stands behind the last of every row, [B, E]."""
-        # A long prompt is read at constant memory, too.
-        block = max(64, *(schedule.segment for schedule in self.schedules))
-        newest: Tensor | None = None
-        for first in range(0, tokens.shape[1], block):
-            chunk = tokens[:, first : first + block]
-            if lengths is None:
-                newest = self._hidden(chunk, memory)[0][:, -1]
-                continue
-            count = (lengths - first).clamp(0, chunk.shape[1])
-            hidden = self._hidden(chunk, memory, count)[0]
-            last = hidden[torch.arange(len(hidden)), (count - 1).clamp_min(0)]
-            # A row that ended in an earlier chunk keeps what it had.
-            newest = last if newest is None else torch.where((count > 0)[:, None], last, newest)
-        assert newest is not None
-        return newest
+        if memory is None:
+            device = tokens.device
+            memory = [layer.init_memory(len(tokens), device=device) for layer in self.layers]
+        return generation.draw(self, tokens, lengths, num_tokens, memory, settings, stops)
 
     def _hidden(
         self,
         tokens: Tensor,
         memory: Sequence[dict[str, Tensor]] | None,
-        lengths: Tensor | None = None,
-        reset_at: Tensor | None = None,
-        return_aux: bool = False,
-        return_usage: bool = False,
+        call: _Call,
     ) -> tuple[Tensor, ModelMemory, list[Tensor], list[Tensor]]:
         """What the last block gives, the memory, and of each layer its loss and its shares."""
         x: Tensor = self.dropout(self.embedding(tokens))
@@ -568,16 +629,32 @@ class CompressiveTransformer(nn.Module):
         usage: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             held = None if memory is None else memory[i]
-            x, state, asked = block(x, held, lengths, reset_at, return_aux, return_usage)
+            x, state, asked = block(x, held, *call)
             states.append(state)
-            if return_usage:
+            if call.return_usage:
                 usage.append(asked.pop())
             losses += asked
         return x, states, losses, usage
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(self.norm(hidden), weight)
+        hidden = self.norm(hidden)
+        logits: Tensor = self.head(hidden) if self.head is not None else self._tied(hidden)
+        return logits
+
+    def _tied(self, hidden: Tensor) -> Tensor:
+        """Logits by the embedding's vectors of all tokens, [vocab_size, E].
+
+        They are read where the embedding is torch's own layer over a plain tensor. What stands in
+        its place otherwise (an adapter, a shard, a quantised layer) is asked by calling it, so that
+        what it adds counts and hooks run.
+        """
+        embedding = self.embedding
+        if type(embedding) is nn.Embedding:
+            weight = embedding.weight
+            if not hasattr(type(weight), "__tensor_flatten__"):  # neither DTensor nor quantised
+                return F.linear(hidden, weight)
+        every = torch.arange(self.config.vocab_size, device=hidden.device)
+        return F.linear(hidden, embedding(every))
 
     def _check(
         self,
@@ -593,8 +670,21 @@ class CompressiveTransformer(nn.Module):
             raise TypeError(f"{where}: tokens must be a tensor, got {type(tokens).__name__}")
         if tokens.dtype != torch.int64:
             raise TypeError(f"{where}: tokens must be int64, got {tokens.dtype}")
-        if tokens.dim() != 2 or tokens.shape[0] < 1:
+        if tokens.dim() != 2:
             raise ValueError(f"{where}: tokens must be [B, T], got {list(tokens.shape)}")
+        if tokens.shape[0] < 1:
+            raise ValueError(
+                f"{where}: tokens must have at least one row, got B = 0 in {list(tokens.shape)}"
+            )
+        if memory is not None:
+            if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):
+                known = isinstance(memory, (list, tuple))
+                found = str(len(memory)) if known else type(memory).__name__
+                raise ValueError(
+                    f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
+                    f"got {found}"
+                )
+            _each_its_own(memory, where)
         if torch.compiler.is_compiling():  # the rest reads values, or is not for a graph
             return
         if tokens.device.type == "cpu" and tokens.numel():
@@ -604,31 +694,132 @@ class CompressiveTransformer(nn.Module):
                 raise IndexError(
                     f"{where}: tokens must be in [0, {self.config.vocab_size}), got {got}"
                 )
-        weight = self.embedding.weight
-        if tokens.device != weight.device and not weight.is_meta:
+        device = _device(self)
+        if device is not None and device.type != "meta" and tokens.device != device:
             raise ValueError(
-                f"{where}: tokens must be on {weight.device} as the parameters, got {tokens.device}"
+                f"{where}: tokens must be on {device} as the parameters, got {tokens.device}"
             )
         rows = (tokens.shape[0], tokens.shape[1], lengths, mask, reset_at)
         check_rows(*rows, where, tokens.device)
         if memory is None:
             return
-        if not isinstance(memory, (list, tuple)) or len(memory) != len(self.blocks):
-            known = isinstance(memory, (list, tuple))
-            found = str(len(memory)) if known else type(memory).__name__
-            raise ValueError(
-                f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
-                f"got {found}"
-            )
+        interrupted.check(memory, tokens.device, where)
         for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             name = f"{where}: memory[{i}]"
             layer.check_memory(state, tokens.shape[0], tokens.device, name, "tokens")
+        interrupted.check_in_step(memory, tokens.device, where)
 
 
-def _share(module: Any) -> Any:
-    """A copy of the module tree that holds the very same parameters and buffers."""
-    twin = copy.copy(module)
-    twin._modules = {
-        name: None if child is None else _share(child) for name, child in module._modules.items()
-    }
-    return twin
+def _attention_of(block: nn.Module, index: int) -> CompressiveAttention:
+    """The attention of a block, also where a module wraps either."""
+    usual = getattr(block, "attention", None)
+    if isinstance(usual, CompressiveAttention):  # a search costs more than a check of a memory
+        return usual
+    for module in block.modules():
+        if isinstance(module, CompressiveAttention):
+            return module
+    raise TypeError(
+        "ctx.CompressiveTransformer: blocks must each have a ctx.CompressiveAttention, "
+        f"got none in blocks[{index}], a {type(block).__name__}"
+    )
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a module computes, as far as its first parameter or buffer tells.
+
+    A shard does not: it may be kept elsewhere between calls.
+    """
+    for tensors in (module.parameters(), module.buffers()):
+        for tensor in tensors:
+            return None if hasattr(type(tensor), "__tensor_flatten__") else tensor.device
+    return None
+
+
+def _casts_what_is_given(model: Any, method: str) -> bool:
+    """Whether `register_fsdp_forward_method` stands around a method, and casts its arguments."""
+    if method not in vars(model) or not hasattr(model, "_get_fsdp_state"):
+        return False
+    policy = getattr(model._get_fsdp_state(), "_mp_policy", None)
+    casts = getattr(policy, "cast_forward_inputs", False)
+    return bool(casts) and getattr(policy, "param_dtype", None) is not None
+
+
+def _last(hidden: Tensor, lengths: Tensor | None) -> Tensor:
+    """What stands behind the last token of every row, [B, 1, E]; anything where there is none."""
+    if not hidden.shape[1]:
+        return F.pad(hidden, (0, 0, 0, 1))
+    if lengths is None:
+        return hidden[:, -1:]
+    place = (lengths - 1).clamp_min(0).reshape(-1, 1, 1)
+    return hidden.gather(1, place.expand(-1, 1, hidden.shape[2]))
+
+
+def _kept(memory: Any) -> Any:
+    """A layer's memory, with float32 where that must stay though the whole was cast.
+
+    Mixed precision of FSDP2 casts all floating-point inputs of a module.
+    """
+    if not isinstance(memory, dict):
+        return memory
+    usage, keys = memory.get("usage"), memory.get("window_keys")
+    if not isinstance(usage, Tensor) or not isinstance(keys, Tensor):
+        return memory
+    wanted = dtype_of("usage", keys.dtype, keys.dtype)
+    if usage.dtype == wanted or not usage.is_floating_point():
+        return memory
+    return {**memory, "usage": usage.to(wanted)}
+
+
+def _each_its_own(memory: Sequence[Any], where: str) -> None:
+    """Raises where two layers hold one dict, or one tensor: each would be streamed into twice."""
+    for i, layer in enumerate(memory):
+        for j in range(i):
+            if layer is memory[j]:
+                raise ValueError(
+                    f"{where}: memory must have a dict of its own for every layer, "
+                    f"got one for layers {j} and {i}"
+                )
+    if torch.compiler.is_compiling():  # addresses are not there yet
+        return
+    layers = [layer for layer in memory if isinstance(layer, dict)]
+    parts = [x for layer in layers for x in layer.values() if isinstance(x, Tensor)]
+    try:
+        places = [place for part in parts if (place := part.data_ptr())]  # 0: without elements
+    except RuntimeError:  # a tensor without storage, inside of a transform
+        return
+    if len(set(places)) == len(places):
+        return
+    owners: dict[int, tuple[int, str]] = {}
+    for i, layer in enumerate(memory):
+        for name, tensor in layer.items() if isinstance(layer, dict) else ():
+            place = tensor.data_ptr() if isinstance(tensor, Tensor) else 0
+            if not place:
+                continue
+            other, other_name = owners.setdefault(place, (i, name))
+            if other != i:
+                raise ValueError(
+                    f"{where}: memory must have tensors of its own for every layer, got "
+                    f"{other_name} of layer {other} as {name} of layer {i}"
+                )
+
+
+def _share(module: Any, made: dict[nn.Module, Any] | None = None) -> Any:
+    """A copy of the module tree that holds the very same parameters and buffers.
+
+    A module that stands in two places of the tree does so in the copy.
+    """
+    made = {} if made is None else made
+    if module not in made:
+        # Not copy.copy: a class of FSDP2 cannot be made without the arguments of __init__.
+        twin = made[module] = object.__new__(type(module))
+        twin.__dict__.update(
+            (name, value)
+            for name, value in vars(module).items()
+            # What was compiled or registered is bound to the original, and would run that.
+            if name != "_compiled_call_impl" and getattr(value, "__self__", None) is not module
+        )
+        twin._modules = {
+            name: None if child is None else _share(child, made)
+            for name, child in module._modules.items()
+        }
+    return made[module]

@@ -1,1 +1,2 @@
-"""`python -m ctx`: train, evaluate and generate with a byte-level Compressive Transformer."""
+"""Trains, evaluates and generates with a byte-level Compressive Transformer, and measures what its
+memory is worth. Each COMMAND has a --help of its own."""

@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
         default = getattr(AblationSettings, name)
         parser.add_argument(
             f"--{name.replace('_', '-')}", dest=name, type=kind, default=default,
-            help=f"{text} (default: {default})", metavar={int: "N", str: "NAMES"}[kind],
+            help=f"{text} (default: {default})", metavar={int: "N", float: "X", str: "NAMES"}[kind],
         )  # fmt: skip
 
 

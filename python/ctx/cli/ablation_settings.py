@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from ctx.cli.errors import CliError
-from ctx.cli.settings import TrainSettings, model_config
+from ctx.cli.settings import MODEL, TrainSettings, model_config
 from ctx.compression import COMPRESSORS, make_compressor
 from ctx.transformer import CompressiveTransformerConfig
 
@@ -30,6 +30,7 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("steps", int, "training steps of each model"),
     ("batch", int, "streams side by side"),
     ("length", int, "tokens per stream and step"),
+    ("compressed_bias_init", float, "where the learned bias of slots starts"),
     ("held_out", int, "bytes at the end of the text kept for the evaluation"),
 ]
 
@@ -52,6 +53,7 @@ class AblationSettings:
     steps: int = 600
     batch: int = 8
     length: int = 128
+    compressed_bias_init: float = MODEL["compressed_bias_init"]
     held_out: int = 128 * 1024
 
     def __post_init__(self) -> None:
@@ -64,6 +66,7 @@ class AblationSettings:
                     f"commas, got {self.compression!r}"
                 )
         self.training(0)
+        self.variants()  # refuses a start that is none
 
     @property
     def compressors(self) -> list[str]:
@@ -88,10 +91,11 @@ class AblationSettings:
         """The model without CMem first; then every compressor, trained by the task and by
         attention reconstruction, or once where it has no parameters. All hold as many slots.
         """
-        alone = model_config({**_MODEL, "window": 2 * _SLOTS, "compressed": 0})
+        model = {**_MODEL, "compressed_bias_init": self.compressed_bias_init}
+        alone = model_config({**model, "window": 2 * _SLOTS, "compressed": 0})
         found = [Variant(WINDOW_ONLY, NOTHING, alone)]
         for name in self.compressors:
-            both = {**_MODEL, "window": _SLOTS, "compressed": _SLOTS, "compression": name}
+            both = {**model, "window": _SLOTS, "compressed": _SLOTS, "compression": name}
             learns = any(True for _ in make_compressor(name, 1, both["ratio"], 2).parameters())
             for grad in ("task", "aux") if learns else ("task",):
                 config = model_config({**both, "compressor_grad": grad})

@@ -23,6 +23,7 @@ _PARTS: dict[str, Any] = {
     "settings": dict,  # TrainSettings
     "files": list,  # absolute paths of the texts; empty: the standard library
     "digest": str,  # of the texts
+    "compare": bool,  # whether models with a window alone are trained besides
     "step": int,  # steps done = index of the next chunk of the streams
     "weights": dict,
     "optimizer": dict,
@@ -81,6 +82,7 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} must be a checkpoint of version {VERSION}, got version {state.get('version')}"
         )
     state.setdefault("gradients", {})  # before updates could wait, none ever did
+    state.setdefault("compare", False)  # before there was --compare
     for name, kind in _PARTS.items():
         if name not in state or not isinstance(state[name], kind):
             raise CliError(f"{path} must be a checkpoint of ctx, got one without {name}")

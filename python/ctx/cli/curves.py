@@ -10,6 +10,8 @@ from ctx.cli.evaluation import Result
 
 __all__ = ["draw"]
 
+_COLOURS = ("tab:blue", "tab:orange", "tab:red", "tab:purple", "tab:brown")
+
 
 def draw(path: Path, history: Sequence[dict[str, Any]], results: Sequence[Result]) -> bool:
     """Draws the picture; False where matplotlib is not installed."""
@@ -24,7 +26,7 @@ def draw(path: Path, history: Sequence[dict[str, Any]], results: Sequence[Result
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     top.plot(steps, loss, color="0.8", linewidth=0.7, label="training, each step")
     top.plot(steps, smooth, color="black", linewidth=1.5, label="training, smoothed")
-    for result, colour in zip(results, ("tab:blue", "tab:orange", "tab:red"), strict=False):
+    for result, colour in zip(results, _COLOURS, strict=False):
         label = f"held out, {result.name}: {result.bits_per_byte:.3f}"
         top.axhline(result.bits_per_byte, color=colour, linestyle="--", linewidth=1.2, label=label)
     low = min([*loss, *(result.bits_per_byte for result in results)])

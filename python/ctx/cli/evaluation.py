@@ -93,9 +93,15 @@ def side_by_side(text: Tensor, reach: int) -> Tensor:
     return text[: rows * size].view(rows, size)
 
 
-def table(results: Sequence[Result], text: Tensor) -> str:
-    """The results as lines of text, aligned, with the text's own entropy for comparison."""
-    head = ("same weights, streamed", "bits/byte", "tokens/s", "memory/stream", "reach")
+def table(results: Sequence[Result], text: Tensor, of: str = "same weights, streamed") -> str:
+    """The results as lines of text, aligned, with the text's own entropy for comparison.
+
+    Args:
+        results: a line each.
+        text: the one that was streamed.
+        of: what the lines have in common.
+    """
+    head = (of, "bits/byte", "tokens/s", "memory/stream", "reach")
     lines = [
         (
             result.name,

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import ctx
 from ctx.cli import ablation, eval, generate, info, recall, train
 from ctx.cli.errors import CliError
 
-__all__ = ["main"]
+__all__ = ["main", "plain"]
 
 _MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line; --help has the rest."""
+    """Reports a wrong command line in one line; --help has the rest, without markup."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if options.get("description") is not None:
+            options["description"] = plain(options["description"])
+        super().__init__(*args, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{_name(self.prog)}: {message} (see --help)\n")
+
+
+def plain(text: str) -> str:
+    """A docstring as a terminal shows it: no roles, no backticks."""
+    return re.sub(r":\w+:(?=`)", "", text).replace("`", "")
 
 
 def _name(prog: str) -> str:
@@ -29,7 +40,7 @@ def _name(prog: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m ctx", description=ctx.__doc__)
+    parser = _Parser(prog="python -m ctx", description=ctx.cli.__doc__)
     parser.add_argument("--version", action="version", version=f"ctx {ctx.__version__}")
     parser.add_argument(
         "--cmake-prefix-path",

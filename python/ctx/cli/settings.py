@@ -45,6 +45,7 @@ MODEL: dict[str, Any] = {
     "compressed": 64,
     "ratio": 4,
     "segment": 64,
+    "compressed_bias_init": -4.0,  # closed: slots come in as the model finds a use for them
 }
 
 
@@ -70,6 +71,13 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--position", "position", str, "rotary, relative, alibi or none"),
     ("--distance", "distance", str, "slot or token"),
     ("--compressed-bias", "compressed_bias", str, "none, log_ratio or learned"),
+    (
+        "--compressed-bias-init",
+        "compressed_bias_init",
+        float,
+        "where a learned bias starts: low, slots are let in as they prove useful; at log ratio, "
+        "a slot begins as so many tokens",
+    ),
     ("--compressor-grad", "compressor_grad", str, "what trains the compressor: task or aux"),
     ("--aux-loss", "aux_loss", str, "reconstruction (for --compressor-grad aux) or autoencoding"),
     ("--mlp", "mlp", str, "swiglu or gelu"),
@@ -105,6 +113,8 @@ def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
         changed = {"aux_loss": "reconstruction", **changed}
     if changed.get("position") == "none":
         changed = {**changed, "position": None}
+    if changed.get("compressed_bias", "learned") != "learned":  # then there is nothing that starts
+        changed = {"compressed_bias_init": None, **changed}
     try:
         return CompressiveTransformerConfig(**{**MODEL, **changed})
     except (TypeError, ValueError) as error:

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ctx.cli import checkpoint, curves
+from ctx.cli import checkpoint, compare, curves
 from ctx.cli.data import load_corpus
 from ctx.cli.errors import CliError
-from ctx.cli.evaluation import evaluate, table
+from ctx.cli.evaluation import evaluate, stream, table
 from ctx.cli.limits import check_fits
 from ctx.cli.loading import load_settings, set_threads
 from ctx.cli.param_count import report
@@ -40,7 +40,13 @@ def add_parser(commands: Any) -> None:
     folder.add_argument("--run", dest="folder", type=Path, metavar="RUN",
                         help="folder to write (default: runs/1, runs/2, ...)")  # fmt: skip
     folder.add_argument("--resume", type=Path, metavar="RUN",
-                        help="continue this run, bit for bit, with its own settings")  # fmt: skip
+                        help="continue this run, bit for bit, with its own settings; with --steps "
+                        "also beyond its end, or to an earlier one: the learning rate is then that "
+                        "of a run of so many steps from there on")  # fmt: skip
+    parser.add_argument("--compare", action="store_true",
+                        help="also train the same model, on the same text, in the same order, for "
+                        "as many steps and from the same seed, with the window alone and with a "
+                        "window of as many slots (three times as long)")  # fmt: skip
     parser.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
                         help="a model of the paper and its training, which other options change; "
                         "none was trained here")  # fmt: skip
@@ -75,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     trainer, folder, parts = _resume(args) if args.resume else _begin(args)
     model, settings = trainer.model, trainer.settings
+    others = compare.rivals(model.config) if parts["compare"] else []
+    for other in others:
+        check_fits(other.config, settings.batch, settings.length, training=True)
     size = sum(parameter.numel() for parameter in model.parameters())
     reach = max(schedule.reach for schedule in model.schedules)
     print(
@@ -82,23 +91,64 @@ def run(args: argparse.Namespace) -> int:
         f"{settings.threads} threads; reach {reach:,} tokens",
         flush=True,
     )
-    finished = _train(trainer, folder, parts)
+    trained = [trainer]
+    finished = _train(trainer, folder, parts, last=not others)
+    for i, other in enumerate(others if finished else [], 1):
+        rival, place = _rival(other, trainer, folder, parts)
+        print(f"{place.path}: {other.name}", flush=True)
+        trained.append(rival)
+        finished = _train(rival, place, {**parts, "compare": False}, last=i == len(others))
+        place.close()
+        if not finished:
+            break
     if not finished:
         print(
-            f"ctx train: stopped after step {trainer.step:,} of {settings.steps:,}; continue with: "
-            f"python -m ctx train --resume {folder.path}",
+            f"ctx train: stopped after step {trained[-1].step:,} of {settings.steps:,}; continue "
+            f"with: python -m ctx train --resume {folder.path}",
             file=sys.stderr,
         )
         return 130
-    with Progress("evaluation", 3 * len(trainer.corpus.held_out), lines=0) as progress:
-        results = evaluate(model, trainer.corpus.held_out, progress.advance)
+    text = trainer.corpus.held_out
+    with Progress("evaluation", (3 + len(others)) * len(text), lines=0) as progress:
+        results = evaluate(model, text, progress.advance)
+        if others:
+            results = compare.named(model.config, results)
+        for other, rival in zip(others, trained[1:], strict=True):
+            results.append(stream(other.name, rival.model, text, progress.advance))
     folder.write_evaluation(results)
-    print(table(results, trainer.corpus.held_out))
+    if others:
+        print(table(results, text, "streamed"))
+        print("each model: the same text in the same order, as many steps, the same seed")
+    else:
+        print(table(results, text))
+        print(_WORTH)
     if not curves.draw(folder.curves, folder.history(), results):
         print("no curves.png: pip install matplotlib", file=sys.stderr)
     folder.close()
-    print(f"trained for {trainer.seconds:.0f} s; written to {folder.path}")
+    seconds = sum(one.seconds for one in trained)
+    print(f"trained for {seconds:.0f} s; written to {folder.path}")
     return 0
+
+
+_WORTH = (
+    "CMem off: what these weights, trained with slots, lose without them; what models trained "
+    "without\nslots reach is for --compare to say"
+)
+
+
+def _rival(
+    rival: compare.Rival, trainer: Trainer, folder: RunFolder, parts: dict[str, Any]
+) -> tuple[Trainer, RunFolder]:
+    """A trainer of another model by the settings of this one, from its checkpoint if it has one."""
+    path = folder.path / rival.folder
+    other = Trainer(rival.config, trainer.settings, trainer.corpus)
+    if not (path / checkpoint.FILE_NAME).exists():
+        return other, RunFolder(path)
+    state = checkpoint.load(path / checkpoint.FILE_NAME)
+    if (state["digest"], load_settings(state)[0]) != (parts["digest"], rival.config):
+        raise CliError(f"{path} must hold {rival.name!r} of this run, got another model or text")
+    other.load(state)
+    return other, RunFolder(path, resumed=other.step)
 
 
 def _given(args: argparse.Namespace, options: list[tuple[str, str, Any, str]]) -> dict[str, Any]:
@@ -120,14 +170,18 @@ def _begin(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any]
     config, settings = _settings(args)
     settings = dataclasses.replace(settings, threads=set_threads(settings.threads))
     check_fits(config, settings.batch, settings.length, training=True)
+    if args.compare:
+        compare.rivals(config)
     corpus = load_corpus(args.files, settings.held_out)
     trainer = Trainer(config, settings, corpus)
     files = [str(path.resolve()) for path in args.files]
-    return trainer, RunFolder(args.folder or next_run()), {"files": files, "digest": corpus.digest}
+    parts = {"files": files, "digest": corpus.digest, "compare": args.compare}
+    return trainer, RunFolder(args.folder or next_run()), parts
 
 
 def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any]]:
     given = {**_given(args, MODEL_OPTIONS), **_given(args, RUN_OPTIONS)}
+    steps = given.pop("steps", None)
     options = [option for option, name, _, _ in MODEL_OPTIONS + RUN_OPTIONS if name in given]
     options += ["--preset"] * ("preset" in args) + ["--param-count"] * args.param_count
     if options or args.files:
@@ -136,18 +190,30 @@ def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any
     path = checkpoint.find(args.resume)
     state = checkpoint.load(path)
     config, settings = load_settings(state)
+    if steps is not None:
+        settings = dataclasses.replace(settings, steps=steps)
     set_threads(settings.threads)
     corpus = load_corpus([Path(name) for name in state["files"]], settings.held_out)
     if corpus.digest != state["digest"]:
         raise CliError(f"the texts must be those that {args.resume} was trained on, got others")
     trainer = Trainer(config, settings, corpus)
     trainer.load(state)
-    parts = {"files": state["files"], "digest": state["digest"]}
-    return trainer, RunFolder(path.parent, resumed=trainer.step), parts
+    if trainer.step > settings.steps:
+        raise CliError(
+            f"--steps must be at least the {trainer.step} that {args.resume} has done, got {steps}"
+        )
+    parts = {name: state[name] for name in ("files", "digest", "compare")}
+    parts["compare"] |= args.compare
+    if parts["compare"]:
+        compare.rivals(config)  # refused before anything is written
+    folder = RunFolder(path.parent, resumed=trainer.step)
+    checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})  # knows its new end at once
+    return trainer, folder, parts
 
 
-def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any]) -> bool:
-    """Trains to the last step; False where a signal came first. Ends with a checkpoint."""
+def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any], *, last: bool) -> bool:
+    """Trains to the last step; False where a signal came first, or during it with more models to
+    come. Ends with a checkpoint."""
     settings = trainer.settings
     smooth = None
     with _Stop() as stop, Progress("training", settings.steps, trainer.step) as progress:
@@ -160,7 +226,7 @@ def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any]) -> bool:
             if trainer.step % settings.checkpoint_every == 0:
                 checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
         checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
-    return trainer.step == settings.steps
+    return trainer.step == settings.steps and (last or not stop.asked)
 
 
 class _Stop:

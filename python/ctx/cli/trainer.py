@@ -112,6 +112,16 @@ class Trainer:
             "seconds": self.seconds,
         }
 
+    def _carried(self, memory: ModelMemory | None) -> ModelMemory | None:
+        """A checkpoint's memory, with what memories did not have yet when it was written."""
+        if memory is None:
+            return None
+        fresh = self.model.init_memory(self.settings.batch)
+        return [
+            held if held.keys() == made.keys() else {**made, **held}
+            for made, held in zip(fresh, memory, strict=True)
+        ]
+
     def load(self, state: dict[str, Any]) -> None:
         """Continues from a `state` of the same configuration."""
         self.model.load_state_dict(state["weights"])
@@ -119,7 +129,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             gradient = state["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.clone()
-        self.memory = state["memory"]
+        self.memory = self._carried(state["memory"])
         self.step = state["step"]
         self.seconds = state["seconds"]
         torch.set_rng_state(state["rng"])
