@@ -95,9 +95,46 @@ class TestCheckpointing:
     def test_reentrant_is_refused_before_it_streams_twice(self):
         attn, x = attention(), torch.randn(2, 30, 32, requires_grad=True)
         memory = attn.init_memory(2)
-        with pytest.raises(ValueError, match="use_reentrant=False"):
-            checkpoint(attn, x, memory, use_reentrant=True)
-        assert memory["seen"].tolist() == [0, 0]
+        for content in ("kv", "hidden"):
+            attn = attention(memory_content=content)
+            memory = attn.init_memory(2)
+            with pytest.raises(
+                ValueError, match=r"memory must be .*CheckpointFunctionBackward.*use_"
+            ):
+                checkpoint(attn, x, memory, use_reentrant=True)
+            with pytest.raises(ValueError, match="use_reentrant=False"):  # however deep inside
+                checkpoint(lambda x, m=memory, f=attn: f(x, m), x, use_reentrant=True)
+            assert memory["seen"].tolist() == [0, 0]
+
+    def test_reentrant_may_read(self):
+        attn, x = attention(), torch.randn(2, 30, 32, requires_grad=True)
+        _, memory = attn(torch.randn(2, 21, 32))
+        leaves = [x, *attn.parameters()]
+        y, _ = attn(x, memory, update=False)
+        wanted = torch.autograd.grad(y.square().sum(), leaves)
+        z, _ = checkpoint(
+            lambda x: attn(x, memory, update=False), x, use_reentrant=True, determinism_check="none"
+        )
+        z.square().sum().backward()
+        for leaf, want in zip(leaves, wanted, strict=True):
+            assert_same_bits(leaf.grad, want)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("content", ["kv", "hidden"])
+def test_an_input_that_carries_a_graph_is_streamed_without_grad(content, mode):
+    """As torch's own modules take it: an actor's output, a leaf that is trained."""
+    attn = attention(memory_content=content)
+    leaf = torch.randn(2, 11, 32, requires_grad=True)
+    for x in (leaf, leaf.sin()):
+        memory, twin = attn.init_memory(2), attn.init_memory(2)
+        with mode():
+            y, after = attn(x, memory)
+            want, _ = attn(x.detach(), twin)
+        assert after is memory and not y.requires_grad
+        assert_same_bits(y, want)
+        for name, tensor in memory.items():
+            assert_same_bits(tensor, twin[name])
 
 
 def test_functional_call():
@@ -170,3 +207,38 @@ def test_a_compressor_that_moves_is_followed():
             weight.zero_()
     used.step(q, k, v)
     assert not used.tensors["compressed_keys"].any()
+
+
+@pytest.mark.parametrize("kind", ["compressor", "relative"])
+def test_parameters_that_are_laid_out_anew_are_followed(kind):
+    """`p.data = ...` over the same storage, with other strides or of another dtype."""
+
+    def build():
+        torch.manual_seed(3)
+        conv = ctx.compression.Conv(1, 2, 4)
+        relative = ctx.positions.Relative(2, 4, 4)
+        with torch.no_grad():
+            for p in [*conv.parameters(), *relative.parameters()]:
+                p.normal_()
+        options = {"position": "relative", "relative": relative, "compressor": conv}
+        memory = ctx.KVMemory(ctx.Schedule(4, 3, 2, 4), 1, 1, 4, **options)
+        return memory, conv.key_weight if kind == "compressor" else relative.position_weight
+
+    tensors = [torch.randn(1, heads, 40, 4) for heads in (2, 1, 1)]
+    used, weight = build()
+    plain = used.step(*tensors)
+    for change in (
+        lambda p: p.data.transpose(-1, -2),  # the same numbers, read in another order
+        lambda p: p.data.view(torch.int32).view(torch.float32).double(),
+    ):
+        used, weight = build()
+        used.step(*(x[:, :, :1] for x in tensors))
+        weight.data = change(weight)
+        used.reset()
+        twin, other = build()
+        with torch.no_grad():
+            other.copy_(weight)
+        got = used.step(*tensors)
+        assert_close(got, twin.step(*tensors), 1e-6)
+        if weight.dtype == torch.float32:
+            assert not torch.allclose(got, plain)

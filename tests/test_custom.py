@@ -154,8 +154,8 @@ def test_a_module_reads_left_of_its_groups(data):
             expected, yours = theirs(x[:, piece], yours, **rows)
         assert_close(y, expected, 1e-10)
         begin += size
-    for name, tensor in yours.items():
-        assert_close(mine[name], tensor, 1e-10)
+    for name in ctx.state.STATE:
+        assert_close(mine[name], yours[name], 1e-10)
 
 
 @pytest.mark.parametrize("overlap, kind", [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
@@ -220,6 +220,20 @@ def test_registered_by_name(registered):
     assert_close(torch.cat(parts, 1), parallel, 1e-5)
     parallel.square().mean().backward()
     assert model.blocks[0].attention.compressor.scale.grad.abs().sum() > 0
+
+
+def test_registered_again(registered):
+    """A notebook's cell that runs again makes the class anew: the later one takes its place."""
+    again = type("First", (First,), {"__module__": First.__module__, "__qualname__": "First"})
+    assert again is not First and compression.register(again) is again
+    assert compression.COMPRESSORS["first"] is again
+    sizes = {"window": 4, "compressed": 3, "ratio": 2}
+    assert type(ctx.CompressiveAttention(8, 2, compression="first", **sizes).compressor) is again
+    for other in ({"__qualname__": "Second"}, {"__module__": "elsewhere"}):
+        names = {"__module__": First.__module__, "__qualname__": "First", **other}
+        with pytest.raises(ValueError, match="name must be a new one, got 'first'"):
+            compression.register(type("First", (First,), names))
+    assert compression.COMPRESSORS["first"] is again
 
 
 class TestErrors:

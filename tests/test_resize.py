@@ -143,6 +143,45 @@ class TestModel:
             with pytest.raises(ValueError, match=r"compressed=6, got .* compressed=2"):
                 model(text[:, :5], other)
 
+    @pytest.mark.parametrize(
+        "tokens, new",
+        [(70, [20, 20]), (22, [20, 20]), (22, [3, 4]), (22, [6, 3])],
+        ids=["more", "few tokens", "fewer", "fewer below"],
+    )
+    def test_what_holds_of_a_whole_model(self, tokens, new):
+        """As if it had had these sizes all along, while no query would have seen anything else;
+        later that is true of the first layer only, and deeper ones keep the pairs that they made.
+        """
+        model, text = self.model(), torch.randint(0, 50, (2, tokens + 5))
+        held = model.with_memory(compressed=[16, 16])  # 15 and 15 slots of 70 tokens: none dropped
+        twin = model.with_memory(compressed=new)
+        with torch.no_grad():
+            _, memory = held(text[:, :tokens])
+            _, wanted = twin(text[:, :tokens])
+            other = ctx.rows.resized(memory, held.schedules, twin.schedules)
+            for layer, want in zip(other, wanted, strict=True):
+                for name, tensor in want.items():
+                    if name != "rewindable":
+                        assert_same_bits(layer[name], tensor)
+            assert_same_bits(twin(text[:, tokens:], other)[0], twin(text[:, tokens:], wanted)[0])
+
+    def test_what_does_not_hold_of_a_whole_model(self):
+        """Queries saw slots that the new sizes would have dropped: below the first layer the
+        memory is that of a model whose sizes changed at this token.
+        """
+        model, text = self.model(), torch.randint(0, 50, (2, 70))
+        twin = model.with_memory(compressed=[2, 4])
+        with torch.no_grad():
+            _, memory = model(text)
+            _, wanted = twin(text)
+            other = ctx.rows.resized(memory, model.schedules, twin.schedules)
+        for name, tensor in wanted[0].items():
+            assert_same_bits(other[0][name], tensor)
+        for name, tensor in memory[1].items():  # its sizes did not change, nor did what it holds
+            assert_same_bits(other[1][name], tensor)
+        difference = (other[1]["window_values"] - wanted[1]["window_values"]).abs().max()
+        assert difference > 1e-3
+
     def test_one_schedule_serves_a_layer(self):
         attn = self.model().layers[0]
         with torch.no_grad():

@@ -362,3 +362,53 @@ def test_rewind_takes_integers_only(tokens):
         with pytest.raises(ValueError, match="tokens must fit into 64 bits"):
             call(2**70)
     assert memory.seen.tolist() == [9, 9, 9]
+
+
+SLOTS = [None, torch.int8, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("name", ["mean", "most_used"])
+@pytest.mark.parametrize("slots", SLOTS, ids=str)
+@pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
+def test_to(dtype, slots, name):
+    """Counts, usage and packed slots keep what they must be; a stream goes on as it would."""
+    attn = ctx.CompressiveAttention(8, 4, 2, window=4, compressed=3, ratio=2, compression=name)
+    x = torch.randn(2, 30, 8)
+    with torch.no_grad():
+        _, memory = attn(x[:, :21], attn.init_memory(2, compressed_dtype=slots))
+    before = ctx.rows.clone(memory)
+    (moved,) = ctx.rows.to([memory], dtype=dtype)
+    assert list(moved) == list(memory)
+    pairs = dtype or torch.float32
+    stored = pairs if slots is None or pairs == torch.float64 else slots
+    for key, tensor in moved.items():
+        assert_same_bits(memory[key], before[key])
+        want = {torch.int64: torch.int64, torch.uint8: torch.uint8}.get(tensor.dtype, pairs)
+        if key.startswith("compressed"):
+            want = stored
+        if key == "usage":
+            want = torch.float64 if pairs == torch.float64 else torch.float32
+        assert tensor.dtype == want, key
+        assert tensor.numel() == 0 or tensor.data_ptr() != memory[key].data_ptr()
+    want = attn.init_memory(2, dtype=pairs, compressed_dtype=None if stored == pairs else stored)
+    assert [x.shape for x in moved.values()] == [x.shape for x in want.values()]
+    with torch.no_grad():
+        expected, _ = attn(x[:, 21:], before)
+        got, _ = attn(x[:, 21:], moved)
+        assert_close(got, expected, 3e-2 if name == "mean" else 1.0)
+        assert got.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options, error, argument",
+    [
+        ({"dtype": torch.int8}, TypeError, "dtype"),
+        ({"dtype": "float32"}, TypeError, "dtype"),
+        ({"device": "nowhere"}, ValueError, "device"),
+    ],
+)
+def test_to_refuses(options, error, argument):
+    attn = ctx.CompressiveAttention(8, 2, window=4, compressed=3, ratio=2)
+    with pytest.raises(error, match=rf"ctx.rows.to: {argument} must be .*got"):
+        ctx.rows.to(attn.init_memory(1), **options)
+    assert ctx.rows.to(attn.init_memory(1), device="meta")["seen"].is_meta

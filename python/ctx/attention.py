@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -153,18 +155,21 @@ class CompressiveAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, size in (
-            ("embed_dim", embed_dim),
-            ("num_heads", num_heads),
-            ("num_kv_heads", kv_heads),
-            ("headroom", headroom),
-        ):
-            if _check.integer(size, name, _WHERE) < 1:
+        sizes = {
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "num_kv_heads": kv_heads,
+            "headroom": headroom,
+        }
+        for name, size in sizes.items():
+            sizes[name] = _check.integer(size, name, _WHERE)
+            if sizes[name] < 1:
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
+        embed_dim, num_heads, kv_heads, headroom = sizes.values()
         if rotary_dim is not None:
-            _check.integer(rotary_dim, "rotary_dim", _WHERE)
+            rotary_dim = _check.integer(rotary_dim, "rotary_dim", _WHERE)
         if relative_dim is not None:
-            _check.integer(relative_dim, "relative_dim", _WHERE)
+            relative_dim = _check.integer(relative_dim, "relative_dim", _WHERE)
         dropout = _check.number(dropout, "dropout", _WHERE)
         rotary_base = _check.number(rotary_base, "rotary_base", _WHERE)
         _check.flag(bias, "bias", _WHERE)
@@ -210,7 +215,10 @@ class CompressiveAttention(nn.Module):
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
         called = compression if isinstance(compression, str) else "a module"
-        check_kernel(called, schedule.ratio, compression_kernel, _WHERE, "compression_kernel")
+        ratio = schedule.ratio
+        compression_kernel = check_kernel(
+            called, ratio, compression_kernel, _WHERE, "compression_kernel"
+        )
         self._schedule = schedule
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
             embed_dim,
@@ -395,7 +403,8 @@ class CompressiveAttention(nn.Module):
             ValueError, TypeError: ``batch_size`` is below 1, or a dtype is none that can be.
         """
         where = f"{_WHERE}.init_memory"
-        if _check.integer(batch_size, "batch_size", where) < 1:
+        batch_size = _check.integer(batch_size, "batch_size", where)
+        if batch_size < 1:
             raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
         if dtype is not None and not _check.dtype(dtype, where).is_floating_point:
             raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
@@ -466,6 +475,8 @@ class CompressiveAttention(nn.Module):
         """
         _check.flag(update, "update", _WHERE)
         self.check(x, memory, lengths, mask, reset_at, _WHERE)
+        if update and memory is not None:
+            _refuse_recomputation(x)
         if mask is not None:
             x, lengths = to_right_padded(x, mask)
             if reset_at is not None:
@@ -496,6 +507,8 @@ class CompressiveAttention(nn.Module):
             out, usage, memory = self._differentiable(q, k, v, call)
         y = self.out_proj(out.to(dtype).transpose(1, 2).flatten(2))
         y = nn.functional.dropout(y, self.dropout, self.training)
+        if x.shape[1] == 0 and torch.is_grad_enabled():
+            y = y + self._nothing(y)
         if mask is not None:
             y = from_right_padded(y, mask)
             if return_usage:
@@ -516,24 +529,29 @@ class CompressiveAttention(nn.Module):
         """Raises what :meth:`forward` would, `where` in front; in a compiled graph only where the
         memory is another's.
         """
-        if isinstance(memory, dict):  # names are constants of a graph
-            identity.check(memory, self._identity, where)
         if torch.compiler.is_compiling():
+            if isinstance(memory, dict):  # names are constants of a graph
+                identity.check(memory, self._identity, where)
             return
         _check.tensors(where, x=x)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             got = list(x.shape)
             raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {got}")
+        if x.shape[0] < 1:
+            raise ValueError(f"{where}: x must have at least one row, B >= 1, got {list(x.shape)}")
         if x.layout != torch.strided:
             raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
-        _, device = _check.numbers_of(self.k_proj, self)
+        k_proj = self.k_proj
+        dtype, device = _check.numbers_of(k_proj, self)
         # meta: the parameters are brought in when the module is called
         if device is not None and x.device != device and device.type != "meta":
             raise ValueError(f"{where}: x must be on {device} as the parameters, got {x.device}")
         # Where numbers are cast on the way, or a projection is another than torch's (an adapter, a
         # quantised layer), it knows better what it takes.
         cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        exact = None if cast else _linear_dtype(self.q_proj, self.k_proj, self.v_proj)
+        exact = None
+        if not cast:
+            exact = dtype if _is_linear(k_proj) else _linear_dtype(self.q_proj, self.v_proj)
         if not x.is_floating_point() or (exact is not None and x.dtype != exact):
             kind = exact or "floating point"
             raise TypeError(f"{where}: x must be {kind} as the parameters, got {x.dtype}")
@@ -541,19 +559,14 @@ class CompressiveAttention(nn.Module):
         if memory is None:
             return
         self.check_memory(memory, x.shape[0], x.device, where, "x")
-        if not torch.is_grad_enabled() and x.requires_grad:
-            # Reentrant checkpointing does this, and would stream into the memory twice.
-            raise ValueError(
-                f"{where}: x must not require grad while grad is off and a memory is streamed "
-                "into, got one that does: detach it, or checkpoint with use_reentrant=False"
-            )
 
     def check_memory(
         self, memory: Memory, rows: int, device: torch.device, where: str, of: str
     ) -> None:
         """Raises unless `memory` is one of this layer, with the rows and device of input `of`."""
-        check_names(memory, where)
-        identity.check(memory, self._identity, where)
+        if not (isinstance(memory, dict) and self._identity in memory):
+            check_names(memory, where)
+            identity.check(memory, self._identity, where)
         self._state.check(memory, rows, device, where, of)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
@@ -619,6 +632,13 @@ class CompressiveAttention(nn.Module):
         if memory is None:
             return self._empty(stored.shape[0], stored.dtype, stored.device)
         return {name: x.clone() for name, x in memory.items()} if copied else memory
+
+    def _nothing(self, like: Tensor) -> Tensor:
+        """Zero, as a sum over no number of every parameter: gives each a gradient of zeros where a
+        call has no token, as data-parallel training expects of every call.
+        """
+        none = [p.flatten()[:0].to(like.dtype).sum() for p in self.parameters() if p.requires_grad]
+        return sum(none, start=like.new_zeros(()))
 
     def _streams(self, call: _Call) -> bool:
         """Whether a memory of pairs is streamed into, or else read where it lies.
@@ -762,16 +782,43 @@ def bias_start(value: Any, kind: str, where: str) -> float:
     return start
 
 
+def _refuse_recomputation(x: Tensor) -> None:
+    """Raises where reentrant checkpointing runs a call that streams into a memory.
+
+    It runs the call without grad in the forward of an autograd function and again in the backward,
+    so that the memory would be streamed into twice. An input that carries a graph while grad is off
+    is looked at; elsewhere it is accepted as torch's modules accept it.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.requires_grad:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.BackwardCFunction):
+                raise ValueError(
+                    f"{_WHERE}: memory must be None or update=False in the forward of an autograd "
+                    f"function, which is recomputed and would stream twice, got a memory in "
+                    f"{type(first).__name__}: checkpoint with use_reentrant=False"
+                )
+        frame = frame.f_back
+
+
 def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
     """The dtype that the first of these which is torch's own linear layer takes inputs in; None:
     none is.
     """
     for layer in projections:
-        own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        dtype = _check.numbers_of(layer)[0]
-        if own and "forward" not in layer.__dict__ and dtype is not None:
-            return dtype
+        if _is_linear(layer):
+            return _check.numbers_of(layer)[0]
     return None
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether calling it is torch's own linear map."""
+    own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return own and "forward" not in layer.__dict__
 
 
 def _execution_device(*modules: nn.Module) -> torch.device | None:

@@ -296,7 +296,7 @@ class Conv(Native):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.has_bias = bias
-        self.kernel = ratio
+        self.kernel = ratio = _check.integer(ratio, "ratio", "ctx.compression.Conv")
         if kernel is not None:
             self.kernel = _check.integer(kernel, "kernel", "ctx.compression.Conv")
             if self.kernel < ratio:
@@ -524,16 +524,21 @@ def make_compressor(
         raise ValueError(f"ctx.compression: compressor must be one of {known}, got {name!r}")
     made: dict[str, Any] = {"device": device, "dtype": dtype}
     if kernel is not None:
-        check_kernel(name, ratio, kernel, "ctx.compression", "kernel")
-        made["kernel"] = kernel
+        made["kernel"] = check_kernel(name, ratio, kernel, "ctx.compression", "kernel")
     return COMPRESSORS[name](kv_heads, ratio, head_dim, value_dim, **made)
 
 
-def check_kernel(name: str, ratio: int, kernel: int | None, where: str, called: str) -> None:
-    """Raises unless the compressor can have that kernel; None: its own."""
+def check_kernel(name: str, ratio: int, kernel: int | None, where: str, called: str) -> int | None:
+    """The kernel as an int, which the compressor must be able to have; None: its own.
+
+    Raises:
+        ValueError, TypeError: it cannot.
+    """
     if kernel is None:
-        return
+        return None
     if name != Conv.name:
         raise ValueError(f'{where}: {called} must be None unless "conv" compresses, got {kernel}')
-    if _check.integer(kernel, called, where) < ratio:
+    whole = _check.integer(kernel, called, where)
+    if whole < ratio:
         raise ValueError(f"{where}: {called} must be at least ratio = {ratio}, got {kernel}")
+    return whole

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ctx import _check
 from ctx.compression import Compressor
 from ctx.schedule import Schedule
 
@@ -181,6 +182,11 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        where = "ctx.losses.Decoder"
+        kv_heads = _check.integer(kv_heads, "kv_heads", where)
+        ratio = _check.integer(ratio, "ratio", where)
+        head_dim = _check.integer(head_dim, "head_dim", where)
+        value_dim = _check.integer(value_dim, "value_dim", where)
         made = {"device": device, "dtype": dtype}
         shapes = [(kv_heads, width, ratio * width) for width in (head_dim, value_dim)]
         self.ratio = ratio

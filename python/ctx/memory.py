@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,6 +86,16 @@ def places_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     numbers are and how they lie there.
     """
     return [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy scalar as the int or float that it stands for, anything else as it is."""
+    if isinstance(value, (Tensor, int, float, str)) or getattr(value, "shape", None) != ():
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return float(value)
 
 
 class KVMemory:
@@ -475,6 +486,7 @@ class KVMemory:
             raise TypeError(
                 f"{where}: state must be what state_dict returns, got {type(state).__name__}"
             )
+        state = {name: plain_number(part) for name, part in state.items()}
         for name, part in state.items():
             if not isinstance(name, str):
                 raise TypeError(f"{where}: names in state must be str, got {name!r}")

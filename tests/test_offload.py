@@ -1,0 +1,83 @@
+"""Parameters that are on meta between calls (accelerate's offloading): memories and constants
+follow the device that the hook brings them to.
+"""
+
+import types
+
+import pytest
+import torch
+
+import ctx
+from strategies import assert_close
+
+SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1}
+
+
+def offload(module, device):
+    """What accelerate's AlignDevicesHook does: parameters come for the call, and leave after it."""
+    held = {name: p.data for name, p in module.named_parameters(recurse=False)}
+    if not held:
+        return
+    inner = module.forward
+
+    def leave():
+        for name, p in held.items():
+            setattr(module, name, torch.nn.Parameter(p.to("meta"), requires_grad=False))
+
+    def forward(*arguments, **options):
+        for name, p in held.items():
+            setattr(module, name, torch.nn.Parameter(p, requires_grad=False))
+        try:
+            return inner(*arguments, **options)
+        finally:
+            leave()
+
+    module.forward = forward
+    module._hf_hook = types.SimpleNamespace(execution_device=device)
+    leave()
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=str)
+@pytest.mark.parametrize("position, bias", [("alibi", "log_ratio"), ("relative", "learned")])
+@pytest.mark.parametrize("content", ["kv", "hidden"])
+def test_follows_the_execution_device(position, bias, content, device):
+    torch.manual_seed(0)
+    attn = ctx.CompressiveAttention(
+        8, 4, 2, **SIZES, position=position, compressed_bias=bias, memory_content=content
+    )
+    x = torch.randn(2, 23, 8)
+    with torch.no_grad():
+        want, _ = attn(x)
+    for module in [*attn.modules()]:
+        offload(module, device)
+    assert all(p.is_meta for p in attn.parameters())
+    memory = attn.init_memory(2)
+    assert {t.device.type for t in memory.values()} == {"cpu"}
+    assert memory["window_keys"].dtype == torch.float32
+    with torch.no_grad():
+        parts = [attn(piece, memory)[0] for piece in x.split([1, 9, 13], 1)]
+    assert_close(torch.cat(parts, 1), want, 1e-5)
+    assert attn.init_memory(1, device="meta")["seen"].is_meta
+
+
+def test_a_chain_of_hooks():
+    attn = ctx.CompressiveAttention(8, 4, 2, **SIZES, device="meta")
+    assert attn.init_memory(1)["seen"].is_meta
+    first, second = (types.SimpleNamespace(execution_device=d) for d in (None, "cpu"))
+    attn._hf_hook = types.SimpleNamespace(hooks=(first, second))
+    assert attn.init_memory(1)["seen"].device.type == "cpu"
+
+
+def test_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    attn = ctx.CompressiveAttention(8, 4, 2, **SIZES)
+    x = torch.randn(2, 23, 8)
+    with torch.no_grad():
+        want, _ = attn(x)
+    accelerate.cpu_offload(attn, execution_device=torch.device("cpu"))
+    memory = attn.init_memory(2)
+    assert memory["seen"].device.type == "cpu"
+    with torch.no_grad():
+        parts = [attn(piece, memory)[0] for piece in x.split([1, 9, 13], 1)]
+    assert_close(torch.cat(parts, 1), want, 1e-5)
