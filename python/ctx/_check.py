@@ -101,9 +101,10 @@ def numbers_of(*modules: nn.Module) -> tuple[torch.dtype | None, torch.device | 
     those of the layer that it wraps.
     """
     for module in modules:
-        for found in (module.parameters(), module.buffers()):
+        own = module._parameters.values()  # most have their own, which is found at once
+        for found in (own, module.parameters(), module.buffers()):
             for tensor in found:
-                if tensor.is_floating_point():
+                if tensor is not None and tensor.is_floating_point():
                     return tensor.dtype, tensor.device
     return None, None
 

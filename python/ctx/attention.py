@@ -533,9 +533,9 @@ class CompressiveAttention(nn.Module):
         """Raises what :meth:`forward` would, `where` in front; in a compiled graph only where the
         memory is another's.
         """
-        if isinstance(memory, dict):  # names are constants of a graph
-            identity.check(memory, self._identity, where)
         if torch.compiler.is_compiling():
+            if isinstance(memory, dict):  # names are constants of a graph
+                identity.check(memory, self._identity, where)
             return
         _check.tensors(where, x=x)
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
@@ -545,14 +545,17 @@ class CompressiveAttention(nn.Module):
             raise ValueError(f"{where}: x must have at least one row, B >= 1, got {list(x.shape)}")
         if x.layout != torch.strided:
             raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
-        _, device = _check.numbers_of(self.k_proj, self)
+        k_proj = self.k_proj
+        dtype, device = _check.numbers_of(k_proj, self)
         # meta: the parameters are brought in when the module is called
         if device is not None and x.device != device and device.type != "meta":
             raise ValueError(f"{where}: x must be on {device} as the parameters, got {x.device}")
         # Where numbers are cast on the way, or a projection is another than torch's (an adapter, a
         # quantised layer), it knows better what it takes.
         cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        exact = None if cast else _linear_dtype(self.q_proj, self.k_proj, self.v_proj)
+        exact = None
+        if not cast:
+            exact = dtype if _is_linear(k_proj) else _linear_dtype(self.q_proj, self.v_proj)
         if not x.is_floating_point() or (exact is not None and x.dtype != exact):
             kind = exact or "floating point"
             raise TypeError(f"{where}: x must be {kind} as the parameters, got {x.dtype}")
@@ -565,8 +568,9 @@ class CompressiveAttention(nn.Module):
         self, memory: Memory, rows: int, device: torch.device, where: str, of: str
     ) -> None:
         """Raises unless `memory` is one of this layer, with the rows and device of input `of`."""
-        check_names(memory, where)
-        identity.check(memory, self._identity, where)
+        if not (isinstance(memory, dict) and self._identity in memory):
+            check_names(memory, where)
+            identity.check(memory, self._identity, where)
         self._state.check(memory, rows, device, where, of)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
@@ -815,10 +819,8 @@ def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
     none is.
     """
     for layer in projections:
-        own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        dtype = _check.numbers_of(layer)[0]
-        if own and "forward" not in layer.__dict__ and dtype is not None:
-            return dtype
+        if _is_linear(layer):
+            return _check.numbers_of(layer)[0]
     return None
 
 
@@ -829,6 +831,12 @@ def _is_forward_mode() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(torch.autograd.forward_ad._current_level >= 0)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether calling it is torch's own linear map."""
+    own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return own and "forward" not in layer.__dict__
 
 
 def _execution_device(*modules: nn.Module) -> torch.device | None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctx import _check
 from ctx.compression import COMPRESSORS, Compressor, Custom
 from ctx.schedule import SIZES, Schedule
 
@@ -116,19 +115,18 @@ def difference(name: str, wanted: Mapping[str, str]) -> dict[str, str | None]:
     return differing | {key: value for key, value in said.items() if key not in wanted}
 
 
-def check_entry(memory: Mapping[str, Any], rows: int, where: str) -> None:
-    """Raises unless the memory has at most one entry, and that belongs to so many rows.
+def check_entry(memory: Mapping[str, Tensor], found: list[str], rows: int, where: str) -> None:
+    """Raises unless the memory has at most one of the entries `found`, and that of so many rows.
 
     Raises:
-        ValueError, TypeError: it has several, or one that is no tensor [B, 0].
+        ValueError: it has several, or one that is not [B, 0].
     """
-    found = marks(memory)
     if len(found) > 1:
         raise ValueError(f"{where}: memory must be made for one thing, got {', '.join(found)}")
     for name in found:
-        _check.tensors(where, **{name: memory[name]})
-        if tuple(memory[name].shape) != (rows, 0):
-            got = list(memory[name].shape)
+        shape = memory[name].shape
+        if shape != (rows, 0):
+            got = list(shape)
             raise ValueError(f"{where}: {name!r} in memory must be [{rows}, 0], got {got}")
 
 

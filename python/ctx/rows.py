@@ -438,7 +438,7 @@ def _map(function: Any, memory: Any) -> Any:
 def _layers(memory: Any, where: str) -> list[Memory]:
     """The memories of all layers, or an error before any of them is touched."""
     if isinstance(memory, dict):
-        check_names(memory, where)
+        found = check_names(memory, where)
         rows = memory["seen"].shape[:1]
         for name in (*COUNTS, *STATE):
             tensor = memory[name]
@@ -451,7 +451,7 @@ def _layers(memory: Any, where: str) -> list[Memory]:
             if (tensor.dtype == torch.int64) != (name in COUNTS) and not packed:
                 kind = "int64" if name in COUNTS else "floating point"
                 raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
-        identity.check_entry(memory, rows[0], where)
+        identity.check_entry(memory, found, rows[0], where)
         return [memory]
     if not isinstance(memory, (list, tuple)):
         raise TypeError(

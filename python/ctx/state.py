@@ -35,6 +35,7 @@ STATE = (
     "usage",
     "slot_positions",
 )
+_NAMES = frozenset(STATE)
 #: The regions that are rings, and the tensors in which an entry is one position of the region.
 RINGS = {
     "window": ("window_keys", "window_values", "usage"),
@@ -57,18 +58,25 @@ def ordinary() -> contextlib.AbstractContextManager[Any]:
     return torch.inference_mode(False)
 
 
-def check_names(memory: Any, where: str) -> None:
-    """Raises unless `memory` is a dict of tensors by the names of a memory.
+def check_names(memory: Any, where: str) -> list[str]:
+    """Raises unless `memory` is a dict of tensors by the names of a memory; returns the names of
+    the entries that say what it was made for.
 
     Raises:
         ValueError, TypeError: it is not; the message begins with `where`.
     """
-    if not isinstance(memory, dict) or set(memory) - set(marks(memory)) != set(STATE):
+    found = marks(memory) if isinstance(memory, dict) else []
+    if (
+        not isinstance(memory, dict)
+        or len(memory) != len(STATE) + len(found)
+        or not memory.keys() >= _NAMES
+    ):
         got = type(memory).__name__
         if isinstance(memory, dict):
             got = ", ".join(map(str, memory)) or "an empty one"
         raise ValueError(f"{where}: memory must be a dict of {', '.join(STATE)}, got {got}")
     _check.tensors(where, **memory)
+    return found
 
 
 def dtype_of(name: str, pairs: torch.dtype, slots: torch.dtype) -> torch.dtype:
@@ -172,13 +180,13 @@ class StateShape:
         Raises:
             ValueError, TypeError: the message begins with `where` and names the tensor.
         """
-        check_names(memory, where)
+        found = check_names(memory, where)
         held = memory["seen"].shape
         if len(held) == 1 and held[0] != rows:
             raise ValueError(
                 f"{where}: {of} must have as many rows as memory = {held[0]}, got {rows}"
             )
-        check_entry(memory, rows, where)
+        check_entry(memory, found, rows, where)
         dtype = memory["window_keys"].dtype
         slots = memory["compressed_keys"].dtype
         if slots not in slot_dtypes(dtype):

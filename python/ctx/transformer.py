@@ -16,10 +16,10 @@ from ctx import _check, generation, interrupted
 from ctx.attention import CompressiveAttention, bias_start
 from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
+from ctx.model_memory import check_each_its_own, kept
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import POSITIONS, Relative
 from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
-from ctx.state import dtype_of
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
 
@@ -288,7 +288,7 @@ class _Block(nn.Module):
         return_usage: bool,
     ) -> tuple[Tensor, dict[str, Tensor] | None, list[Tensor]]:
         """x and the memory after the tokens, and what was asked for besides, loss first."""
-        memory = None if memory is None else _kept(memory)
+        memory = None if memory is None else kept(memory)
         rows = {"lengths": lengths, "reset_at": reset_at}
         y, memory, *asked = self.attention(
             self.attention_norm(x),
@@ -425,7 +425,7 @@ class CompressiveTransformer(nn.Module):
         _check.flag(last_only, "last_only", where)
         passed = memory
         if isinstance(memory, (list, tuple)):
-            memory = [_kept(layer) for layer in memory]
+            memory = [kept(layer) for layer in memory]
         self._check(tokens, memory, where, lengths, mask, reset_at)
         if return_aux and (self.config.aux_loss is None or reset_at is not None):
             got = "aux_loss=None" if self.config.aux_loss is None else "reset_at"
@@ -595,8 +595,8 @@ class CompressiveTransformer(nn.Module):
                 "which would stream into copies of another dtype, got one: call the method "
                 "without registering it, or set cast_forward_inputs=False"
             )
-        kept = [_kept(layer) for layer in memory] if isinstance(memory, (list, tuple)) else memory
-        self._check(tokens, kept, where, lengths, mask)
+        held = [kept(layer) for layer in memory] if isinstance(memory, (list, tuple)) else memory
+        self._check(tokens, held, where, lengths, mask)
         if tokens.shape[1] < 1:
             raise ValueError(
                 f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
@@ -684,7 +684,7 @@ class CompressiveTransformer(nn.Module):
                     f"{where}: memory must be a list of {len(self.blocks)} dicts, one per layer, "
                     f"got {found}"
                 )
-            _each_its_own(memory, where)
+            check_each_its_own(memory, where)
         if torch.compiler.is_compiling():  # the rest reads values, or is not for a graph
             return
         if tokens.device.type == "cpu" and tokens.numel():
@@ -752,55 +752,6 @@ def _last(hidden: Tensor, lengths: Tensor | None) -> Tensor:
         return hidden[:, -1:]
     place = (lengths - 1).clamp_min(0).reshape(-1, 1, 1)
     return hidden.gather(1, place.expand(-1, 1, hidden.shape[2]))
-
-
-def _kept(memory: Any) -> Any:
-    """A layer's memory, with float32 where that must stay though the whole was cast.
-
-    Mixed precision of FSDP2 casts all floating-point inputs of a module.
-    """
-    if not isinstance(memory, dict):
-        return memory
-    usage, keys = memory.get("usage"), memory.get("window_keys")
-    if not isinstance(usage, Tensor) or not isinstance(keys, Tensor):
-        return memory
-    wanted = dtype_of("usage", keys.dtype, keys.dtype)
-    if usage.dtype == wanted or not usage.is_floating_point():
-        return memory
-    return {**memory, "usage": usage.to(wanted)}
-
-
-def _each_its_own(memory: Sequence[Any], where: str) -> None:
-    """Raises where two layers hold one dict, or one tensor: each would be streamed into twice."""
-    for i, layer in enumerate(memory):
-        for j in range(i):
-            if layer is memory[j]:
-                raise ValueError(
-                    f"{where}: memory must have a dict of its own for every layer, "
-                    f"got one for layers {j} and {i}"
-                )
-    if torch.compiler.is_compiling():  # addresses are not there yet
-        return
-    layers = [layer for layer in memory if isinstance(layer, dict)]
-    parts = [x for layer in layers for x in layer.values() if isinstance(x, Tensor)]
-    try:
-        places = [place for part in parts if (place := part.data_ptr())]  # 0: without elements
-    except RuntimeError:  # a tensor without storage, inside of a transform
-        return
-    if len(set(places)) == len(places):
-        return
-    owners: dict[int, tuple[int, str]] = {}
-    for i, layer in enumerate(memory):
-        for name, tensor in layer.items() if isinstance(layer, dict) else ():
-            place = tensor.data_ptr() if isinstance(tensor, Tensor) else 0
-            if not place:
-                continue
-            other, other_name = owners.setdefault(place, (i, name))
-            if other != i:
-                raise ValueError(
-                    f"{where}: memory must have tensors of its own for every layer, got "
-                    f"{other_name} of layer {other} as {name} of layer {i}"
-                )
 
 
 def _share(module: Any, made: dict[nn.Module, Any] | None = None) -> Any:
