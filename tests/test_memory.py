@@ -1,6 +1,7 @@
 """ctx.KVMemory: equal to the reference, the same for every cutting, constant in size."""
 
 import dataclasses
+import pickle
 import threading
 
 import pytest
@@ -378,3 +379,64 @@ def test_threads_change_nothing():
         worker.join()
     for name in range(3):
         assert_close(outs[name], alone, 1e-12)
+
+
+class TestBias:
+    """A tensor of biases is followed, as parameters of compressors are."""
+
+    def step(self, memory):
+        q, k, v = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 1, 4), torch.randn(1, 1, 1, 4)
+        return memory.step(q, k, v)
+
+    def memory(self, bias):
+        memory = ctx.KVMemory(ctx.Schedule(2, 4, 2), 1, 1, 4, compressed_bias=bias)
+        torch.manual_seed(1)
+        for _ in range(9):
+            self.step(memory)
+        return memory
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("how", ["in place", "data", "strides", "no longer"])
+    def test_is_followed(self, how, dtype):
+        closed = torch.tensor([-3.0, 1.5], dtype=dtype)
+        bias = torch.nn.Parameter(torch.zeros(2, dtype=dtype))
+        memory = self.memory(bias)
+        if how == "in place":
+            with torch.no_grad():
+                bias.copy_(closed)
+        elif how == "strides":
+            bias.data = torch.stack([closed, closed], 1)[:, 0]
+        else:
+            bias.data = closed
+        expected = self.memory(closed.tolist())
+        if how == "no longer":  # a copy has the numbers of the time at which it was made
+            memory = pickle.loads(pickle.dumps(memory))
+            bias.data = torch.zeros(2, dtype=dtype)
+        others = [memory, expected, memory.clone(), memory.resized(window=2), memory.to()]
+        results = []
+        for one in others[: 3 if how == "no longer" else 5]:
+            torch.manual_seed(2)
+            results.append(self.step(one))
+        assert all(torch.equal(result, results[0]) for result in results)
+
+    def test_another_shape_is_refused(self):
+        bias = torch.nn.Parameter(torch.zeros(2))
+        memory = self.memory(bias)
+        before = {name: x.clone() for name, x in memory.tensors.items()}
+        bias.data = torch.zeros(2, 2)
+        with pytest.raises(ValueError, match=r"compressed_bias must be \[H\]"):
+            self.step(memory)
+        assert all(torch.equal(x, before[name]) for name, x in memory.tensors.items())
+
+
+def test_tokens_that_lie_in_the_memory_itself():
+    """Views of a memory's own rings are read as they were before the call."""
+    memories = [ctx.KVMemory(ctx.Schedule(4, 2, 2), 1, 1, 4) for _ in range(2)]
+    x = torch.randn(3, 1, 1, 9, 4)
+    for memory in memories:
+        memory.step(*x)
+    k, v = (memories[0].tensors[f"window_{part}"][:, :, 1:4] for part in ("keys", "values"))
+    expected = memories[1].step(x[0, :, :, :3], k.clone(), v.clone())
+    assert torch.equal(memories[0].step(x[0, :, :, :3], k, v), expected)
+    for name, part in memories[0].tensors.items():
+        assert torch.equal(part, memories[1].tensors[name])

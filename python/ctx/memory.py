@@ -132,7 +132,7 @@ class KVMemory:
         distance: ``"slot"`` (bounded, the paper's) or ``"token"``: how far a slot is from the
             query.
         compressed_bias: added to the scores of compressed slots: ``"none"``, ``"log_ratio"`` (log
-            c), or one number per query head.
+            c), or one number per query head. A tensor is used as it is at the time of each call.
         scale: factor of the scores; default D^-1/2.
         headroom: tokens that can be written before the first of them attends (longer calls are
             walked in blocks), and that :meth:`rewind` can take back.
@@ -228,7 +228,7 @@ class KVMemory:
             "rotary_dim": rotary_dim,
             "rotary_interleaved": rotary_interleaved,
             "distance": distance,
-            "compressed_bias": "none" if bias is None else bias,
+            "compressed_bias": "none" if bias is None else bias.to(device, wide),
             "scale": scale,
             "headroom": headroom,
             "compressed_dtype": compressed_dtype,
@@ -236,6 +236,9 @@ class KVMemory:
         operands = compressor.operands() if compressor.native else []
         self._places = places_of(operands)
         self._relative_places = places_of(operands_of_positions)
+        # A tensor is followed: what is written into it counts from the next call on.
+        self._bias = compressed_bias if isinstance(compressed_bias, Tensor) else None
+        self._bias_place: Any = None
         self._native = _C.KVMemory(
             schedule._law,
             batch_size,
@@ -250,7 +253,7 @@ class KVMemory:
             rotary_width(position, rotary_dim, head_dim, where),
             rotary_base,
             rotary_interleaved,
-            None if bias is None else bias.to(device, wide),
+            self._bias_on(device),
             None if slopes is None else slopes.to(device, wide),
             [operand.detach() for operand in operands_of_positions],
             0.0 if scale is None else scale,
@@ -409,7 +412,7 @@ class KVMemory:
         other = KVMemory(
             schedule,
             keys.shape[0],
-            **self._settings,
+            **self._settings_now(),
             compressor=self.compressor,
             dtype=keys.dtype,
             device=keys.device,
@@ -554,6 +557,22 @@ class KVMemory:
             self._native.set_parameters([operand.detach() for operand in operands])
             self._places = places
 
+        if self._bias is not None:
+            # A copy is made anew when the tensor is written to, an alias sees it.
+            device = self.seen.device
+            copied = self._bias._version if self._bias.device != device else None
+            place = (*places_of([self._bias]), copied)
+            if place != self._bias_place:
+                self._native.set_compressed_bias(self._bias_on(device))
+                self._bias_place = place
+
+    def _bias_on(self, device: torch.device) -> Tensor | None:
+        """The bias of compressed slots as operators take it: the user's tensor where it is one."""
+        if self._bias is not None:
+            return self._bias.detach().to(device)
+        named = self._settings["compressed_bias"]
+        return None if isinstance(named, str) else named.to(device)
+
     def _calls_compressor(self) -> bool:
         """Whether something acts on the call of a compressor that the engine knows: a hook, say."""
         return self.compressor.native and not self.compressor.in_engine
@@ -588,10 +607,8 @@ class KVMemory:
             if q is None:
                 return torch.ops.ctx.append_(k, v, *rows, *state, *slots, *law)
             wide = torch.float64 if state[0].dtype == torch.float64 else torch.float32
-            bias, slopes = (
-                value.to(state[0].device, wide) if isinstance(value, Tensor) else None
-                for value in (settings["compressed_bias"], settings["alibi_slopes"])
-            )
+            bias, slopes = self._bias_on(state[0].device), settings["alibi_slopes"]
+            slopes = None if slopes is None else slopes.to(state[0].device, wide)
             relative = [] if self.relative is None else [*self.relative()]
             scale = settings["scale"] or settings["head_dim"] ** -0.5
             return torch.ops.ctx.step_(
@@ -602,6 +619,12 @@ class KVMemory:
             if operator not in ("ctx.due_groups", "ctx.step_", "ctx.append_"):
                 raise
             raise type(error)(f"{where}: {rest}") from None
+
+    def _settings_now(self) -> dict[str, Any]:
+        """What another memory like this one is made with; a bias that is followed as it is now."""
+        if self._bias is None:
+            return self._settings
+        return {**self._settings, "compressed_bias": self._bias.detach().clone()}
 
     def _with(self, native: _C.KVMemory) -> KVMemory:
         """This memory's settings around another engine object."""
@@ -620,7 +643,10 @@ class KVMemory:
         return {
             "schedule": self.schedule,
             "compressor": self.compressor,
-            "settings": {**self._settings, "compressed_dtype": None if slots == pairs else slots},
+            "settings": {
+                **self._settings_now(),
+                "compressed_dtype": None if slots == pairs else slots,
+            },
             "dtype": pairs,
             "state": self.state_dict(),
         }
