@@ -9,6 +9,7 @@ import ctx
 import test_errors_modules
 import test_errors_rows
 import test_errors_state
+from ctx.state import STATE
 from strategies import assert_same_bits
 
 B, HKV, H, D, DV, T = 2, 2, 4, 6, 4, 3
@@ -249,9 +250,9 @@ class TestAttention:
         x = torch.randn(2, 3, 8)
         other = ctx.CompressiveAttention(8, 2, **{**SIZES, "sinks": 3})
         with torch.set_grad_enabled(grad):
-            with pytest.raises(ValueError, match=r"sink_keys must"):
+            with pytest.raises(ValueError, match=r"memory must be made for sinks=0, got .*sinks=3"):
                 attn(x, other.init_memory(2))
-            for name in attn.init_memory(2):
+            for name in STATE:
                 missing = attn.init_memory(2)
                 del missing[name]
                 with pytest.raises(ValueError, match=f"memory.*{name}"):
