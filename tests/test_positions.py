@@ -208,7 +208,8 @@ class TestPlainObjects:
     def test_operators_record_nothing(self, position):
         attn = attention(position)
         q, k, v = (torch.randn(1, heads, 3, 4, requires_grad=True) for heads in (4, 2, 2))
-        state = list(attn.init_memory(1).values())
+        memory = attn.init_memory(1)
+        state = [memory[name] for name in ctx.state.STATE]
         compressor = (attn.compressor.operands(), attn.compressor.name, [])
         outs = torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, *attn._scores(True))
         assert not any(x.requires_grad for x in (*outs, *state))
@@ -219,7 +220,8 @@ class TestPlainObjects:
         compressor = (attn.compressor.operands(), attn.compressor.name, [])
 
         def step():
-            state = list(attn.init_memory(2).values())
+            memory = attn.init_memory(2)
+            state = [memory[name] for name in ctx.state.STATE]
             with torch.no_grad():
                 return torch.ops.ctx.step_(
                     q, k, v, None, None, *state, *compressor, *attn._scores(True)
