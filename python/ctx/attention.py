@@ -124,6 +124,8 @@ class CompressiveAttention(nn.Module):
         ValueError, TypeError: a setting is out of range; the message names it.
     """
 
+    _trusted: Memory | None = None
+
     def __init__(
         self,
         embed_dim: int,
@@ -560,9 +562,13 @@ class CompressiveAttention(nn.Module):
             kind = exact or "floating point"
             raise TypeError(f"{where}: x must be {kind} as the parameters, got {x.dtype}")
         check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
-        if memory is None:
-            return
-        self.check_memory(memory, x.shape[0], x.device, where, "x")
+        trusted, self.__dict__["_trusted"] = self._trusted, None
+        if memory is not None and memory is not trusted:
+            self.check_memory(memory, x.shape[0], x.device, where, "x")
+
+    def trust(self, memory: Memory | None) -> None:
+        """The next call need not check this memory: a model has, before its first layer ran."""
+        self.__dict__["_trusted"] = memory  # not by nn.Module's __setattr__, which takes longer
 
     def check_memory(
         self, memory: Memory, rows: int, device: torch.device, where: str, of: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,12 +193,11 @@ class StateShape:
         if slots not in slot_dtypes(dtype):
             allowed = ", ".join(map(str, slot_dtypes(dtype)))
             raise TypeError(f"{where}: compressed_keys must be one of {allowed}, got {slots}")
-        for name, size in self.sizes(rows, slots).items():
-            tensor, kind = memory[name], dtype_of(name, dtype, slots)
-            if tuple(tensor.shape) != size:
+        for name, size, kind, fits in _expected(self, rows, dtype, slots):
+            tensor = memory[name]
+            if tensor.shape != size:
                 raise ValueError(f"{where}: {name} must be {list(size)}, got {list(tensor.shape)}")
-            floating = name not in COUNTS and kind != torch.int8
-            if tensor.dtype != kind or (floating and not kind.is_floating_point):
+            if tensor.dtype != kind or not fits:
                 raise TypeError(f"{where}: {name} must be {kind}, got {tensor.dtype}")
             if tensor.device != device:
                 raise ValueError(f"{where}: {name} must be on {device}, got {tensor.device}")
@@ -216,3 +216,16 @@ class StateShape:
                         f"{where}: rewindable must be between 0 and seen = {seen}, "
                         f"got {spare} in row {row}"
                     )
+
+
+@functools.lru_cache(maxsize=256)
+def _expected(
+    shape: StateShape, rows: int, dtype: torch.dtype, slots: torch.dtype
+) -> list[tuple[str, tuple[int, ...], torch.dtype, bool]]:
+    """Name, shape and dtype of every tensor, and whether a memory can be of that dtype."""
+    found = []
+    for name, size in shape.sizes(rows, slots).items():
+        kind = dtype_of(name, dtype, slots)
+        counts = name in COUNTS or kind == torch.int8
+        found.append((name, size, kind, counts or kind.is_floating_point))
+    return found

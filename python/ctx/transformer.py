@@ -704,10 +704,13 @@ class CompressiveTransformer(nn.Module):
         if memory is None:
             return
         interrupted.check(memory, tokens.device, where)
-        for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
+        layers = self.layers
+        for i, (layer, state) in enumerate(zip(layers, memory, strict=True)):
             name = f"{where}: memory[{i}]"
             layer.check_memory(state, tokens.shape[0], tokens.device, name, "tokens")
         interrupted.check_in_step(memory, tokens.device, where)
+        for layer, state in zip(layers, memory, strict=True):
+            layer.trust(state)
 
 
 def _attention_of(block: nn.Module, index: int) -> CompressiveAttention:
