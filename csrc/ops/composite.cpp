@@ -2,10 +2,10 @@
 
 #include <ATen/Parallel.h>
 
-#include <cmath>
 #include <limits>
 
 #include "ops/derivatives.h"
+#include "ops/finite.h"
 #include "ops/rotary.h"
 
 namespace ctx::ops {
@@ -16,15 +16,7 @@ Rotary sinusoids(int64_t width) { return {width, 10000.0, false}; }
 // Rows of x [..., width] that are not finite, bool [...].
 at::Tensor bad_rows(const at::Tensor& x) { return at::isfinite(x).all(-1).logical_not(); }
 
-// Whether every number is finite, as far as one pass can say; false on a device, which is not
-// waited for.
-bool surely_finite(const at::Tensor& x) {
-  return x.is_cpu() && !is_transformed() && std::isfinite(x.detach().sum().item<double>());
-}
-
-bool surely_none(const at::Tensor& mask) {
-  return mask.is_cpu() && !is_transformed() && !mask.any().item<bool>();
-}
+bool surely_none(const at::Tensor& mask) { return is_readable(mask) && !mask.any().item<bool>(); }
 
 // x with another number in place of minus infinity.
 at::Tensor infinite_to(double number, const at::Tensor& x) {

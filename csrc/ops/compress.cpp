@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "core/check.h"
+#include "ops/finite.h"
 #include "ops/settings.h"
 
 namespace ctx::ops {
@@ -17,7 +18,7 @@ namespace {
 class Apart {
  public:
   explicit Apart(const at::Tensor& rows) : rows_(rows) {
-    if (!at::GradMode::is_enabled()) return;
+    if (!at::GradMode::is_enabled() || surely_finite(rows)) return;
     const at::Tensor finite = at::isfinite(rows.detach()).all(-1, true);
     rows_ = rows.masked_fill(finite.logical_not(), 0.0);
     poison_ = rows.masked_fill(finite, 0.0).mul(0.0).sum(-1, true);
@@ -32,7 +33,8 @@ class Apart {
 
  private:
   at::Tensor rows_;
-  at::Tensor poison_;  // [..., 1]: NaN or zero; undefined where no gradient is wanted
+  at::Tensor
+      poison_;  // [..., 1]: NaN or zero; undefined where all is finite, or no gradient wanted
 };
 
 // x [B, Hkv, G, k, D], weight [Hkv, k, D, E]: one matrix product per kv head, over the groups of
