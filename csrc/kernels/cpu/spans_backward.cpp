@@ -13,7 +13,7 @@
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kPartTokens = 128;
+constexpr int64_t kPartTokens = 256;  // sums of a part cost as much as some ten queries
 constexpr int64_t kMostParts = 16;
 
 // Sums of the gradients of one kv head's keys, values and biases.
