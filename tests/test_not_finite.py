@@ -93,7 +93,11 @@ def case(seed: int, kind: str) -> Case:
     row = torch.tensor([[draw.randrange(1, tokens)] for _ in range(batch)])
     if kind == "padding":
         kept = place < row
-        return Case(attention, x, memory, kept, ~kept, {"lengths": row[:, 0]})
+        rows = {"lengths": row[:, 0]}
+        if draw.random() < 0.5:  # on the left, or anywhere
+            kept = place >= row if draw.random() < 0.5 else torch.rand(batch, tokens) < 0.6
+            rows = {"mask": kept}
+        return Case(attention, x, memory, kept, ~kept, rows)
     if kind == "future":
         kept = place < row
         return Case(attention, x, memory, kept, ~kept, {})
@@ -108,7 +112,8 @@ def case(seed: int, kind: str) -> Case:
 def differentiated(case: Case, x: Tensor) -> tuple[Tensor, dict[str, Tensor], Any]:
     """Outputs where they are kept, and the gradient of a loss on them, by name."""
     x = x.clone().requires_grad_()
-    aux = "lengths" in case.rows and case.attention.aux_loss is not None
+    padded = not {"lengths", "mask"}.isdisjoint(case.rows)  # the loss looks at all tokens
+    aux = padded and case.attention.aux_loss is not None
     y, memory, *loss = case.attention(x, case.memory, **case.rows, return_aux=aux)
     kept = case.kept.unsqueeze(-1)
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
