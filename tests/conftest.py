@@ -1,11 +1,14 @@
 """Settings shared by all tests.
 
     pytest                                    a few thousand random cases, the same ones every time
+    pytest -n auto                            the same, a process for each core
     pytest --hypothesis-profile=ci            three times as many, the same ones every time
     pytest --hypothesis-profile=explore       ten times as many, different ones every time
 
 A test asks for its own number of cases with `strategies.cases(n)`; the profile multiplies it.
 """
+
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +32,19 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test draws the same numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist sends what it compared to the process that prints."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["covered"] = sorted(COVERED, key=str)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Takes over what a worker sent."""
+    COVERED.update(tuple(entry) for entry in getattr(node, "workeroutput", {}).get("covered", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
