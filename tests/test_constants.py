@@ -143,6 +143,16 @@ def test_are_no_part_of_the_state():
     assert learned.parametrizations.compressed_bias.original.grad.abs().sum() > 0
 
 
+def test_what_is_asked_for_may_be_written_to():
+    """Layers share the constant that they compute with, and no caller gets that."""
+    attn, x = attention(position="alibi", compressed_bias="log_ratio"), torch.randn(1, 19, 12)
+    before = attn(x)[0]
+    attn.alibi_slopes.fill_(7.0)
+    attn.compressed_bias.fill_(7.0)
+    assert_same_bits(attn.alibi_slopes, ctx.positions.alibi_slopes(6).float())
+    assert_same_bits(attn(x)[0], before)
+
+
 def test_made_in_inference_mode_they_serve_training():
     """The first call may be in inference mode; the constants that it makes are kept."""
     ctx.constants._MADE.clear()

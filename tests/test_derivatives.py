@@ -139,6 +139,31 @@ def test_forward_mode(position, compressor, content, distance):
                 torch.testing.assert_close(written[name], part, atol=1e-12, rtol=1e-12)
 
 
+@WALK
+def test_forward_mode_in_the_parameters(position, compressor, content, distance):
+    """Tangents of weights, biases of slots and relative positions, with and without writing."""
+    attention = layer(position, compressor, content, distance)
+    values = {name: x.detach() for name, x in attention.named_parameters()}
+    tangents = {name: torch.randn_like(x) for name, x in values.items()}
+    for memory, rows in calls(attention).values():
+        x = torch.randn(2, 8, 4, dtype=F64)
+
+        def run(weights, update=True, x=x, memory=memory, rows=rows):
+            options = {**rows, "update": update}
+            return torch.func.functional_call(attention, weights, (x, copy(memory)), options)[0]
+
+        def moved(step):
+            return {name: w + step * tangents[name] for name, w in values.items()}
+
+        with torch.no_grad():
+            expected = (run(moved(1e-6)) - run(moved(-1e-6))) / 2e-6
+        for grad, update in itertools.product((True, False), (True, False)):
+            with torch.set_grad_enabled(grad), forward_ad.dual_level():
+                duals = {n: forward_ad.make_dual(w, tangents[n]) for n, w in values.items()}
+                got = forward_ad.unpack_dual(run(duals, update)).tangent
+                torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("position", ["rotary", "relative", "alibi", None])
 def test_transforms(position):
     """torch.func's derivatives are those of autograd."""

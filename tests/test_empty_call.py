@@ -77,3 +77,22 @@ def test_no_rows(content, grad):
     memory = ctx.KVMemory(ctx.Schedule(**SIZES), 2, 1, 4)
     with pytest.raises(ValueError, match=r"step: k must be .*\[2, 1, T, 4\], got \[0, 1, 3, 4\]"):
         memory.step(*(torch.randn(0, 1, 3, 4) for _ in range(3)))
+
+
+@pytest.mark.parametrize("compression, position, content", LAYERS)
+def test_no_tokens_for_a_model(compression, position, content):
+    """What stands before a layer, too: its norm gets a gradient through the layer's input."""
+    settings = {"compression": compression, "position": position, "memory_content": content}
+    config = ctx.CompressiveTransformerConfig(
+        vocab_size=7, embed_dim=8, num_layers=2, num_heads=2, tied=False, **SIZES, **settings
+    )
+    built = ctx.CompressiveTransformer(config)
+    with torch.no_grad():
+        _, held = built(torch.randint(7, (2, 17)))
+    calls = ({}, {"lengths": torch.zeros(2, dtype=torch.int64)}, {"update": False})
+    for memory, options in itertools.product((None, held), (*calls, {"last_only": True})):
+        built.zero_grad()
+        built(torch.zeros(2, 0, dtype=torch.int64), memory, **options)[0].sum().backward()
+        for name, parameter in built.named_parameters():
+            assert parameter.grad is not None, name
+            assert_same_bits(parameter.grad, torch.zeros_like(parameter))

@@ -185,6 +185,13 @@ class TestRefused:
         memory[2][name] = memory[1][name].view_as(memory[1][name])  # another object, one storage
         self.call(grad, built, memory, f"got {name} of layer 1 as {name} of layer 2")
 
+    def test_one_tensor_twice_in_a_layer(self, grad):
+        built = model()
+        memory = started(built)
+        memory[1]["window_values"] = memory[1]["window_keys"]
+        message = "got window_keys of layer 1 as window_values of layer 1"
+        self.call(grad, built, memory, message)
+
     def test_tensors_without_elements_may_be_shared(self, grad):
         built = model(compressed=0)
         memory = built.init_memory(2)

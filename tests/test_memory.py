@@ -419,6 +419,27 @@ class TestBias:
             results.append(self.step(one))
         assert all(torch.equal(result, results[0]) for result in results)
 
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda memory: memory.clone(),
+            lambda memory: memory.select([0]),
+            lambda memory: memory.resized(compressed=4),
+            lambda memory: memory.to(dtype=torch.float64).to(dtype=torch.float32),
+            lambda memory: ctx.KVMemory.merge([memory]),
+        ],
+        ids=["clone", "select", "resized", "to", "merge"],
+    )
+    def test_is_followed_by_what_was_made_of_it_before(self, make):
+        bias = torch.zeros(2)
+        memory, expected = make(self.memory(bias)), self.memory([-3.0, 1.5])
+        bias.copy_(torch.tensor([-3.0, 1.5]))
+        results = []
+        for one in (memory, expected):
+            torch.manual_seed(2)
+            results.append(self.step(one))
+        assert torch.equal(*results)
+
     def test_another_shape_is_refused(self):
         bias = torch.nn.Parameter(torch.zeros(2))
         memory = self.memory(bias)

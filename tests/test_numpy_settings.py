@@ -34,6 +34,17 @@ def test_a_setting(name):
     }  # fmt: skip
 
 
+def test_sizes_of_all_layers_in_an_array():
+    plain = ctx.CompressiveTransformerConfig(**PLAIN)
+    sizes = {**PLAIN, "compressed": numpy.array([3, 2])}
+    assert ctx.CompressiveTransformerConfig(**sizes) == plain
+    twin = ctx.CompressiveTransformer(plain).with_memory(compressed=numpy.array([1, 2]))
+    assert twin.config.compressed == (1, 2)
+    for bad, error in ((numpy.array([3, 2, 1]), ValueError), (numpy.array([0.5, 2]), TypeError)):
+        with pytest.raises(error, match=r"compressed must be .* got"):
+            ctx.CompressiveTransformerConfig(**{**PLAIN, "compressed": bad})
+
+
 def test_a_model_and_its_counts():
     made = ctx.CompressiveTransformerConfig(**{k: numpys(v) for k, v in PLAIN.items()})
     built = ctx.CompressiveTransformer(made).eval()

@@ -26,6 +26,7 @@ from ctx.finite import apart
 from ctx.hidden import as_stored, pairs_of
 from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
 from ctx.memory import rotary_width
+from ctx.model_memory import keep, kept
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import Relative
 from ctx.schedule import Schedule
@@ -329,14 +330,14 @@ class CompressiveAttention(nn.Module):
                 return self._parameters["compressed_bias"]
             except KeyError:
                 raise AttributeError("compressed_bias") from None
-        return self._bias_on(self._place()[1])
+        return _copied(self._bias_on(self._place()[1]))
 
     @property
     def alibi_slopes(self) -> Tensor | None:
         """Slopes of ``position="alibi"``, [H] in the module's dtype, else None; a constant that is
         made of the settings when it is asked for.
         """
-        return self._slopes_on(self._place()[1])
+        return _copied(self._slopes_on(self._place()[1]))
 
     def _bias_on(self, device: torch.device) -> Tensor | None:
         if self._learns_bias:
@@ -477,6 +478,7 @@ class CompressiveAttention(nn.Module):
                 then.
         """
         _check.flag(update, "update", _WHERE)
+        passed, memory = memory, kept(memory)
         self.check(x, memory, lengths, mask, reset_at, _WHERE)
         if update and memory is not None:
             _refuse_recomputation(x)
@@ -487,6 +489,9 @@ class CompressiveAttention(nn.Module):
         records = torch.is_grad_enabled() or _is_forward_mode()
         if lengths is not None and records:  # padding has no influence on gradients, be it NaN
             x = x.masked_fill(~mask_of(lengths, x.shape[1]).unsqueeze(-1), 0.0)
+        if update and passed is not None and not torch.is_grad_enabled():
+            keep(passed, memory)
+            memory = passed
         call = _Call(lengths, reset_at, memory, update, return_usage)
         q = self._heads(apart(x, self.q_proj)[0], self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
@@ -495,9 +500,9 @@ class CompressiveAttention(nn.Module):
         else:
             k, v = self._pairs(x.unsqueeze(1))
         if memory is not None:
-            kept = memory["window_keys"].dtype
-            k, v = k.to(kept), v.to(kept)
-            q = q if hidden else q.to(kept)
+            pairs = memory["window_keys"].dtype
+            k, v = k.to(pairs), v.to(pairs)
+            q = q if hidden else q.to(pairs)
         if return_aux:
             if self.aux_loss is None or reset_at is not None:
                 got = "aux_loss=None" if self.aux_loss is None else "reset_at"
@@ -514,13 +519,15 @@ class CompressiveAttention(nn.Module):
         (y,) = apart(out.to(dtype).transpose(1, 2).flatten(2), self.out_proj)
         y = nn.functional.dropout(y, self.dropout, self.training)
         if x.shape[1] == 0 and torch.is_grad_enabled():
-            y = y + self._nothing(y)
+            y = y + self._nothing(y) + x.sum().to(y.dtype)  # what made x wants a gradient, too
         if mask is not None:
             y = from_right_padded(y, mask)
             if return_usage:
                 usage = from_right_padded(usage.transpose(1, 2), mask).transpose(1, 2)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
+        if passed is not None and not update:
+            memory = passed
         return (y, memory, *([aux] if return_aux else []), *([usage] if return_usage else []))
 
     def check(
@@ -567,7 +574,9 @@ class CompressiveAttention(nn.Module):
             self.check_memory(memory, x.shape[0], x.device, where, "x")
 
     def trust(self, memory: Memory | None) -> None:
-        """The next call need not check this memory: a model has, before its first layer ran."""
+        """The next call need not check this memory: a model has, before its first layer ran. None:
+        whatever memory the next call is given, it checks.
+        """
         self.__dict__["_trusted"] = memory  # not by nn.Module's __setattr__, which takes longer
 
     def check_memory(
@@ -709,9 +718,9 @@ class CompressiveAttention(nn.Module):
         scores, positions = self._scores(call.with_mass, q.device), None
         if chooses:  # what stays is what streaming keeps
             with torch.no_grad():
-                tokens = (q.detach(), k.detach(), v.detach())
+                tokens, operands = _detached((q, k, v)), _detached(scores[:-1])
                 chosen, positions = torch.ops.ctx.choose_(
-                    *tokens, *rows, *after, *scores[:-1], block, keys.shape[2]
+                    *tokens, *rows, *after, *operands, block, keys.shape[2]
                 )
             slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
         else:
@@ -856,6 +865,21 @@ def _execution_device(*modules: nn.Module) -> torch.device | None:
             if found is not None:
                 return torch.device(found)
     return None
+
+
+def _copied(constant: Tensor | None) -> Tensor | None:
+    """A constant that the caller may write to: the one that layers compute with is shared."""
+    return None if constant is None else constant.clone()
+
+
+def _detached(operands: Sequence[Any]) -> list[Any]:
+    """The operands of an operator with their tensors detached, those in lists, too: without
+    tangents of forward mode, which torch.no_grad leaves.
+    """
+    return [
+        x.detach() if isinstance(x, Tensor) else _detached(x) if isinstance(x, list) else x
+        for x in operands
+    ]
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -75,7 +75,9 @@ class Compressor(nn.Module):
             if sizes[name] < least:
                 raise ValueError(f"{where}: {name} must be at least {least}, got {size}")
         self.kv_heads, self.ratio, self.head_dim, self.value_dim = sizes.values()
-        for name, shape in self.parameter_shapes().items():
+        shapes = self.parameter_shapes()
+        self._names = tuple(shapes)
+        for name, shape in shapes.items():
             if value_dim == 0 and name.startswith("value_"):
                 continue
             self.register_parameter(
@@ -101,7 +103,12 @@ class Compressor(nn.Module):
         """The parameters as the engine takes them; none for a compressor that it does not know."""
         if not isinstance(self, Native):
             return []
-        return [self._operand(name, shape) for name, shape in self.parameter_shapes().items()]
+        if self.value_dim == 0:
+            return [self._operand(name, shape) for name, shape in self.parameter_shapes().items()]
+        # At every step of a stream: a parameter that is one is not searched for.
+        own = self._parameters
+        found = [own[name] if name in own else getattr(self, name) for name in self._names]
+        return cast(list[Tensor], found)
 
     def _operand(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if self.value_dim > 0 or name.startswith("key_"):
@@ -124,13 +131,13 @@ class Compressor(nn.Module):
         """
         if not self.native or self.by_usage:
             return self.native
-        acting = (
-            self._forward_hooks,
-            self._forward_pre_hooks,
-            torch_module._global_forward_hooks,
-            torch_module._global_forward_pre_hooks,
+        return not (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or "forward" in self.__dict__
         )
-        return not (any(acting) or "forward" in self.__dict__)
 
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses groups. The same tokens must give the same slot, whatever stands beside them.

@@ -409,10 +409,11 @@ class KVMemory:
         keys = self.tensors["window_keys"]
         overlap = keys.shape[2] - self.schedule._law.window_capacity(self._settings["headroom"])
         held = resize(self.tensors, self.schedule, schedule, overlap, where)
+        followed = {} if self._bias is None else {"compressed_bias": self._bias}
         other = KVMemory(
             schedule,
             keys.shape[0],
-            **self._settings_now(),
+            **self._settings | followed,
             compressor=self.compressor,
             dtype=keys.dtype,
             device=keys.device,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctx.state import dtype_of
 
-__all__ = ["check_each_its_own", "kept"]
+__all__ = ["check_each_its_own", "keep", "kept"]
 
 
 def kept(memory: Any) -> Any:
@@ -29,8 +29,16 @@ def kept(memory: Any) -> Any:
     return {**memory, "usage": usage.to(wanted)}
 
 
+def keep(given: Any, held: Any) -> None:
+    """Puts what :func:`kept` made of a layer's memory into that, which is about to be written."""
+    if held is not given:
+        given["usage"] = held["usage"]
+
+
 def check_each_its_own(memory: Sequence[Any], where: str) -> None:
-    """Raises where two layers hold one dict, or one tensor: each would be streamed into twice."""
+    """Raises where two layers hold one dict, or one tensor is held twice: it would be streamed into
+    twice.
+    """
     for i, layer in enumerate(memory):
         for j in range(i):
             if layer is memory[j]:
@@ -55,7 +63,7 @@ def check_each_its_own(memory: Sequence[Any], where: str) -> None:
             if not place:
                 continue
             other, other_name = owners.setdefault(place, (i, name))
-            if other != i:
+            if (other, other_name) != (i, name):
                 raise ValueError(
                     f"{where}: memory must have tensors of its own for every layer, got "
                     f"{other_name} of layer {other} as {name} of layer {i}"

@@ -102,11 +102,13 @@ class Schedule:
 
 
 def as_sizes(value: Any, name: str, layers: int, where: str) -> Any:
-    """A list or tuple as the tuple of one size per layer; anything else as it is.
+    """A list, a tuple or a NumPy array as the tuple of one size per layer; anything else as it is.
 
     Raises:
         ValueError: there are not as many as layers.
     """
+    if hasattr(value, "__array_interface__") and value.ndim == 1:
+        value = list(value)
     if not isinstance(value, (list, tuple)):
         return value
     if len(value) != layers:

@@ -16,7 +16,7 @@ from ctx import _check, generation, interrupted
 from ctx.attention import CompressiveAttention, bias_start
 from ctx.compression import COMPRESSORS, check_kernel
 from ctx.losses import LOSSES
-from ctx.model_memory import check_each_its_own, kept
+from ctx.model_memory import check_each_its_own, keep, kept
 from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
 from ctx.positions import POSITIONS, Relative
 from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
@@ -442,7 +442,13 @@ class CompressiveTransformer(nn.Module):
         if not update:
             logits, _, *asked = self._call(tokens, memory, call, mask, last_only)
             return (logits, passed, *asked)
-        if memory is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if memory is None or torch.is_grad_enabled():
+            return self._call(tokens, memory, call, mask, last_only)
+        assert passed is not None
+        for given, layer in zip(passed, memory, strict=True):
+            keep(given, layer)
+        memory = passed
+        if torch.compiler.is_compiling():
             return self._call(tokens, memory, call, mask, last_only)
         before = memory[0]["seen"].clone()
         try:
@@ -622,7 +628,28 @@ class CompressiveTransformer(nn.Module):
         memory: Sequence[dict[str, Tensor]] | None,
         call: _Call,
     ) -> tuple[Tensor, ModelMemory, list[Tensor], list[Tensor]]:
-        """What the last block gives, the memory, and of each layer its loss and its shares."""
+        """What the last block gives, the memory, and of each layer its loss and its shares.
+
+        Layers trust the memory, which `forward` has checked (but in a graph), for this call only.
+        """
+        if memory is None or torch.compiler.is_compiling():
+            return self._through_blocks(tokens, memory, call)
+        layers = self.layers
+        try:
+            for layer, state in zip(layers, memory, strict=True):
+                layer.trust(state)
+            return self._through_blocks(tokens, memory, call)
+        finally:
+            for layer in layers:
+                layer.trust(None)
+
+    def _through_blocks(
+        self,
+        tokens: Tensor,
+        memory: Sequence[dict[str, Tensor]] | None,
+        call: _Call,
+    ) -> tuple[Tensor, ModelMemory, list[Tensor], list[Tensor]]:
+        """:meth:`_hidden` itself."""
         x: Tensor = self.dropout(self.embedding(tokens))
         states: ModelMemory = []
         losses: list[Tensor] = []
@@ -704,13 +731,10 @@ class CompressiveTransformer(nn.Module):
         if memory is None:
             return
         interrupted.check(memory, tokens.device, where)
-        layers = self.layers
-        for i, (layer, state) in enumerate(zip(layers, memory, strict=True)):
+        for i, (layer, state) in enumerate(zip(self.layers, memory, strict=True)):
             name = f"{where}: memory[{i}]"
             layer.check_memory(state, tokens.shape[0], tokens.device, name, "tokens")
         interrupted.check_in_step(memory, tokens.device, where)
-        for layer, state in zip(layers, memory, strict=True):
-            layer.trust(state)
 
 
 def _attention_of(block: nn.Module, index: int) -> CompressiveAttention:
