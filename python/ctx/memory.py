@@ -239,6 +239,8 @@ class KVMemory:
         # A tensor is followed: what is written into it counts from the next call on.
         self._bias = compressed_bias if isinstance(compressed_bias, Tensor) else None
         self._bias_place: Any = None
+        #: Whether anything is used as it is at the time of a call, and must be looked at.
+        self._watched = bool(operands or operands_of_positions) or self._bias is not None
         self._native = _C.KVMemory(
             schedule._law,
             batch_size,
@@ -297,10 +299,11 @@ class KVMemory:
                 then.
         """
         _check.flag(return_mass, "return_mass", "ctx.KVMemory.step")
-        self._read_parameters()
+        if self._watched:
+            self._read_parameters()
         step = self._native.step_with_mass if return_mass else self._native.step
         try:
-            if self._calls_compressor():
+            if self.compressor.native and not self.compressor.in_engine:
                 out, mass = self._written(
                     "ctx.KVMemory.step", q, k, v, lengths, reset_at, return_mass
                 )
@@ -324,9 +327,10 @@ class KVMemory:
             ValueError, TypeError: an argument does not fit the memory, or the compressor is
                 ``"most_used"``, which needs the queries; nothing has been written then.
         """
-        self._read_parameters()
+        if self._watched:
+            self._read_parameters()
         try:
-            if self._calls_compressor():
+            if self.compressor.native and not self.compressor.in_engine:
                 self._written("ctx.KVMemory.append", None, k, v, lengths, reset_at)
                 return
             self._native.append(k, v, lengths, reset_at)
@@ -350,7 +354,8 @@ class KVMemory:
             ValueError, TypeError: ``q`` does not fit the memory.
         """
         _check.flag(return_mass, "return_mass", "ctx.KVMemory.attend")
-        self._read_parameters()
+        if self._watched:
+            self._read_parameters()
         attend = self._native.attend_with_mass if return_mass else self._native.attend
         try:
             return attend(q)
@@ -573,10 +578,6 @@ class KVMemory:
             return self._bias.detach().to(device)
         named = self._settings["compressed_bias"]
         return None if isinstance(named, str) else named.to(device)
-
-    def _calls_compressor(self) -> bool:
-        """Whether something acts on the call of a compressor that the engine knows: a hook, say."""
-        return self.compressor.native and not self.compressor.in_engine
 
     @torch.no_grad()
     def _written(
