@@ -3,6 +3,7 @@ is stored or how it is read, changed one at a time, in both paths, whatever a me
 """
 
 import copy
+import dataclasses
 import io
 import itertools
 
@@ -277,6 +278,28 @@ def test_compiled(change, grad):
         torch._dynamo.reset()
         with pytest.raises(ValueError, match=named):
             torch.compile(attn, backend="aot_eager")(x, other.init_memory(2))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_compiled_model(first, grad):
+    """Also where the compiler gives up a graph, and runs parts of the call without one."""
+    settings = {"vocab_size": 11, "embed_dim": 16, "num_layers": 2, "num_heads": 2}
+    sizes = {"window": 4, "compressed": 3, "ratio": 2}
+    config = ctx.CompressiveTransformerConfig(**settings, **sizes)
+    built = ctx.CompressiveTransformer(config)
+    other = ctx.CompressiveTransformer(dataclasses.replace(config, rotary_base=500.0))
+    tokens = torch.randint(11, (2, 3))
+    torch._dynamo.reset()
+    step = torch.compile(built, backend="eager")
+    with torch.set_grad_enabled(grad):
+        if first:
+            step(tokens, built.init_memory(2))
+        memory = other.init_memory(2)
+        with pytest.raises(ValueError, match="got one made for rotary_base=500"):
+            step(tokens, memory)
+        assert all(not layer["seen"].any() for layer in memory)
+    torch._dynamo.reset()
 
 
 class Step(nn.Module):

@@ -1,6 +1,7 @@
 """A model's call with `update=False` reads its memory, and with `last_only` gives what generation
 needs: the same numbers as without."""
 
+import contextlib
 import copy
 
 import pytest
@@ -111,3 +112,24 @@ def test_what_is_no_flag_is_refused(name):
     message = rf"^ctx.CompressiveTransformer.forward: {name} must be a bool, got 1"
     with pytest.raises(TypeError, match=message):
         model({})(torch.zeros(1, 1, dtype=torch.int64), **{name: 1})
+
+
+def test_what_was_checked_is_trusted_for_one_call_only():
+    """A layer checks what a call of the model that was given up, or never ran, left behind."""
+    built, tokens = model({}), torch.zeros(2, 3, dtype=torch.int64)
+    x = torch.zeros(2, 1, 16, dtype=torch.float64)
+    ways = {
+        "stream": lambda memory: built.stream(tokens, 2, memory=memory),
+        "an error": lambda memory: built(tokens, memory, return_aux=True),
+        "a hook": lambda memory: built(tokens, memory),
+    }
+    for name, way in ways.items():
+        memory = built.init_memory(2)
+        hook = built.embedding.register_forward_hook(lambda *_: 1 / 0)
+        with torch.no_grad(), contextlib.suppress(ValueError, ZeroDivisionError):
+            way(memory)
+        hook.remove()
+        memory[0]["rewindable"].fill_(5)
+        with torch.no_grad(), pytest.raises(ValueError, match="rewindable must be between 0 and"):
+            built.layers[0](x, memory[0])
+        assert not memory[0]["seen"].any(), name

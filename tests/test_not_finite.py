@@ -240,9 +240,9 @@ def test_a_loss_that_depends_on_a_bad_token_says_so():
 @pytest.mark.parametrize("position", ["rotary", "relative", "alibi"])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_gradients_do_not_depend_on_threads(compressor, position, threads):
-    """One kv head and several, 700 tokens: not a bit of any gradient of ours."""
+    """One row or kv head and several, short calls and long: not a bit of any gradient of ours."""
 
-    def gradients(batch, kv_heads, dtype, threads):
+    def gradients(batch, kv_heads, tokens, dtype, threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
@@ -251,9 +251,9 @@ def test_gradients_do_not_depend_on_threads(compressor, position, threads):
                 4 * 16, 4, kv_heads, window=32, compressed=16, ratio=4, position=position,
                 compression=compressor, dtype=dtype,
             )  # fmt: skip
-            x = torch.randn(batch, 700, 64, dtype=dtype)
+            x = torch.randn(batch, tokens, 64, dtype=dtype)
             q, k, v = (
-                torch.randn(batch, heads, 700, 16, dtype=dtype, requires_grad=True)
+                torch.randn(batch, heads, tokens, 16, dtype=dtype, requires_grad=True)
                 for heads in (4, kv_heads, kv_heads)
             )
             # Projections are torch's: whole tensors stand for them.
@@ -267,7 +267,12 @@ def test_gradients_do_not_depend_on_threads(compressor, position, threads):
         finally:
             torch.set_num_threads(before)
 
-    for sizes in ((1, 1, torch.float32), (1, 2, torch.bfloat16), (3, 1, torch.float32)):
+    for sizes in (
+        (1, 1, 700, torch.float32),
+        (1, 1, 64, torch.float32),
+        (1, 2, 700, torch.bfloat16),
+        (3, 1, 300, torch.float32),
+    ):
         alone, several = (gradients(*sizes, count) for count in (1, threads))
         for one, other in zip(alone, several, strict=True):
             assert (one is None) == (other is None)

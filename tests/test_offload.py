@@ -81,3 +81,36 @@ def test_accelerate():
     with torch.no_grad():
         parts = [attn(piece, memory)[0] for piece in x.split([1, 9, 13], 1)]
     assert_close(torch.cat(parts, 1), want, 1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "content, aux", [("kv", "reconstruction"), ("hidden", "reconstruction"), ("kv", "autoencoding")]
+)
+def test_a_model(content, aux, tied):
+    """Whole: the tied output layer's weight is not there but in the embedding's call."""
+    torch.manual_seed(0)
+    config = ctx.CompressiveTransformerConfig(
+        vocab_size=11,
+        embed_dim=8,
+        num_layers=2,
+        num_heads=2,
+        memory_content=content,
+        aux_loss=aux,
+        tied=tied,
+        **SIZES,
+    )
+    built = ctx.CompressiveTransformer(config).eval()
+    tokens = torch.randint(11, (2, 13))
+    with torch.no_grad():
+        want, _, loss = built(tokens, return_aux=True)
+    drawn = built.generate(tokens, 4, temperature=0)
+    for module in [*built.modules()]:
+        offload(module, "cpu")
+    assert all(p.is_meta for p in built.parameters())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            logits, _, aside = built(tokens, built.init_memory(2), return_aux=True)
+        assert_close(logits.detach(), want, 1e-5)
+        assert_close(aside.detach(), loss, 1e-5)
+    assert torch.equal(built.generate(tokens, 4, temperature=0), drawn)

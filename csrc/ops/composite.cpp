@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "ops/derivatives.h"
@@ -330,11 +331,12 @@ void Composite::for_each_tile(const F& run) const {
     for (int64_t b = 0; b < batch_; ++b) walk_row(b, run);
     return;
   }
-  const auto walk = [&](int64_t begin, int64_t end) {
+  // In a parallel region also where there is one row: torch's products then run on one thread each,
+  // and their bits do not depend on how many there are.
+  at::parallel_for(0, std::max<int64_t>(batch_, 2), 1, [&](int64_t begin, int64_t end) {
     at::AutoDispatchBelowADInplaceOrView below;  // worker threads do not inherit it
-    for (int64_t b = begin; b < end; ++b) walk_row(b, run);
-  };
-  batch_ == 1 ? walk(0, 1) : at::parallel_for(0, batch_, 1, walk);
+    for (int64_t b = begin; b < std::min(end, batch_); ++b) walk_row(b, run);
+  });
 }
 
 template <typename F>

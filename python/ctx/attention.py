@@ -600,8 +600,12 @@ class CompressiveAttention(nn.Module):
         """:meth:`_pairs` of inputs of any dtype, by constant weights."""
         made = []
         for projection in (self.k_proj, self.v_proj):
+            rows = x[:, 0].to(dtype)
             weights = {name: w.detach() for name, w in projection.named_parameters()}
-            y = torch.func.functional_call(projection, weights, (x[:, 0].to(dtype),))
+            if any(w.is_meta for w in weights.values()) and not rows.is_meta:
+                y = projection(rows)  # weights that are brought in for the call are not trained
+            else:
+                y = torch.func.functional_call(projection, weights, (rows,))
             made.append(self._heads(y, self.num_kv_heads).to(x.dtype))
         return made[0], made[1]
 

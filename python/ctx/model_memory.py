@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctx.state import dtype_of
+from ctx.state import STATE, dtype_of
 
 __all__ = ["check_each_its_own", "keep", "kept"]
 
@@ -24,7 +24,7 @@ def kept(memory: Any) -> Any:
     if not isinstance(usage, Tensor) or not isinstance(keys, Tensor):
         return memory
     wanted = dtype_of("usage", keys.dtype, keys.dtype)
-    if usage.dtype == wanted or not usage.is_floating_point():
+    if usage.dtype == wanted or usage.dtype != keys.dtype:
         return memory
     return {**memory, "usage": usage.to(wanted)}
 
@@ -63,7 +63,7 @@ def check_each_its_own(memory: Sequence[Any], where: str) -> None:
             if not place:
                 continue
             other, other_name = owners.setdefault(place, (i, name))
-            if (other, other_name) != (i, name):
+            if other != i or (other_name != name and name in STATE):
                 raise ValueError(
                     f"{where}: memory must have tensors of its own for every layer, got "
                     f"{other_name} of layer {other} as {name} of layer {i}"

@@ -426,12 +426,12 @@ class CompressiveTransformer(nn.Module):
         passed = memory
         if isinstance(memory, (list, tuple)):
             memory = [kept(layer) for layer in memory]
-        self._check(tokens, memory, where, lengths, mask, reset_at)
         if return_aux and (self.config.aux_loss is None or reset_at is not None):
             got = "aux_loss=None" if self.config.aux_loss is None else "reset_at"
             raise ValueError(
                 f"{where}: return_aux must go with an aux_loss and without reset_at, got {got}"
             )
+        self._check(tokens, memory, where, lengths, mask, reset_at)
         if mask is not None:
             tokens, lengths = to_right_padded(tokens, mask)
             if reset_at is not None:
@@ -603,6 +603,7 @@ class CompressiveTransformer(nn.Module):
             )
         held = [kept(layer) for layer in memory] if isinstance(memory, (list, tuple)) else memory
         self._check(tokens, held, where, lengths, mask)
+        self._trust_no_more()
         if tokens.shape[1] < 1:
             raise ValueError(
                 f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
@@ -630,18 +631,19 @@ class CompressiveTransformer(nn.Module):
     ) -> tuple[Tensor, ModelMemory, list[Tensor], list[Tensor]]:
         """What the last block gives, the memory, and of each layer its loss and its shares.
 
-        Layers trust the memory, which `forward` has checked (but in a graph), for this call only.
+        Layers trust the memory that `_check` has seen for this call only, whatever becomes of it.
         """
         if memory is None or torch.compiler.is_compiling():
             return self._through_blocks(tokens, memory, call)
-        layers = self.layers
         try:
-            for layer, state in zip(layers, memory, strict=True):
-                layer.trust(state)
             return self._through_blocks(tokens, memory, call)
         finally:
-            for layer in layers:
-                layer.trust(None)
+            self._trust_no_more()
+
+    def _trust_no_more(self) -> None:
+        """The next call of a layer checks its memory again."""
+        for layer in self.layers:
+            layer.trust(None)
 
     def _through_blocks(
         self,
@@ -672,13 +674,15 @@ class CompressiveTransformer(nn.Module):
         """Logits by the embedding's vectors of all tokens, [vocab_size, E].
 
         They are read where the embedding is torch's own layer over a plain tensor. What stands in
-        its place otherwise (an adapter, a shard, a quantised layer) is asked by calling it, so that
-        what it adds counts and hooks run.
+        its place otherwise (an adapter, a shard, a quantised layer, one whose weight is brought in
+        for the call) is asked by calling it, so that what it adds counts and hooks run.
         """
         embedding = self.embedding
-        if type(embedding) is nn.Embedding:
+        if type(embedding) is nn.Embedding and "forward" not in vars(embedding):
             weight = embedding.weight
-            if not hasattr(type(weight), "__tensor_flatten__"):  # neither DTensor nor quantised
+            absent = weight.is_meta and not hidden.is_meta
+            # neither DTensor nor quantised
+            if not absent and not hasattr(type(weight), "__tensor_flatten__"):
                 return F.linear(hidden, weight)
         every = torch.arange(self.config.vocab_size, device=hidden.device)
         return F.linear(hidden, embedding(every))
@@ -735,6 +739,9 @@ class CompressiveTransformer(nn.Module):
             name = f"{where}: memory[{i}]"
             layer.check_memory(state, tokens.shape[0], tokens.device, name, "tokens")
         interrupted.check_in_step(memory, tokens.device, where)
+        # Not where this is a graph of its own, which has returned before: layers check then.
+        for layer, state in zip(self.layers, memory, strict=True):
+            layer.trust(state)
 
 
 def _attention_of(block: nn.Module, index: int) -> CompressiveAttention:
