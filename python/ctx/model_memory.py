@@ -49,7 +49,7 @@ def check_each_its_own(memory: Sequence[Any], where: str) -> None:
     if torch.compiler.is_compiling():  # addresses are not there yet
         return
     layers = [layer for layer in memory if isinstance(layer, dict)]
-    parts = [x for layer in layers for x in layer.values() if isinstance(x, Tensor)]
+    parts = [x for layer in layers for x in map(layer.get, STATE) if isinstance(x, Tensor)]
     try:
         places = [place for part in parts if (place := part.data_ptr())]  # 0: without elements
     except RuntimeError:  # a tensor without storage, inside of a transform
@@ -58,7 +58,8 @@ def check_each_its_own(memory: Sequence[Any], where: str) -> None:
         return
     owners: dict[int, tuple[int, str]] = {}
     for i, layer in enumerate(memory):
-        for name, tensor in layer.items() if isinstance(layer, dict) else ():
+        for name in STATE if isinstance(layer, dict) else ():
+            tensor = layer.get(name)
             place = tensor.data_ptr() if isinstance(tensor, Tensor) else 0
             if not place:
                 continue
