@@ -42,14 +42,6 @@ using Result = std::tuple<Tensor, Tensor>;  // output, and the weight that each 
       bool rotary_interleaved
 #define CTX_SETTINGS schedule, distance, rotary_dim, rotary_base, rotary_interleaved
 
-// A view of the memory's own rings would change while it is read.
-Tensor apart(const Tensor& x, const State& state) {
-  for (const Tensor& part : state) {
-    if (x.is_alias_of(part)) return x.clone();
-  }
-  return x;
-}
-
 // A block is written before its first query attends.
 void walk(Rows& calls, Writer& writer, Reader& reader) {
   calls.for_each_block([&](const Block& block) {
@@ -79,15 +71,9 @@ Result step(const Tensor& q,
   check_queries(memory.state, q, k.size(2), operands, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
-  Writer writer(memory,
-                apart(k, memory.state),
-                apart(v, memory.state),
-                or_empty(parameters),
-                compressor,
-                or_empty(slots),
-                reset_at.has_value(),
-                where);
-  Reader reader(memory, apart(q, memory.state), operands, scale, with_mass, /*counts=*/true);
+  Writer writer(
+      memory, k, v, or_empty(parameters), compressor, or_empty(slots), reset_at.has_value(), where);
+  Reader reader(memory, q, operands, scale, with_mass, /*counts=*/true);
   Rows calls(memory, k.size(2), lengths, reset_at);
   walk(calls, writer, reader);
   return reader.result();
@@ -117,16 +103,8 @@ Chosen choose(const Tensor& q,
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
   CTX_CHECK_VALUE(slots >= 0, where, "slots must be at least 0, got ", slots);
-  Writer writer(memory,
-                apart(k, memory.state),
-                apart(v, memory.state),
-                {},
-                "most_used",
-                {},
-                reset_at.has_value(),
-                where);
-  Reader reader(
-      memory, apart(q, memory.state), operands, scale, /*with_mass=*/false, /*counts=*/true);
+  Writer writer(memory, k, v, {}, "most_used", {}, reset_at.has_value(), where);
+  Reader reader(memory, q, operands, scale, /*with_mass=*/false, /*counts=*/true);
   const int64_t ratio = memory.view.clock.schedule.ratio;
   const Tensor chosen = at::arange(slots.expect_int(), seen.options())
                             .mul(ratio)
@@ -156,14 +134,8 @@ void append(const Tensor& k,
   check_pairs(memory.state, k, v, where);
   check_rows(k, lengths, reset_at, where);
   check_lengths(lengths, k.size(2), where);
-  Writer writer(memory,
-                apart(k, memory.state),
-                apart(v, memory.state),
-                or_empty(parameters),
-                compressor,
-                or_empty(slots),
-                reset_at.has_value(),
-                where);
+  Writer writer(
+      memory, k, v, or_empty(parameters), compressor, or_empty(slots), reset_at.has_value(), where);
   Rows calls(memory, k.size(2), lengths, reset_at);
   calls.for_each_block([&](const Block& block) { writer.write(block); });
   calls.finish();

@@ -24,7 +24,7 @@ class Reader {
          bool counts)
       : memory_(memory),
         operands_(operands),
-        q_(rows(q)),
+        q_(rows(memory.apart(q))),
         out_(at::empty({q.size(0), q.size(1), q.size(2), memory.view.value_dim}, q.options())),
         mass_(new_mass(q, with_mass)) {
     args_.memory = memory.view;

@@ -56,6 +56,13 @@ struct Memory {
     view.slot_positions = state[kSlotPositions].data_ptr<int64_t>();
   }
 
+  // What a call brings. A view of the memory's own rings would change while it is read.
+  at::Tensor apart(const at::Tensor& x) const {
+    const bool own = std::any_of(
+        state.begin(), state.end(), [&](const at::Tensor& part) { return x.is_alias_of(part); });
+    return own ? x.clone() : x;
+  }
+
   const Kernels& kernels() const { return kernels_for(state[kWindowKeys].device().type()); }
 };
 

@@ -21,7 +21,7 @@ class Writer {
          at::TensorList slots,
          bool resets,
          const char* where)
-      : memory_(memory), k_(rows(k)), v_(rows(v)) {
+      : memory_(memory), k_(rows(memory.apart(k))), v_(rows(memory.apart(v))) {
     const MemoryView& view = memory.view;
     compress_.kind = parse_compressor({compressor.data(), compressor.size()}, where);
     check_parameters(compress_.kind,
