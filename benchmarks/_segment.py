@@ -51,7 +51,7 @@ class Segment:
         width = head_dim if rotary else 0
         self.settings = (list(self.schedule.numbers), "slot", width, 10000.0, False)
         rows = (None, None, self.state)
-        keys, values, _ = torch.ops.ctx.due_groups(self.k, self.v, *rows, *self.settings)
+        keys, values, _ = torch.ops.ctx.evicted_groups(self.k, self.v, *rows, *self.settings)
         self.slots = [part.mean(3).contiguous() for part in (keys, values)]
         # The same for torch, laid out as one would wish.
         self.past = [torch.randn(batch, heads, 2 * size, head_dim).to(dtype) for _ in range(2)]
@@ -90,7 +90,7 @@ class Segment:
             rotary_base=base,
             rotary_interleaved=interleaved,
             scale=self.q.shape[3] ** -0.5,
-            with_mass=False,
+            with_region_weights=False,
         )[0]
         return out
 

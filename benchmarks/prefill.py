@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 segment.pairs,
             )
             memory = full_memory(
-                segment.schedule, 8, 64, compressor="mean", headroom=size, dtype=dtype
+                segment.schedule, 8, 64, compressor="mean", max_rewind=size, dtype=dtype
             )
             candidates["ctx KVMemory.step"] = (
                 lambda m=memory, s=segment: m.step(s.q, s.k, s.v),

@@ -170,14 +170,14 @@ def assert_equals_usage(ours: Any, theirs: Any, row: int, numbers: Any, toleranc
     stream = theirs.rows[row]
     tokens = [t for t in numbers["window"] if t >= theirs.schedule.sinks]
     for name, counted, places in (
-        ("usage", [used.tolist() for used in stream.usage], tokens),
+        ("attention_received", [used.tolist() for used in stream.usage], tokens),
         ("slot_positions", stream.positions, numbers["compressed"]),
     ):
         ring = ours.tensors[name][row]
         got = ring[:, [n % ring.shape[1] for n in places]]
         want = torch.tensor([counted[n] for n in places], dtype=ring.dtype)
         if len(places):
-            assert_close(got, want.T, tolerance if name == "usage" else 0)
+            assert_close(got, want.T, tolerance if name == "attention_received" else 0)
 
 
 def assert_equals_reference(setting: Setting, ours: Any, theirs: Any, tolerance: float) -> None:

@@ -54,7 +54,7 @@ class Setting:
     compressor: str
     seed: int
     overlap: int = 0  # of "conv"
-    headroom: int = 64
+    max_rewind: int = 64
     bias_per_head: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Setting:
 
     def memory(self, module: ModuleType, dtype: torch.dtype, **changes: Any) -> Any:
         """The memory as `module` makes it, with the random parameters that the seed stands for."""
-        options = {"headroom": self.headroom, **self.options, **self.scheme(module, dtype)}
+        options = {"max_rewind": self.max_rewind, **self.options, **self.scheme(module, dtype)}
         options.update(changes)
         if self.bias_per_head:
             options["compressed_bias"] = self.random([self.heads], torch.float64, 1).tolist()
@@ -203,7 +203,7 @@ def memories(
         compressor=name,
         overlap=draw(st.sampled_from([0, 1, 2, 5, 9])) if name == "conv" else 0,
         seed=draw(st.integers(0, 2**31)),
-        headroom=draw(st.sampled_from([1, 2, 3, 7, 64])),
+        max_rewind=draw(st.sampled_from([1, 2, 3, 7, 64])),
         bias_per_head=bias is None and draw(st.booleans()),
         options=options,
     )

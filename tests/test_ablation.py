@@ -29,7 +29,7 @@ def test_every_compressor_competes_with_as_many_slots():
     assert list(dict.fromkeys(v.compressor for v in others)) == list(COMPRESSORS)
     for variant in others:
         assert variant.config.window + variant.config.compressed == first.config.window
-        assert variant.config.compression == variant.compressor
+        assert variant.config.compressor == variant.compressor
     trained = {(v.compressor, v.trained_by) for v in others}
     assert {("conv", "task"), ("conv", "aux"), ("gated", "aux"), ("mean", NOTHING)} <= trained
     assert ("mean", "aux") not in trained and ("max", "task") not in trained
@@ -70,7 +70,7 @@ def test_results_are_kept_and_belong_to_their_settings(tmp_path):
     settings = AblationSettings(**SMALL)
     first = Results(tmp_path, settings, "d")
     first.add({"compressor": "conv", "trained_by": "aux", "seed": 1, "both": 2.0, "off": 3.0})
-    again = Results(tmp_path, AblationSettings(**SMALL, seeds=9, compression="mean"), "d")
+    again = Results(tmp_path, AblationSettings(**SMALL, seeds=9, compressor="mean"), "d")
     assert again.runs == first.runs and again.has("conv", "aux", 1)
     assert not again.has("conv", "task", 1) and not again.has("conv", "aux", 0)
     for changed in ((AblationSettings(**{**SMALL, "steps": 3}), "d"), (settings, "other")):
@@ -84,12 +84,12 @@ def test_results_are_kept_and_belong_to_their_settings(tmp_path):
 class TestCommand:
     def test_goes_on_where_it_was_stopped(self, text):
         args = ["ablation", "text.py", *TINY, "--seeds", "1", "--run", "out"]
-        code, out, err = run(*args, "--compression", "mean", cwd=text.parent)
+        code, out, err = run(*args, "--compressor", "mean", cwd=text.parent)
         assert code == 0, err
         assert "2 of 2 models" in out and "| mean | - (no parameters) |" in out
         assert "2/2 " in err and "Traceback" not in err
         before = json.loads((text.parent / "out" / "ablation.json").read_text())["runs"]
-        code, out, err = run(*args, "--compression", "mean,conv", "--jobs", 1, cwd=text.parent)
+        code, out, err = run(*args, "--compressor", "mean,conv", "--jobs", 1, cwd=text.parent)
         assert code == 0, err
         assert "2 of 4 models" in out
         after = json.loads((text.parent / "out" / "ablation.json").read_text())["runs"]
@@ -102,8 +102,8 @@ class TestCommand:
     @pytest.mark.parametrize(
         "given, message",
         [
-            (["--compression", "no"], "--compression must be all or some of mean, max"),
-            (["--compression", "mean,mean"], "--compression must be all or some of"),
+            (["--compressor", "no"], "--compressor must be all or some of mean, max"),
+            (["--compressor", "mean,mean"], "--compressor must be all or some of"),
             (["--seeds", "0"], "--seeds must be at least 1"),
             (["--steps", "0"], "--steps must be at least 1, got 0"),
             (["--jobs", "0"], "--jobs must be at least 1"),

@@ -34,7 +34,7 @@ MEMORY = [
     "sink_values",
     "seen",
     "rewindable",
-    "usage",
+    "attention_received",
     "slot_positions",
 ]
 
@@ -47,7 +47,7 @@ class Layer:
     heads: int
     kv_heads: int
     head_dim: int
-    headroom: int
+    max_rewind: int
     bias: bool
     seed: int
     options: dict[str, Any]
@@ -59,7 +59,7 @@ class Layer:
     def module(self, dtype=F64, **changes):
         """The module with random parameters everywhere, those that start as zeros too."""
         torch.manual_seed(self.seed)
-        options = {**self.schedule, **self.options, "headroom": self.headroom, **changes}
+        options = {**self.schedule, **self.options, "max_rewind": self.max_rewind, **changes}
         sizes = self.embed_dim, self.heads, self.kv_heads
         attn = ctx.CompressiveAttention(*sizes, bias=self.bias, dtype=F64, **options)
         with torch.no_grad():
@@ -67,9 +67,9 @@ class Layer:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         return attn.to(dtype)
 
-    def expected(self, attn, x, new=None, return_usage=False):
+    def expected(self, attn, x, new=None, return_region_weights=False):
         """What the reference gives for the module's parameters."""
-        own = ("compressed_bias", "compression_kernel")
+        own = ("compressed_bias", "compressor_kernel")
         options = {k: v for k, v in self.options.items() if k not in own}
         weights = {**dict(attn.named_parameters()), "alibi_slopes": attn.alibi_slopes}
         options.pop("relative_dim", None)
@@ -84,7 +84,7 @@ class Layer:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             new=new,
-            return_usage=return_usage,
+            return_region_weights=return_region_weights,
             **options,
         )
 
@@ -99,7 +99,7 @@ def layers(draw, **options):
     head_dim = draw(st.sampled_from([2, 4, 6]))
     kv_heads = draw(st.integers(1, 2))
     drawn = {
-        "compression": (name := draw(st.sampled_from(COMPRESSORS))),
+        "compressor": (name := draw(st.sampled_from(COMPRESSORS))),
         "memory_content": draw(
             st.sampled_from(["kv", "kv", "hidden" if name in POOLING else "kv"])
         ),
@@ -113,15 +113,15 @@ def layers(draw, **options):
         **options,
     }
     schedule = draw(schedules())
-    if drawn["compression"] == "conv":
+    if drawn["compressor"] == "conv":
         longer = draw(st.sampled_from([None, 0, 1, 4]))
-        drawn["compression_kernel"] = None if longer is None else schedule["ratio"] + longer
+        drawn["compressor_kernel"] = None if longer is None else schedule["ratio"] + longer
     return Layer(
         schedule=schedule,
         heads=kv_heads * draw(st.integers(1, 2)),
         kv_heads=kv_heads,
         head_dim=head_dim,
-        headroom=draw(st.sampled_from([1, 3, 64])),
+        max_rewind=draw(st.sampled_from([1, 3, 64])),
         bias=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
         options=drawn,
@@ -204,7 +204,7 @@ def test_gradients_equal_reference(data):
 
 
 @pytest.mark.parametrize(
-    "compression, kernel, content",
+    "compressor, kernel, content",
     [
         *((name, None, "kv") for name in COMPRESSORS),
         *((name, None, "hidden") for name in POOLING),
@@ -215,7 +215,7 @@ def test_gradients_equal_reference(data):
 @pytest.mark.parametrize(
     "position, distance", [("rotary", "slot"), ("rotary", "token"), (None, "slot")]
 )
-def test_gradcheck(compression, kernel, position, distance, content):
+def test_gradcheck(compressor, kernel, position, distance, content):
     """Inputs, projections, compressor parameters and bias, with and without a carried memory."""
     attn = ctx.CompressiveAttention(
         4,
@@ -226,8 +226,8 @@ def test_gradcheck(compression, kernel, position, distance, content):
         ratio=2,
         segment=3,
         sinks=1,
-        compression=compression,
-        compression_kernel=kernel,
+        compressor=compressor,
+        compressor_kernel=kernel,
         memory_content=content,
         position=position,
         distance=distance,
@@ -251,13 +251,13 @@ def test_gradcheck(compression, kernel, position, distance, content):
 
 
 def make(**options):
-    options = {"window": 4, "compressed": 3, "ratio": 2, "segment": 4, "headroom": 8, **options}
+    options = {"window": 4, "compressed": 3, "ratio": 2, "segment": 4, "max_rewind": 8, **options}
     return ctx.CompressiveAttention(8, 2, 1, **options)
 
 
 def test_parameters():
     """Names, shapes and first values: what a checkpoint depends on."""
-    attn = make(compression="conv", bias=True)
+    attn = make(compressor="conv", bias=True)
     shapes = {name: tuple(x.shape) for name, x in attn.state_dict().items()}
     assert shapes == {
         "q_proj.weight": (8, 8),
@@ -363,12 +363,12 @@ def test_a_memory_changed_before_backward_is_noticed():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("compression", ["conv", "gated"])
-def test_aux_gives_the_compressor_no_gradient(compression):
+@pytest.mark.parametrize("compressor", ["conv", "gated"])
+def test_aux_gives_the_compressor_no_gradient(compressor):
     """The task treats slots as constants: same output, other gradients."""
     x = torch.randn(1, 30, 8, requires_grad=True)
-    task = make(compression=compression, window=0)
-    aux = make(compression=compression, window=0, compressor_grad="aux")
+    task = make(compressor=compressor, window=0)
+    aux = make(compressor=compressor, window=0, compressor_grad="aux")
     aux.load_state_dict(task.state_dict())
     out, same = task(x)[0], aux(x)[0]
     assert_same_bits(out.detach(), same.detach())

@@ -45,7 +45,7 @@ def test_a_closed_start_hides_slots_and_learns():
     for start in (None, -4.0, -30.0):
         torch.manual_seed(0)
         built = model(compressed_bias_init=start)
-        shares[start] = built(text, return_usage=True)[2][..., 1].mean().item()
+        shares[start] = built(text, return_region_weights=True)[2][..., 1].mean().item()
         if start == -30.0:
             assert torch.allclose(built(text)[0], built.with_memory(compressed=0)(text)[0])
         if start == -4.0:

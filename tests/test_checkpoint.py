@@ -45,16 +45,16 @@ def without_time(tree):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 11, 13])
-@pytest.mark.parametrize("compression", ["conv", "gated"])
-def test_continues_bit_for_bit(tmp_path, stop, compression):
-    whole = trainer(compression=compression)
+@pytest.mark.parametrize("compressor", ["conv", "gated"])
+def test_continues_bit_for_bit(tmp_path, stop, compressor):
+    whole = trainer(compressor=compressor)
     expected = [without_time(whole.train_step()) for _ in range(25)]
 
-    first = trainer(compression=compression)
+    first = trainer(compressor=compressor)
     got = [without_time(first.train_step()) for _ in range(stop)]
     checkpoint.save(tmp_path / "c.pt", {**PARTS, **first.state()})
     torch.manual_seed(99)
-    second = trainer(compression=compression)
+    second = trainer(compressor=compressor)
     second.load(checkpoint.load(tmp_path / "c.pt"))
     got += [without_time(second.train_step()) for _ in range(25 - stop)]
 

@@ -22,11 +22,11 @@ def config(**options):
 
 
 class TestAutocast:
-    @pytest.mark.parametrize("compression", ["conv", "gated"])
+    @pytest.mark.parametrize("compressor", ["conv", "gated"])
     @pytest.mark.parametrize("carried", [None, torch.float32, torch.bfloat16], ids=str)
-    def test_both_paths(self, compression, carried):
+    def test_both_paths(self, compressor, carried):
         """bfloat16 products around a memory of any dtype; both paths agree with float32."""
-        attn = attention(compression=compression)
+        attn = attention(compressor=compressor)
         x = torch.randn(2, 50, 32)
         expected, _ = attn(x)
         outs = []
@@ -60,14 +60,14 @@ class TestAutocast:
 
     def test_operators_keep_their_precision(self):
         """Autocast ends where an operator begins: float32 in, the same float32 numbers out."""
-        attn = attention(compression="conv").requires_grad_(False)
+        attn = attention(compressor="conv").requires_grad_(False)
         q, k, v = (torch.randn(1, heads, 40, 8) for heads in (4, 2, 2))
         settings = attn._settings()
         with torch.no_grad():
             attn.compressor.key_weight.add_(0.1 * torch.randn_like(attn.compressor.key_weight))
 
         def run():
-            keys, values, _ = torch.ops.ctx.due_groups(k, v, None, None, [], *settings)
+            keys, values, _ = torch.ops.ctx.evicted_groups(k, v, None, None, [], *settings)
             slots = attn.compressor(keys, values)
             return torch.ops.ctx.attend_sequence(
                 q, k, v, None, None, [], *slots, None, *attn._scores()
@@ -150,7 +150,7 @@ def test_functional_call():
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_meta_construction(bias, norm):
     """A model made on the meta device and filled later equals one that was made at once."""
-    settings = config(compressed_bias=bias, norm=norm, compression="gated")
+    settings = config(compressed_bias=bias, norm=norm, compressor="gated")
     with torch.device("meta"):
         late = ctx.CompressiveTransformer(settings)
     assert all(tensor.is_meta for tensor in [*late.parameters(), *late.buffers()])

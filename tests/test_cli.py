@@ -287,7 +287,7 @@ WRONG = {
     ),
     "many layers": (["train", "text.py", "--layers", str(2**60)], "do not fit"),
     "content": (["train", "text.py", "--memory-content", "x"], "--memory-content must be one of"),
-    "compression": (["train", "text.py", "--compression", "zip"], "--compression must be one of"),
+    "compressor": (["train", "text.py", "--compressor", "zip"], "--compressor must be one of"),
     "steps": (["train", "text.py", "--steps", "0"], "--steps must be at least 1, got 0"),
     "lr": (["train", "text.py", "--lr", "nan"], "--lr must be at least 0, got nan"),
     "huge width": (["train", "text.py", "--width", str(2**40)], "do not fit"),

@@ -18,16 +18,16 @@ F64 = torch.float64
 SCHEDULE = {"window": 3, "compressed": 2, "ratio": 2, "segment": 3, "sinks": 1}
 BIASES = ["none", "log_ratio", "learned"]
 
-every_compressor = pytest.mark.parametrize("compression", list(ctx.compression.COMPRESSORS))
+every_compressor = pytest.mark.parametrize("compressor", list(ctx.compression.COMPRESSORS))
 every_position = pytest.mark.parametrize("position", ctx.positions.POSITIONS, ids=position_name)
 every_distance = pytest.mark.parametrize("distance", DISTANCES)
 every_share = pytest.mark.parametrize("share", SHARES, ids=lambda share: f"H={share}Hkv")
 
 
-def layer(compression, position, distance, share, number=0, **options):
+def layer(compressor, position, distance, share, number=0, **options):
     """A layer whose parameters are random everywhere, those that start as zeros too."""
     options = {
-        "compression": compression,
+        "compressor": compressor,
         "position": position,
         "distance": distance,
         "compressed_bias": BIASES[number % len(BIASES)],
@@ -55,11 +55,11 @@ def expected(attn, x, dtype):
             reference.Schedule(**SCHEDULE),
             num_heads=attn.num_heads,
             num_kv_heads=attn.num_kv_heads,
-            compression=attn.compressor.name,
+            compressor=attn.compressor.name,
             position=attn.position,
             distance=attn.distance,
             memory_dtype=dtype,
-            return_usage=True,
+            return_region_weights=True,
         )
 
 
@@ -67,10 +67,10 @@ def expected(attn, x, dtype):
 @every_position
 @every_distance
 @every_share
-def test_parity(compression, position, distance, share):
+def test_parity(compressor, position, distance, share):
     """Two calls under grad, ragged calls without, and the reference: outputs and shares."""
     for number, dtype in enumerate(DTYPES):
-        attn = layer(compression, position, distance, share, number)
+        attn = layer(compressor, position, distance, share, number)
         attn.to(reference.working_dtype(dtype))
         x = torch.randn(2, 17, attn.embed_dim, dtype=attn.k_proj.weight.dtype)
         want, shares = expected(attn, x, dtype)
@@ -78,22 +78,22 @@ def test_parity(compression, position, distance, share):
             memory, parts = attn.init_memory(2, dtype=dtype), []
             with torch.set_grad_enabled(grad):
                 for piece in x.split(sizes, 1):
-                    y, memory, usage = attn(piece, memory, return_usage=True)
+                    y, memory, usage = attn(piece, memory, return_region_weights=True)
                     parts.append((y.detach(), usage))
             out, usage = (torch.cat(part, dim) for part, dim in zip(zip(*parts), (1, 2)))  # noqa: B905
             assert_close(out, want, CLOSE[dtype])
             assert_close(usage, shares, CLOSE[dtype])
             assert_close(usage.sum(-1), torch.ones_like(usage[..., 0]), CLOSE[dtype])
-        COVERED.add((compression, position, distance, share, NAMES[dtype]))
+        COVERED.add((compressor, position, distance, share, NAMES[dtype]))
 
 
 @every_compressor
 @every_position
 @every_distance
 @every_share
-def test_gradcheck(compression, position, distance, share):
+def test_gradcheck(compressor, position, distance, share):
     """Of the input and of every parameter, float64, with a carried memory."""
-    attn = layer(compression, position, distance, share, 2)
+    attn = layer(compressor, position, distance, share, 2)
     names, parameters = zip(*attn.named_parameters(), strict=True)
     assert ("relative.compressed_position_weight" in names) == (position == "relative")
     with torch.no_grad():
@@ -109,4 +109,4 @@ def test_gradcheck(compression, position, distance, share):
     for name, gradient in zip(names, used, strict=True):
         assert gradient is not None and math.isfinite(gradient.sum()), name
         assert gradient.abs().sum() > 0, name
-    COVERED.add((compression, position, distance, share, "grad"))
+    COVERED.add((compressor, position, distance, share, "grad"))

@@ -92,8 +92,8 @@ def test_one_graph_for_every_position(make, grad):
     [
         (False, {}),
         (True, {}),
-        (True, {"compression_kernel": 2 * SIZES["ratio"] + 1}),
-        (True, {"compression": "most_used", "distance": "token"}),
+        (True, {"compressor_kernel": 2 * SIZES["ratio"] + 1}),
+        (True, {"compressor": "most_used", "distance": "token"}),
     ],
 )
 def test_begins_without_a_memory(grad, options):
@@ -197,10 +197,10 @@ def test_export_of_a_step(make):
             assert_close(mine[name], yours[name], 1e-6)
 
 
-@pytest.mark.parametrize("compression", ["mean", "dilated", "gated", "most_used"])
-def test_operators_alone(compression):
+@pytest.mark.parametrize("compressor", ["mean", "dilated", "gated", "most_used"])
+def test_operators_alone(compressor):
     """torch.ops.ctx compiles without any of our modules around it."""
-    module = attention(compression=compression).requires_grad_(False)
+    module = attention(compressor=compressor).requires_grad_(False)
     compressor = (module.compressor.operands(), module.compressor.name)
 
     def step(q, k, v, *state):

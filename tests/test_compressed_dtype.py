@@ -46,7 +46,7 @@ def streams(length=600, seed=0):
 
 def memory(slots, dtype=torch.float32, **changes):
     schedule = ctx.Schedule(32, 64, 4, 16)
-    settings = {"compressor": "mean", "headroom": 32, "dtype": dtype, **changes}
+    settings = {"compressor": "mean", "max_rewind": 32, "dtype": dtype, **changes}
     return ctx.KVMemory(schedule, 2, 2, 64, compressed_dtype=slots, **settings)
 
 
@@ -74,7 +74,7 @@ def test_int8_takes_a_quarter():
 @pytest.mark.parametrize("slots", SLOTS, ids=str)
 def test_differentiable_calls_read_them(slots):
     """A call under grad sees what the memory holds, and goes on filling it."""
-    attn = ctx.CompressiveAttention(32, 4, 2, window=6, compressed=5, ratio=2, compression="mean")
+    attn = ctx.CompressiveAttention(32, 4, 2, window=6, compressed=5, ratio=2, compressor="mean")
     x = torch.randn(2, 60, 32)
     with torch.no_grad():
         memories = [attn.init_memory(2, compressed_dtype=slots) for _ in range(2)]

@@ -96,17 +96,15 @@ def test_kernel_errors():
     with pytest.raises(ValueError, match=r'kernel must be None unless "conv" compresses, got 5'):
         ctx.compression.make_compressor("mean", 1, 4, 2, kernel=5)
     layer = {"window": 4, "compressed": 2, "ratio": 4}
-    for compression, kernel, words in (
-        ("conv", 3, "compression_kernel must be at least ratio = 4, got 3"),
-        ("gated", 5, 'compression_kernel must be None unless "conv" compresses, got 5'),
-        (torch.nn.Identity(), 5, 'compression_kernel must be None unless "conv" compresses'),
+    for compressor, kernel, words in (
+        ("conv", 3, "compressor_kernel must be at least ratio = 4, got 3"),
+        ("gated", 5, 'compressor_kernel must be None unless "conv" compresses, got 5'),
+        (torch.nn.Identity(), 5, 'compressor_kernel must be None unless "conv" compresses'),
     ):
         with pytest.raises(ValueError, match=words):
-            ctx.CompressiveAttention(
-                8, 2, compression=compression, compression_kernel=kernel, **layer
-            )
-    with pytest.raises(ValueError, match="aux_loss must be None for compression"):
-        ctx.CompressiveAttention(8, 2, compression="most_used", aux_loss="reconstruction", **layer)
+            ctx.CompressiveAttention(8, 2, compressor=compressor, compressor_kernel=kernel, **layer)
+    with pytest.raises(ValueError, match="aux_loss must be None for compressor"):
+        ctx.CompressiveAttention(8, 2, compressor="most_used", aux_loss="reconstruction", **layer)
     with pytest.raises(ValueError, match="what stays depends on queries"):
         made("most_used", 1, 4, 2)(torch.zeros(1, 1, 1, 4, 2), torch.zeros(1, 1, 1, 4, 2))
 

@@ -19,7 +19,7 @@ SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1}
 POSITIONS = ["rotary", "relative", "alibi", None]
 BIASES = ["none", "log_ratio", "learned"]
 SETTINGS = [
-    {"position": position, "compressed_bias": bias, "compression": name, "memory_content": content}
+    {"position": position, "compressed_bias": bias, "compressor": name, "memory_content": content}
     for position, bias, (name, content) in itertools.product(
         POSITIONS,
         BIASES,

@@ -62,7 +62,7 @@ def test_ctest(build):
 
 def memory():
     """ctx::test::options() of tests/cpp/streams.h."""
-    options = {"compressor": "conv", "rotary_dim": 4, "headroom": 7}
+    options = {"compressor": "conv", "rotary_dim": 4, "max_rewind": 7}
     return ctx.KVMemory(ctx.Schedule(5, 3, 2, 4, 1), B, HKV, D, DV, **options)
 
 

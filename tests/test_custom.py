@@ -78,7 +78,7 @@ def test_a_module_equals_the_built_in_it_copies(data):
     )
     options = {
         "distance": data.draw(st.sampled_from(["slot", "token"])),
-        "headroom": data.draw(st.sampled_from([1, 3, 64])),
+        "max_rewind": data.draw(st.sampled_from([1, 3, 64])),
         "dtype": F64,
     }
     module = gated(heads, ratio, 4)
@@ -130,7 +130,7 @@ def test_a_module_reads_left_of_its_groups(data):
         "segment": data.draw(st.integers(1, 9)),
         "sinks": data.draw(st.integers(0, 3)),
         "distance": data.draw(st.sampled_from(["slot", "token"])),
-        "headroom": data.draw(st.sampled_from([1, 3, 64])),
+        "max_rewind": data.draw(st.sampled_from([1, 3, 64])),
         "dtype": F64,
     }
     module = compression.Conv(2, ratio, 4, kernel=ratio + longer, dtype=F64)
@@ -138,8 +138,8 @@ def test_a_module_reads_left_of_its_groups(data):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
-    theirs = ctx.CompressiveAttention(16, 4, 2, compression=module, **options)
-    ours = ctx.CompressiveAttention(16, 4, 2, compression=Longer(module), **options)
+    theirs = ctx.CompressiveAttention(16, 4, 2, compressor=module, **options)
+    ours = ctx.CompressiveAttention(16, 4, 2, compressor=Longer(module), **options)
     weights = {k: v for k, v in theirs.state_dict().items() if "compressor" not in k}
     ours.load_state_dict(weights, strict=False)
     length, mine, yours = data.draw(st.integers(1, 40)), None, None
@@ -172,8 +172,8 @@ def test_attention(grad, how):
     """Both paths of the module, and gradients of the user's parameters."""
     options = {"window": 5, "compressed": 4, "ratio": 3, "segment": 4, "sinks": 1, "dtype": F64}
     module = gated(2, 3, 4)
-    theirs = ctx.CompressiveAttention(16, 4, 2, compression=module, **options)
-    ours = ctx.CompressiveAttention(16, 4, 2, compression=Twin(module), **options)
+    theirs = ctx.CompressiveAttention(16, 4, 2, compressor=module, **options)
+    ours = ctx.CompressiveAttention(16, 4, 2, compressor=Twin(module), **options)
     weights = {k: v for k, v in theirs.state_dict().items() if "compressor" not in k}
     ours.load_state_dict(weights, strict=False)
     rows = {
@@ -207,7 +207,7 @@ def test_registered_by_name(registered):
     """A class of one's own in a whole model, by its name, as a configuration can hold it."""
     sizes = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8}
     config = ctx.CompressiveTransformerConfig(
-        vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, compression="first", **sizes
+        vocab_size=50, embed_dim=32, num_layers=2, num_heads=4, compressor="first", **sizes
     )
     model = ctx.CompressiveTransformer(config)
     tokens = torch.randint(0, 50, (2, 70))
@@ -228,7 +228,7 @@ def test_registered_again(registered):
     assert again is not First and compression.register(again) is again
     assert compression.COMPRESSORS["first"] is again
     sizes = {"window": 4, "compressed": 3, "ratio": 2}
-    assert type(ctx.CompressiveAttention(8, 2, compression="first", **sizes).compressor) is again
+    assert type(ctx.CompressiveAttention(8, 2, compressor="first", **sizes).compressor) is again
     for other in ({"__qualname__": "Second"}, {"__module__": "elsewhere"}):
         names = {"__module__": First.__module__, "__qualname__": "First", **other}
         with pytest.raises(ValueError, match="name must be a new one, got 'first'"):
@@ -281,8 +281,8 @@ class TestErrors:
     def test_not_a_module(self):
         with pytest.raises(TypeError, match="compressor must be a name or a module"):
             ctx.KVMemory(ctx.Schedule(4, 3, 2), 1, 1, 4, compressor=len)
-        with pytest.raises(TypeError, match="compression must be a name or a module"):
-            ctx.CompressiveAttention(8, 2, window=4, compressed=3, ratio=2, compression=3)
+        with pytest.raises(TypeError, match="compressor must be a name or a module"):
+            ctx.CompressiveAttention(8, 2, window=4, compressed=3, ratio=2, compressor=3)
 
 
 @pytest.mark.parametrize(

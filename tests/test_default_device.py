@@ -38,7 +38,7 @@ def everything(position, compressor, tensors):
     """What every operation gives, in order."""
     q, k, v = tensors
     memory = build(position, compressor)
-    found = [memory.step(q, k, v), *memory.step(q, k, v, return_mass=True)]
+    found = [memory.step(q, k, v), *memory.step(q, k, v, return_region_weights=True)]
     used = compressor == "most_used"
     if not used:
         memory.append(k, v)
@@ -77,16 +77,16 @@ def test_a_memory(nowhere, position, compressor):
         assert_same_bits(mine, yours)
 
 
-@pytest.mark.parametrize("compression", COMPRESSORS)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("content", ["kv", "hidden"])
-def test_a_layer(nowhere, position, compression, content):
+def test_a_layer(nowhere, position, compressor, content):
     """Built before; both paths, padding, documents, losses, memories."""
-    if compression == "most_used" and content == "hidden":
+    if compressor == "most_used" and content == "hidden":
         return
-    aux = None if compression == "most_used" else "reconstruction"
+    aux = None if compressor == "most_used" else "reconstruction"
     attn = ctx.CompressiveAttention(
-        8, 2, **SIZES, position=position, compression=compression, memory_content=content,
+        8, 2, **SIZES, position=position, compressor=compressor, memory_content=content,
         compressed_bias="log_ratio", aux_loss=aux,
     )  # fmt: skip
     x = torch.randn(2, 17, 8)

@@ -28,7 +28,7 @@ WALK = pytest.mark.parametrize("position, compressor, content, distance", KINDS)
 def layer(position: Any, compressor: str, content: str, distance: str, **changes: Any) -> Any:
     options: dict[str, Any] = {
         "position": position,
-        "compression": compressor,
+        "compressor": compressor,
         "memory_content": content,
         "distance": distance,
         "rotary_interleaved": distance == "token",

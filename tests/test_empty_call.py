@@ -23,11 +23,11 @@ def attention(**options):
     return ctx.CompressiveAttention(8, 4, 2, **SIZES, **options)
 
 
-@pytest.mark.parametrize("compression, position, content", LAYERS)
-def test_no_tokens(compression, position, content):
-    aux = None if compression == "most_used" else "autoencoding"
+@pytest.mark.parametrize("compressor, position, content", LAYERS)
+def test_no_tokens(compressor, position, content):
+    aux = None if compressor == "most_used" else "autoencoding"
     attn = attention(
-        compression=compression,
+        compressor=compressor,
         position=position,
         memory_content=content,
         aux_loss=aux,
@@ -79,10 +79,10 @@ def test_no_rows(content, grad):
         memory.step(*(torch.randn(0, 1, 3, 4) for _ in range(3)))
 
 
-@pytest.mark.parametrize("compression, position, content", LAYERS)
-def test_no_tokens_for_a_model(compression, position, content):
+@pytest.mark.parametrize("compressor, position, content", LAYERS)
+def test_no_tokens_for_a_model(compressor, position, content):
     """What stands before a layer, too: its norm gets a gradient through the layer's input."""
-    settings = {"compression": compression, "position": position, "memory_content": content}
+    settings = {"compressor": compressor, "position": position, "memory_content": content}
     config = ctx.CompressiveTransformerConfig(
         vocab_size=7, embed_dim=8, num_layers=2, num_heads=2, tied=False, **SIZES, **settings
     )

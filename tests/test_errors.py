@@ -17,7 +17,7 @@ SCHEDULE = ctx.Schedule(4, 3, 2, 4, 1)
 
 
 def memory(**options):
-    options = {"headroom": 5, "compressor": "conv", **options}
+    options = {"max_rewind": 5, "compressor": "conv", **options}
     return ctx.KVMemory(SCHEDULE, B, HKV, D, DV, **options)
 
 
@@ -68,7 +68,7 @@ CALLS = {
     "append: k": (lambda m: m.append(k(d=7), v()), ValueError, "k", r"\[2, 2, 3, 7\]"),
     "append: v": (lambda m: m.append(k(), v(t=4)), ValueError, "v", "4"),
     "append: dtype": (lambda m: m.append(k(), v(**INT)), TypeError, "v", "[Dd]ouble"),
-    "attend: past headroom": (lambda m: m.attend(q(t=6)), ValueError, "q", "6"),
+    "attend: past max_rewind": (lambda m: m.attend(q(t=6)), ValueError, "q", "6"),
     "attend: width": (lambda m: m.attend(q(d=7)), ValueError, "q", r"\[2, 4, 3, 7\]"),
     "attend: dtype": (lambda m: m.attend(q(**HALF)), TypeError, "q", "BFloat16"),
 }
@@ -140,8 +140,8 @@ OPTIONS = [
     ("compressed_bias", [[0.0, 1.0]], (TypeError, ValueError)),
     ("scale", math.nan, ValueError),
     ("scale", math.inf, ValueError),
-    ("headroom", 0, ValueError),
-    ("headroom", -5, ValueError),
+    ("max_rewind", 0, ValueError),
+    ("max_rewind", -5, ValueError),
     ("dtype", torch.int64, TypeError),
     ("dtype", torch.complex64, TypeError),
 ]
@@ -205,7 +205,7 @@ class TestAttention:
             ("segment", 0, ValueError),
             ("sinks", -1, ValueError),
             ("window", 1.5, TypeError),
-            ("compression", "median", ValueError),
+            ("compressor", "median", ValueError),
             ("position", "absolute", ValueError),
             ("distance", "far", ValueError),
             ("compressed_bias", "learnt", ValueError),
@@ -216,7 +216,7 @@ class TestAttention:
             ("rotary_base", -1.0, ValueError),
             ("rotary_dim", 3, ValueError),
             ("rotary_dim", 6, ValueError),
-            ("headroom", 0, ValueError),
+            ("max_rewind", 0, ValueError),
             ("num_kv_heads", 3, ValueError),
             ("num_kv_heads", 0, ValueError),
             ("num_heads", 3, ValueError),

@@ -31,17 +31,17 @@ def kv_memory(**options):
 KV_MEMORY = [
     *(
         (name, value, TypeError, got)
-        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "headroom", "rotary_dim")
+        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "max_rewind", "rotary_dim")
         for value, got in ((1.5, r"1\.5"), ("2", "'2'"), (True, "True"), (NAN, "nan"))
     ),
     *(
         (name, HUGE, ValueError, str(HUGE))
-        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "headroom", "rotary_dim")
+        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "max_rewind", "rotary_dim")
     ),
     *((name, None, TypeError, "None") for name in ("batch_size", "kv_heads", "head_dim")),
     ("batch_size", 2**31, ValueError, "2147483648"),
-    ("headroom", 2**31, ValueError, "2147483648"),
-    ("headroom", None, TypeError, "None"),
+    ("max_rewind", 2**31, ValueError, "2147483648"),
+    ("max_rewind", None, TypeError, "None"),
     ("schedule", None, TypeError, "NoneType"),
     ("schedule", (4, 3, 2, 4, 1), TypeError, "tuple"),
     ("compressor", None, TypeError, "None"),
@@ -124,14 +124,14 @@ WIDTHS = ("rotary_dim", "relative_dim")
 ATTENTION = [
     *(
         (name, value, TypeError, got)
-        for name in ("embed_dim", "num_heads", "num_kv_heads", "headroom", *WIDTHS)
+        for name in ("embed_dim", "num_heads", "num_kv_heads", "max_rewind", *WIDTHS)
         for value, got in ((4.0, r"4\.0"), ("4", "'4'"), (True, "True"))
     ),
-    *((name, None, TypeError, "None") for name in ("embed_dim", "num_heads", "headroom")),
+    *((name, None, TypeError, "None") for name in ("embed_dim", "num_heads", "max_rewind")),
     ("num_heads", -2, ValueError, "-2"),
-    ("headroom", -1, ValueError, "-1"),
-    ("compression", None, TypeError, "None"),
-    ("compression", ["conv"], TypeError, "conv"),
+    ("max_rewind", -1, ValueError, "-1"),
+    ("compressor", None, TypeError, "None"),
+    ("compressor", ["conv"], TypeError, "conv"),
     ("position", 3, ValueError, "3"),
     ("memory_content", "pairs", ValueError, "pairs"),
     ("memory_content", None, ValueError, "None"),

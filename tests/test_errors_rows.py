@@ -18,7 +18,7 @@ SCHEDULE = ctx.Schedule(4, 3, 2, 4, 1)
 
 def memory(schedule=SCHEDULE, seen=23, batch=B, **options):
     """A KVMemory that has seen something."""
-    options = {"headroom": 5, "compressor": "conv", **options}
+    options = {"max_rewind": 5, "compressor": "conv", **options}
     made = ctx.KVMemory(schedule, batch, HKV, D, DV, **options)
     made.step(*tokens(seen, batch, made.tensors["window_keys"].dtype))
     return made
@@ -145,7 +145,7 @@ def other(argument, error=ValueError, **options):
         rest.pop("kv_heads", HKV),
         rest.pop("head_dim", D),
         rest.pop("value_dim", DV),
-        **{"headroom": 5, "compressor": "conv", **rest},
+        **{"max_rewind": 5, "compressor": "conv", **rest},
     )
     return bad("merge", argument, error, merged(made))
 
@@ -162,7 +162,7 @@ MERGES = {
     "ratio": other("ratio", ratio=1),
     "segment": other("segment", segment=2),
     "sinks": other("sinks", sinks=0),
-    "headroom": other("headroom", headroom=6),
+    "max_rewind": other("max_rewind", max_rewind=6),
     "kv_heads": other("kv_heads", kv_heads=1),
     "head_dim": other("head_dim", head_dim=8),
     "value_dim": other("value_dim", value_dim=6),
@@ -225,7 +225,7 @@ def test_kv_memory(name):
 
 def layer(batch=B, **options):
     """A layer's memory that has seen something."""
-    attention = ctx.CompressiveAttention(8, 2, **SIZES, headroom=5, **options)
+    attention = ctx.CompressiveAttention(8, 2, **SIZES, max_rewind=5, **options)
     held = attention.init_memory(batch)
     with torch.no_grad():
         attention(torch.randn(batch, 23, 8), held)

@@ -29,7 +29,7 @@ SETTINGS = {
     "segment": (2, "2"),
     "sinks": (0, "0"),
     "overlap": (1, "1"),
-    "headroom": (6, "6"),
+    "max_rewind": (6, "6"),
     "position": ("alibi", '"alibi"'),
     "rotary_dim": (4, "4"),
     "rotary_base": (10000.000001, r"10000\.000001"),
@@ -48,7 +48,7 @@ TENSORS = (
     "sink_values",
     "seen",
     "rewindable",
-    "usage",
+    "attention_received",
     "slot_positions",
 )
 
@@ -97,7 +97,7 @@ def state_table():
     yield "seen huge", part("seen", ValueError, lambda x: one([2**62, 23]), r"\d+ in row 0")
     spare = "rewindable"
     yield "rewindable negative", part(spare, ValueError, lambda x: one([0, -1]), "-1 in row 1")
-    yield "beyond the headroom", part(spare, ValueError, lambda x: one([6, 0]), "6 in row 0")
+    yield "beyond the max_rewind", part(spare, ValueError, lambda x: one([6, 0]), "6 in row 0")
     before = lambda state: {**state, "seen": one([2, 23]), spare: one([3, 0])}  # noqa: E731
     yield "before the stream", load(spare, ValueError, before, "3 in row 0")
     yield "version 0", part("version", ValueError, lambda _: 0, "0")

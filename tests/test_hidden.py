@@ -14,7 +14,7 @@ import ctx
 from strategies import CLOSE, DTYPES, assert_close, assert_same_bits, cases, cuts, schedules
 
 F64 = torch.float64
-SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "headroom": 8}
+SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "max_rewind": 8}
 
 
 def attention(embed=8, heads=2, kv_heads=1, dtype=F64, **options):
@@ -53,7 +53,7 @@ def test_parameters():
         "max": {},
     }
     for name, shapes in names.items():
-        compressor = attention(compression=name).compressor
+        compressor = attention(compressor=name).compressor
         assert {key: tuple(p.shape) for key, p in compressor.named_parameters()} == shapes
     biased = ctx.compression.Conv(1, 2, 8, 0, bias=True)
     assert {name for name, _ in biased.named_parameters()} == {"key_weight", "key_bias"}
@@ -71,7 +71,7 @@ def test_a_mean_of_inputs_is_a_mean_of_pairs(data):
     """
     options = {
         **data.draw(schedules()),
-        "compression": "mean",
+        "compressor": "mean",
         "distance": data.draw(st.sampled_from(["slot", "token"])),
         "position": data.draw(st.sampled_from(["rotary", None])),
         "compressor_grad": "task",
@@ -111,8 +111,8 @@ def test_any_cutting_of_ragged_rows_and_documents(dtype, data):
     attn = attention(
         **data.draw(schedules()),
         dtype=dtype,
-        compression=data.draw(st.sampled_from(["conv", "gated", "max"])),
-        headroom=data.draw(st.sampled_from([1, 3, 64])),
+        compressor=data.draw(st.sampled_from(["conv", "gated", "max"])),
+        max_rewind=data.draw(st.sampled_from([1, 3, 64])),
     )
     seed, sizes = data.draw(st.integers(0, 1000)), data.draw(cuts(30))
     torch.manual_seed(seed)
@@ -165,7 +165,7 @@ def test_projections_learn_through_the_memory():
     x = torch.randn(1, 30, 8, dtype=F64)
     reached = {}
     for content in ("hidden", "kv"):
-        attn = attention(memory_content=content, compression="mean")
+        attn = attention(memory_content=content, compressor="mean")
         with torch.no_grad():
             _, memory = attn(x[:, :29])
         now = x[:, 29:].clone().requires_grad_()
@@ -195,7 +195,7 @@ def test_weights_that_changed_are_used():
 @pytest.mark.parametrize("how", ["rewind", "reset"])
 def test_nothing_that_was_taken_back_is_felt(how):
     """Not even a NaN, by no number and by no gradient."""
-    attn = attention(compression="conv", sinks=0)
+    attn = attention(compressor="conv", sinks=0)
     good, bad = torch.randn(1, 13, 8, dtype=F64), torch.full((1, 7, 8), float("nan"), dtype=F64)
     with torch.no_grad():
         _, memory = attn(good)
@@ -233,8 +233,8 @@ class Attending(nn.Module):
 
 def test_a_module_of_ones_own():
     """It is the built-in gate by another way; it learns, and streams as it trains."""
-    theirs = attention(compression="gated")
-    ours = attention(compression=Attending(8))
+    theirs = attention(compressor="gated")
+    ours = attention(compressor=Attending(8))
     assert ours.compressor.module.gate.requires_grad
     state = {k: v for k, v in theirs.state_dict().items() if "compressor" not in k}
     ours.load_state_dict(state, strict=False)

@@ -326,7 +326,7 @@ def test_defaults_agree(module):
         for name in options.keys() & parameters.keys()
         if parameters[name].default not in (None, inspect.Parameter.empty)
     }
-    assert {"distance", "rotary_base", "headroom"} & parameters.keys() <= shared.keys()
+    assert {"distance", "rotary_base", "max_rewind"} & parameters.keys() <= shared.keys()
     assert shared == {name: options[name] for name in shared}
 
 

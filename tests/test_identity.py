@@ -22,7 +22,7 @@ BASE = {
     "ratio": 2,
     "segment": 4,
     "sinks": 1,
-    "compression": "mean",
+    "compressor": "mean",
     "memory_content": "kv",
     "position": "rotary",
     "distance": "slot",
@@ -56,14 +56,14 @@ CHANGES = [
     ({"ratio": 1, "window": 65}, ["ratio=1", "window=65"]),
     ({"segment": 3}, ["segment=3"]),
     ({"sinks": 2}, ["sinks=2"]),
-    ({"compression": "conv"}, ["compressor=conv"]),
-    ({"compression": "max"}, ["compressor=max"]),
-    ({"compression": "gated"}, ["compressor=gated"]),
-    ({"compression": "dilated"}, ["compressor=dilated", "overlap=1"]),
-    ({"compression": "conv", "compression_kernel": 5}, ["compressor=conv", "overlap=3"]),
-    ({"compression": "most_used"}, ["compressor=most_used"]),
-    ({"compression": Pool()}, ["compressor=Pool"]),
-    ({"compression": Softer(2, 2, 4)}, ["compressor=Softer"]),
+    ({"compressor": "conv"}, ["compressor=conv"]),
+    ({"compressor": "max"}, ["compressor=max"]),
+    ({"compressor": "gated"}, ["compressor=gated"]),
+    ({"compressor": "dilated"}, ["compressor=dilated", "overlap=1"]),
+    ({"compressor": "conv", "compressor_kernel": 5}, ["compressor=conv", "overlap=3"]),
+    ({"compressor": "most_used"}, ["compressor=most_used"]),
+    ({"compressor": Pool()}, ["compressor=Pool"]),
+    ({"compressor": Softer(2, 2, 4)}, ["compressor=Softer"]),
     ({"memory_content": "hidden"}, ["content=hidden"]),
     ({"position": None}, ["position=None", "rotary_dim=0"]),
     ({"position": "alibi"}, ["position=alibi"]),
@@ -76,7 +76,7 @@ CHANGES = [
 OTHER_BASES = [
     ({"position": "alibi"}, {"position": "relative"}, ["position=relative"]),
     ({"position": "alibi"}, {"position": None}, ["position=None"]),
-    ({"compression": Pool()}, {"compression": OtherPool()}, ["compressor=OtherPool"]),
+    ({"compressor": Pool()}, {"compressor": OtherPool()}, ["compressor=OtherPool"]),
     ({"memory_content": "hidden"}, {"memory_content": "hidden", "rotary_base": 9.0},
      ["rotary_base=9.0"]),
     ({"memory_content": "hidden"}, {"memory_content": "hidden", "distance": "token"},
@@ -249,7 +249,7 @@ def test_merge_and_resized_look_at_it():
     equal = attention(window=60, segment=8)
     with pytest.raises(ValueError, match=r"ctx.rows.resized: window must be 60 as .*, got 64"):
         ctx.rows.resized(equal.init_memory(1), attention().schedule, attention().schedule)
-    kernel = attention(compression="conv", compression_kernel=5)
+    kernel = attention(compressor="conv", compressor_kernel=5)
     smaller = kernel.schedule.resized(compressed=2)
     carried = ctx.rows.resized(kernel.init_memory(2), kernel.schedule, smaller)  # overlap: it says
     kernel.schedule = smaller

@@ -73,12 +73,12 @@ CALLS = {
     "unequal rows": ({}, 3, {"lengths": torch.tensor([3, 1])}, "untouched"),
     "padding on the left": ({}, 2, {"mask": LEFT}, "untouched"),
     "a row without tokens": ({}, 1, {"lengths": torch.tensor([0, 1])}, "untouched"),
-    "more than the rings keep": ({"headroom": 4}, 40, {}, "either"),
+    "more than the rings keep": ({"max_rewind": 4}, 40, {}, "either"),
     "hidden content": ({"memory_content": "hidden", "tied": False}, 2, {}, "untouched"),
-    "slots by usage": ({"compression": "most_used"}, 1, {}, "either"),
+    "slots by usage": ({"compressor": "most_used"}, 1, {}, "either"),
     "another document": ({}, 3, {"reset_at": RESETS}, "either"),
-    "one layer": ({"num_layers": 1, "headroom": 4}, 40, {}, "either"),
-    "usage of attention": ({"position": "alibi"}, 1, {"return_usage": True}, "untouched"),
+    "one layer": ({"num_layers": 1, "max_rewind": 4}, 40, {}, "either"),
+    "usage of attention": ({"position": "alibi"}, 1, {"return_region_weights": True}, "untouched"),
 }
 
 
@@ -196,7 +196,7 @@ class TestRefused:
         built = model(compressed=0)
         memory = built.init_memory(2)
         memory[1]["compressed_keys"] = memory[0]["compressed_keys"]
-        memory[1]["usage"] = memory[0]["usage"]
+        memory[1]["attention_received"] = memory[0]["attention_received"]
         with torch.set_grad_enabled(grad):
             built(torch.zeros(2, 1, dtype=torch.int64), memory)
 

@@ -153,7 +153,7 @@ def test_exported():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"compression": "most_used", "position": "alibi"}, {"memory_content": "hidden"}],
+    [{}, {"compressor": "most_used", "position": "alibi"}, {"memory_content": "hidden"}],
 )
 def test_packaged(changed, monkeypatch, tmp_path):
     """AOTInductor's package of an exported step, loaded and run: lists of tensors that are empty

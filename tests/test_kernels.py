@@ -75,7 +75,7 @@ def test_shares(share, tokens):
 def long_window(slots, kv_heads, head_dim, dtype):
     """A memory whose last token sees exactly `slots` tokens, around the end of its ring."""
     law = ctx.Schedule(window=slots - 1, compressed=0, ratio=1, segment=1)
-    memory = ctx.KVMemory(law, 1, kv_heads, head_dim, dtype=dtype, position=None, headroom=40)
+    memory = ctx.KVMemory(law, 1, kv_heads, head_dim, dtype=dtype, position=None, max_rewind=40)
     k = drawn(1, kv_heads, slots + 100, head_dim, dtype=dtype, seed=2)
     v = drawn(1, kv_heads, slots + 100, head_dim, dtype=dtype, seed=3)
     memory.append(k, v)
@@ -158,8 +158,8 @@ def test_many_groups_at_once(compressor, head_dim, dtype):
     module = getattr(ctx.compression, compressor.capitalize())(2, 3, head_dim, 24)
     for parameter in module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    _, whole = streamed(ctx, tensors, [120], module, dtype=dtype, headroom=120)
-    _, single = streamed(ctx, tensors, [1] * 120, module, dtype=dtype, headroom=120)
+    _, whole = streamed(ctx, tensors, [120], module, dtype=dtype, max_rewind=120)
+    _, single = streamed(ctx, tensors, [1] * 120, module, dtype=dtype, max_rewind=120)
     for name in ("compressed_keys", "compressed_values"):
         assert_same_bits(whole.tensors[name], single.tensors[name])
 

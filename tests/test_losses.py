@@ -16,9 +16,9 @@ F64 = torch.float64
 SIZES = {"window": 5, "compressed": 4, "ratio": 3, "segment": 6, "sinks": 1}
 
 
-def attention(compression="conv", **options):
+def attention(compressor="conv", **options):
     torch.manual_seed(3)
-    settings = {**SIZES, "compression": compression, "dtype": F64, **options}
+    settings = {**SIZES, "compressor": compressor, "dtype": F64, **options}
     attn = ctx.CompressiveAttention(16, 4, 2, **settings)
     with torch.no_grad():
         for parameter in attn.parameters():
@@ -61,16 +61,16 @@ def expected(attn, x, seen, counts):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("compression", POOLING)
+@pytest.mark.parametrize("compressor", POOLING)
 @cases(20)
 @given(data=st.data())
-def test_reconstruction_equals_reference(compression, grad, data):
+def test_reconstruction_equals_reference(compressor, grad, data):
     """Any phase of the memory, any length, ragged rows; values and gradients."""
     drawn = data.draw(schedules())
-    if compression == "conv":
-        drawn["compression_kernel"] = drawn["ratio"] + data.draw(st.integers(0, 6))
+    if compressor == "conv":
+        drawn["compressor_kernel"] = drawn["ratio"] + data.draw(st.integers(0, 6))
     drawn["memory_content"] = data.draw(st.sampled_from(["kv", "hidden"]))
-    attn = attention(compression, aux_loss="reconstruction", **drawn)
+    attn = attention(compressor, aux_loss="reconstruction", **drawn)
     seen, length = data.draw(st.integers(0, 20)), data.draw(st.integers(1, 20))
     counts = data.draw(st.none() | st.lists(st.integers(0, length), min_size=2, max_size=2))
     lengths = None if counts is None else torch.tensor(counts)
@@ -96,10 +96,10 @@ CONTENTS = pytest.mark.parametrize("content", ["kv", "hidden"])
 
 @CONTENTS
 @pytest.mark.parametrize("aux", losses.LOSSES)
-@pytest.mark.parametrize("compression", ["conv", "dilated", "gated"])
-def test_aux_reaches_the_compressor_only(compression, aux, content):
+@pytest.mark.parametrize("compressor", ["conv", "dilated", "gated"])
+def test_aux_reaches_the_compressor_only(compressor, aux, content):
     """Parameter by parameter, with a carried memory, and the input too."""
-    attn = attention(compression, aux_loss=aux, memory_content=content)
+    attn = attention(compressor, aux_loss=aux, memory_content=content)
     with torch.no_grad():
         _, memory = attn(torch.randn(2, 17, 16, dtype=F64))
     x = torch.randn(2, 30, 16, dtype=F64, requires_grad=True)
@@ -114,12 +114,12 @@ def test_aux_reaches_the_compressor_only(compression, aux, content):
 
 
 @CONTENTS
-@pytest.mark.parametrize("compression", ["conv", "gated"])
+@pytest.mark.parametrize("compressor", ["conv", "gated"])
 @pytest.mark.parametrize("mode", ["task", "aux"])
-def test_task_reaches_what_the_mode_says(mode, compression, content):
+def test_task_reaches_what_the_mode_says(mode, compressor, content):
     """ "task": everything, W_k and W_v through the slots too. "aux": no compressor parameter."""
     attn = attention(
-        compression, compressor_grad=mode, aux_loss="reconstruction", memory_content=content
+        compressor, compressor_grad=mode, aux_loss="reconstruction", memory_content=content
     )
     x = torch.randn(2, 40, 16, dtype=F64)
     y, _, aux = attn(x, return_aux=True)
@@ -153,7 +153,7 @@ def test_keys_and_values_learn_through_slots():
 def test_a_lossless_compressor_has_no_loss():
     """Groups of one token: the slot is the token, so reconstruction is exact."""
     attn = ctx.CompressiveAttention(
-        16, 4, 2, window=3, compressed=4, ratio=1, segment=5, compression="mean", dtype=F64,
+        16, 4, 2, window=3, compressed=4, ratio=1, segment=5, compressor="mean", dtype=F64,
         aux_loss="reconstruction",
     )  # fmt: skip
     _, _, loss = attn(torch.randn(2, 40, 16, dtype=F64), return_aux=True)
@@ -165,7 +165,7 @@ def test_a_lossless_compressor_has_no_loss():
 def test_autoencoding_of_the_mean_is_the_variance():
     """A decoder that repeats the slot leaves what a mean forgets: the spread inside groups."""
     attn = ctx.CompressiveAttention(
-        16, 4, 4, window=0, compressed=4, ratio=4, segment=4, compression="mean", dtype=F64,
+        16, 4, 4, window=0, compressed=4, ratio=4, segment=4, compressor="mean", dtype=F64,
         aux_loss="autoencoding",
     )  # fmt: skip
     x = torch.randn(1, 8, 16, dtype=F64)
@@ -177,12 +177,12 @@ def test_autoencoding_of_the_mean_is_the_variance():
     assert_close(loss.detach(), sum(parts).detach(), 1e-12)
 
 
-@pytest.mark.parametrize("compression, kernel", [("conv", 7), ("dilated", None)])
-def test_autoencoding_rebuilds_the_group_only(compression, kernel):
+@pytest.mark.parametrize("compressor, kernel", [("conv", 7), ("dilated", None)])
+def test_autoencoding_rebuilds_the_group_only(compressor, kernel):
     """What a slot was made of left of its group is not asked for."""
     options = {"window": 0, "compressed": 4, "ratio": 4, "segment": 4, "sinks": 0, "dtype": F64}
     attn = ctx.CompressiveAttention(
-        16, 4, 4, compression=compression, compression_kernel=kernel, aux_loss="autoencoding",
+        16, 4, 4, compressor=compressor, compressor_kernel=kernel, aux_loss="autoencoding",
         **options,
     )  # fmt: skip
     x = torch.randn(1, 8, 16, dtype=F64)
@@ -197,7 +197,7 @@ def test_autoencoding_rebuilds_the_group_only(compression, kernel):
 def test_autoencoding_of_inputs():
     """Where inputs are remembered it is they that are rebuilt."""
     attn = ctx.CompressiveAttention(
-        16, 4, 4, window=0, compressed=4, ratio=4, segment=4, compression="mean", dtype=F64,
+        16, 4, 4, window=0, compressed=4, ratio=4, segment=4, compressor="mean", dtype=F64,
         aux_loss="autoencoding", memory_content="hidden",
     )  # fmt: skip
     x = torch.randn(1, 8, 16, dtype=F64)

@@ -56,12 +56,12 @@ def assert_same_memory(setting, got, want, dtype, tolerance, exact_window=False)
     assert_same_bits(got.seen, want.seen)
     mine, yours = got.tensors, want.tensors
     assert list(mine) == list(yours)
-    for name in ["usage", "slot_positions"]:
+    for name in ["attention_received", "slot_positions"]:
         assert mine[name].shape == yours[name].shape and mine[name].dtype == yours[name].dtype
         if mine[name].shape[2]:
-            region = "window" if name == "usage" else "compressed"
+            region = "window" if name == "attention_received" else "compressed"
             a, b = (held(setting, region, x[name], seen) for x in (mine, yours))
-            assert_close(a, b, tolerance if name == "usage" else 0)
+            assert_close(a, b, tolerance if name == "attention_received" else 0)
     for name in [*RINGS, *SLOTS]:
         assert mine[name].shape == yours[name].shape and mine[name].dtype == dtype
         a, b = held(setting, name, mine[name], seen), held(setting, name, yours[name], seen)
@@ -107,11 +107,11 @@ def test_split_invariance(dtype, data):
 @cases(100)
 @given(st.data())
 def test_headroom_changes_nothing(data):
-    """A call longer than headroom is walked in blocks."""
+    """A call longer than max_rewind is walked in blocks."""
     setting = data.draw(memories())
     length = data.draw(lengths(setting, most=120))
     tensors = setting.inputs(length, F64)
-    tight, wide = (setting.memory(ctx, F64, headroom=h) for h in (1, length + 1))
+    tight, wide = (setting.memory(ctx, F64, max_rewind=h) for h in (1, length + 1))
     assert_close(stream(tight, tensors, [length]), stream(wide, tensors, [length]), 1e-12)
     assert_same_bits(tight.seen, wide.seen)
 
@@ -119,7 +119,7 @@ def test_headroom_changes_nothing(data):
 @cases(100)
 @given(st.data())
 def test_step_is_append_then_attend(data):
-    """Also when the queries of several calls to append come late, as far as headroom allows."""
+    """Also when the queries of several calls to append come late, as far as max_rewind allows."""
     setting = data.draw(memories(by_usage=False))
     length = data.draw(lengths(setting).filter(lambda n: n > 0))
     q, k, v = setting.inputs(length, F64, data.draw(KINDS))
@@ -127,7 +127,7 @@ def test_step_is_append_then_attend(data):
     want = stream(one, [q, k, v], [length])
     for _, key, value in pieces([q, k, v], data.draw(cuts(length))):
         two.append(key, value)
-        late = min(setting.headroom, int(two.seen[0]))
+        late = min(setting.max_rewind, int(two.seen[0]))
         last = slice(int(two.seen[0]) - late, int(two.seen[0]))
         before = {name: tensor.clone() for name, tensor in two.tensors.items()}
         assert_close(two.attend(q[:, :, last]), want[:, :, last], 1e-12)
@@ -261,7 +261,7 @@ def test_identity_slots_are_window(data):
 
 
 def small(**options):
-    options = {"headroom": 5, "dtype": F64, **options}
+    options = {"max_rewind": 5, "dtype": F64, **options}
     return ctx.KVMemory(ctx.Schedule(4, 3, 2, 4, 1), 2, 1, 4, **options)
 
 

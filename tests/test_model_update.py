@@ -11,9 +11,9 @@ import ctx
 
 MODELS = {
     "rotary": {},
-    "relative, gated": {"position": "relative", "compression": "gated"},
-    "alibi, by token": {"position": "alibi", "distance": "token", "compression": "mean"},
-    "by usage": {"compression": "most_used", "position": None},
+    "relative, gated": {"position": "relative", "compressor": "gated"},
+    "alibi, by token": {"position": "alibi", "distance": "token", "compressor": "mean"},
+    "by usage": {"compressor": "most_used", "position": None},
     "hidden, untied": {"memory_content": "hidden", "tied": False, "compressor_grad": "aux"},
     "no slots": {"compressed": [0, 3], "norm": "layer"},
 }
@@ -44,7 +44,7 @@ def model(changed, **more):
 def test_reading_is_writing_without_the_writing(changed, rows, mode):
     aux = {} if changed == "by usage" else {"aux_loss": "reconstruction"}
     built = model(MODELS[changed], **aux)
-    asked = {"return_usage": True, "return_aux": bool(aux) and rows != "resets"}
+    asked = {"return_region_weights": True, "return_aux": bool(aux) and rows != "resets"}
     with torch.no_grad():
         _, memory = built(torch.randint(0, 11, (3, 23)))
     tokens, before = torch.randint(0, 11, (3, 11)), copy.deepcopy(memory)

@@ -59,8 +59,8 @@ def model(draw: random.Random, dtype: torch.dtype) -> ctx.CompressiveAttention:
         ratio=ratio,
         segment=draw.choice([None, 1, 2, 5]),
         sinks=draw.randrange(4),
-        compression=compressor,
-        compression_kernel=ratio + draw.randrange(3) if compressor == "conv" else None,
+        compressor=compressor,
+        compressor_kernel=ratio + draw.randrange(3) if compressor == "conv" else None,
         memory_content=content,
         position=draw.choice(["rotary", "relative", "alibi", None]),
         distance=draw.choice(["slot", "token"]),
@@ -166,7 +166,7 @@ def test_a_bad_token_is_felt_from_where_it_stands(position, compressor, distance
     stream that begins anew afterwards is as clean as a fresh one."""
     options = {"window": 3, "compressed": 2, "ratio": 2, "distance": distance}
     attention = ctx.CompressiveAttention(
-        8, 2, 1, position=position, compression=compressor, dtype=F64, **options
+        8, 2, 1, position=position, compressor=compressor, dtype=F64, **options
     )
     x = torch.randn(1, 12, 8, dtype=F64)
     x[0, 5] = float("nan")
@@ -189,10 +189,10 @@ def test_a_bad_token_is_felt_from_where_it_stands(position, compressor, distance
 @pytest.mark.parametrize("position", ["rotary", "relative", "alibi", None])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_operators_alone(position, compressor):
-    """ctx::attend_sequence and ctx::due_groups: NaN at padding of q, k and v reaches no gradient,
+    """ctx::attend_sequence and ctx::evicted_groups: NaN at padding of q, k and v reaches no gradient,
     of the bias and of the compressor neither."""
     attention = ctx.CompressiveAttention(
-        8, 2, 1, window=2, compressed=2, ratio=2, position=position, compression=compressor
+        8, 2, 1, window=2, compressed=2, ratio=2, position=position, compressor=compressor
     ).double()
     tensors = [torch.randn(2, heads, 9, 4, dtype=F64) for heads in (2, 1, 1)]
     lengths = torch.tensor([9, 6])
@@ -206,7 +206,7 @@ def test_operators_alone(position, compressor):
         q, k, v = (x.clone().requires_grad_() for x in inputs)
         settings = ((2, 2, 2, 2, 0, attention.compressor.overlap), "slot", attention.rotary_dim)
         settings = (*settings, 10000.0, False)
-        keys, values, _ = torch.ops.ctx.due_groups(k, v, lengths, None, [], *settings)
+        keys, values, _ = torch.ops.ctx.evicted_groups(k, v, lengths, None, [], *settings)
         if compressor == "most_used":
             slots = keys[:, :, :, 0], values[:, :, :, 0]
         else:
@@ -249,7 +249,7 @@ def test_gradients_do_not_depend_on_threads(compressor, position, threads):
             torch.manual_seed(0)
             attention = ctx.CompressiveAttention(
                 4 * 16, 4, kv_heads, window=32, compressed=16, ratio=4, position=position,
-                compression=compressor, dtype=dtype,
+                compressor=compressor, dtype=dtype,
             )  # fmt: skip
             x = torch.randn(batch, tokens, 64, dtype=dtype)
             q, k, v = (

@@ -22,11 +22,11 @@ def same(one, other):
 @pytest.mark.parametrize("content", ["kv", "hidden"])
 def test_a_layer(position, content):
     """Built, compiled, and its memory made; both paths."""
-    plain = {"position": position, "memory_content": content, "compression_kernel": 5}
+    plain = {"position": position, "memory_content": content, "compressor_kernel": 5}
     ours, theirs = (
         ctx.CompressiveAttention(
-            i(8), i(4), i(2), **sizes, **plain, **rotary, relative_dim=i(6), headroom=i(5),
-            dropout=f(0.0), rotary_base=f(100.0), compression="conv", aux_loss="autoencoding",
+            i(8), i(4), i(2), **sizes, **plain, **rotary, relative_dim=i(6), max_rewind=i(5),
+            dropout=f(0.0), rotary_base=f(100.0), compressor="conv", aux_loss="autoencoding",
         )
         for i, f, sizes, rotary in (
             (I64, F32, NUMPY, {"rotary_dim": I64(2)} if position == "rotary" else {}),
@@ -69,10 +69,10 @@ def test_a_memory_and_its_rows():
         "compressed_bias": [F32(0.5), F32(0.25)],
     }
     used = ctx.KVMemory(
-        schedule, I64(3), I64(1), I64(4), I64(3), **made, scale=F32(0.5), headroom=I64(8)
+        schedule, I64(3), I64(1), I64(4), I64(3), **made, scale=F32(0.5), max_rewind=I64(8)
     )
     plain = {**made, "alibi_slopes": [0.5, 0.25], "compressed_bias": [0.5, 0.25], "scale": 0.5}
-    want = ctx.KVMemory(ctx.Schedule(**SIZES), 3, 1, 4, 3, **plain, headroom=8)
+    want = ctx.KVMemory(ctx.Schedule(**SIZES), 3, 1, 4, 3, **plain, max_rewind=8)
     q, k, v = (torch.randn(3, heads, 11, width) for heads, width in ((2, 4), (1, 4), (1, 3)))
     assert_same_bits(used.step(q, k, v), want.step(q, k, v))
     used.rewind(I64(2)), want.rewind(2)

@@ -12,8 +12,8 @@ import ctx
 from ctx.generation import Sampling
 
 PLAIN = {"vocab_size": 11, "embed_dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
-         "window": 4, "compressed": [3, 2], "ratio": 2, "segment": 4, "sinks": 1, "headroom": 8,
-         "mlp_dim": 24, "rotary_dim": 4, "relative_dim": 6, "compression_kernel": 3,
+         "window": 4, "compressed": [3, 2], "ratio": 2, "segment": 4, "sinks": 1, "max_rewind": 8,
+         "mlp_dim": 24, "rotary_dim": 4, "relative_dim": 6, "compressor_kernel": 3,
          "rotary_base": 100.0, "dropout": 0.25, "compressed_bias_init": -4.0}  # fmt: skip
 
 

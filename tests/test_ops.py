@@ -19,7 +19,7 @@ def drawn(*shape, dtype, grad=False):
 
 def memory(dtype):
     """The tensors of a memory in the middle of a stream."""
-    used = ctx.KVMemory(SCHEDULE, B, HKV, D, DV, headroom=5, dtype=dtype, rotary_dim=4)
+    used = ctx.KVMemory(SCHEDULE, B, HKV, D, DV, max_rewind=5, dtype=dtype, rotary_dim=4)
     pairs = [torch.randn(B, HKV, 17, width, dtype=dtype) for width in (D, DV)]
     used.append(*pairs)
     return [tensor.clone() for tensor in used.tensors.values()]
@@ -57,14 +57,14 @@ def step(dtype, rows, grad):
 
 def choose(dtype, rows, grad):
     used = ctx.KVMemory(
-        SCHEDULE, B, HKV, D, DV, headroom=5, dtype=dtype, rotary_dim=4, compressor="most_used"
+        SCHEDULE, B, HKV, D, DV, max_rewind=5, dtype=dtype, rotary_dim=4, compressor="most_used"
     )
     used.step(
         *(torch.randn(B, heads, 17, w, dtype=dtype) for heads, w in ((H, D), (HKV, D), (HKV, DV)))
     )
     state = [tensor.clone() for tensor in used.tensors.values()]
     q, k, v = pairs(dtype, grad)
-    groups, _, block = torch.ops.ctx.due_groups(k, v, *ROWS[rows], state, *SETTINGS)
+    groups, _, block = torch.ops.ctx.evicted_groups(k, v, *ROWS[rows], state, *SETTINGS)
     rest = (*scores(dtype), *SETTINGS, SCALE, block, groups.shape[2])
     return (q, k, v, *ROWS[rows], *state, *rest)
 
@@ -109,7 +109,7 @@ def compress(dtype, grad):
     return keys, values, *compressor(dtype, grad)[:2]
 
 
-def attend(dtype, grad, with_mass=True, kernels=False):
+def attend(dtype, grad, with_region_weights=True, kernels=False):
     """What torch's operators do, or what our kernels do: no relative positions then."""
     q = drawn(B, H, T, D, dtype=dtype, grad=grad)
     spans = []
@@ -124,17 +124,17 @@ def attend(dtype, grad, with_mass=True, kernels=False):
     operands = (None, bias, slopes, None, None) if kernels else (positions, bias, slopes, *relative)
     past = [*memory(dtype)[:4], torch.tensor([[5, 7, 0, 1]]).expand(B, 4)]
     settings = (SETTINGS[0], "token", *SETTINGS[2:], SCALE, past)
-    mass = (with_mass,) if with_mass is not None else ()
-    return (q, numbers[0], *spans, *numbers[1:], *operands, *settings, *mass)
+    region_weights = (with_region_weights,) if with_region_weights is not None else ()
+    return (q, numbers[0], *spans, *numbers[1:], *operands, *settings, *region_weights)
 
 
-def due_groups(dtype, grad):
+def evicted_groups(dtype, grad):
     return (*pairs(dtype, grad)[1:], *ROWS["lengths"], memory(dtype), *SETTINGS)
 
 
 def attend_sequence(dtype, grad):
     q, k, v = pairs(dtype, grad)
-    keys, values, _ = torch.ops.ctx.due_groups(
+    keys, values, _ = torch.ops.ctx.evicted_groups(
         k, v, None, ROWS["documents"][1], memory(dtype), *SETTINGS
     )
     slots = keys.mean(3).detach(), values.mean(3).detach(), None
@@ -164,7 +164,7 @@ FUNCTIONAL = {
     "take_tokens": take_tokens,
     "compress": compress,
     "attend": attend,
-    "due_groups": due_groups,
+    "evicted_groups": evicted_groups,
     "attend_sequence": attend_sequence,
 }
 
@@ -179,9 +179,9 @@ def test_functional_operators(name, grad, dtype):
 @pytest.mark.parametrize("kernels", [False, True])
 def test_attend_backward(kernels):
     """The backward is an operator, too."""
-    arguments = attend(torch.float64, False, with_mass=None, kernels=kernels)
-    out, logsumexp, mass = torch.ops.ctx.attend(*arguments, True)
-    assert_close(mass.sum(-1), torch.ones(B, H, T, dtype=torch.float64), 1e-12)
+    arguments = attend(torch.float64, False, with_region_weights=None, kernels=kernels)
+    out, logsumexp, region_weights = torch.ops.ctx.attend(*arguments, True)
+    assert_close(region_weights.sum(-1), torch.ones(B, H, T, dtype=torch.float64), 1e-12)
     grads = torch.randn_like(out), torch.randn_like(logsumexp)
     opcheck(torch.ops.ctx.attend_backward.default, (*grads, out, logsumexp, *arguments))
 

@@ -127,7 +127,7 @@ def test_attention(mode, packed, data):
     check(attn, law, x, mask, arguments, reset_at, carried(attn, past, far), mode)
 
 
-SIZES = {"window": 3, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "headroom": 4}
+SIZES = {"window": 3, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "max_rewind": 4}
 
 
 def transformer(**changed):
@@ -150,8 +150,8 @@ def law_of(model):
 def test_transformer(mode, data):
     """Padded and packed, through several layers."""
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    compression = data.draw(st.sampled_from(["conv", "gated", "max"]))
-    model = transformer(compression=compression, num_kv_heads=data.draw(st.sampled_from([1, 2])))
+    compressor = data.draw(st.sampled_from(["conv", "gated", "max"]))
+    model = transformer(compressor=compressor, num_kv_heads=data.draw(st.sampled_from([1, 2])))
     batch = data.draw(st.integers(1, 3))
     mask = data.draw(placements(batch))
     past = torch.randint(20, (batch, data.draw(st.sampled_from([0, 1, 25]))))
@@ -168,13 +168,13 @@ def test_transformer(mode, data):
 @given(data=st.data())
 def test_rewound_memory_goes_on(mode, data):
     """ctx.rows.rewind: what came in between, even NaN, has left nothing behind; in both paths."""
-    pooling = layers().filter(lambda layer: layer.options["compression"] in POOLING)
+    pooling = layers().filter(lambda layer: layer.options["compressor"] in POOLING)
     layer, batch = data.draw(pooling), data.draw(st.integers(1, 3))
     attn = layer.module()
     past, x = layer.x(batch, data.draw(st.integers(1, 40))), layer.x(batch, 12)
     far = torch.tensor([data.draw(st.integers(0, past.shape[1])) for _ in range(batch)])
     memory = carried(attn, past, far)
-    most = min(layer.headroom, 12)
+    most = min(layer.max_rewind, 12)
     junk = torch.tensor([data.draw(st.integers(0, most)) for _ in range(batch)])
     with torch.no_grad():
         wrong = torch.full_like(x[:, :most], data.draw(st.sampled_from([7.0, float("nan")])))
@@ -191,8 +191,8 @@ def test_rewound_memory_goes_on(mode, data):
 
 def test_slots_of_tokens_taken_back_are_not_read():
     """The tightest ring: the newest slot of NaN stands where one that is no longer seen stood."""
-    sizes = {"window": 0, "compressed": 2, "ratio": 1, "segment": 1, "headroom": 3}
-    attn = ctx.CompressiveAttention(4, 1, compression="mean", dtype=F64, **sizes)
+    sizes = {"window": 0, "compressed": 2, "ratio": 1, "segment": 1, "max_rewind": 3}
+    attn = ctx.CompressiveAttention(4, 1, compressor="mean", dtype=F64, **sizes)
     x = torch.randn(1, 15, 4, dtype=F64)
     memory = carried(attn, x[:, :12], None)
     other = ctx.rows.clone(memory)

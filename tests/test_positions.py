@@ -41,7 +41,7 @@ def relative(dtype=F64, heads=4, head_dim=6, width=8):
 
 def memory(position="relative", **options):
     needs = {"relative": {"relative": relative()}, "alibi": {"alibi_slopes": alibi_slopes(4)}}
-    options = {**needs.get(position, {}), "headroom": 5, "dtype": F64, **options}
+    options = {**needs.get(position, {}), "max_rewind": 5, "dtype": F64, **options}
     return ctx.KVMemory(SCHEDULE, 2, 2, 6, position=position, **options)
 
 
@@ -201,7 +201,10 @@ class TestPlainObjects:
         """Queries and parameters that want gradients get none from a stream."""
         held = memory(position)
         q, k, v = (x.requires_grad_() for x in tokens(5))
-        for out in (*held.step(q, k, v, return_mass=True), *held.attend(q, return_mass=True)):
+        for out in (
+            *held.step(q, k, v, return_region_weights=True),
+            *held.attend(q, return_region_weights=True),
+        ):
             assert not out.requires_grad
         assert not any(tensor.requires_grad for tensor in held.tensors.values())
 
@@ -268,15 +271,18 @@ class TestShares:
         length = data.draw(lengths(setting).filter(lambda n: n > 0))
         tensors = setting.inputs(length, dtype, data.draw(st.integers(0, 3)))
         ours, theirs = setting.memory(ctx, dtype), setting.memory(reference, dtype)
-        want = theirs.step(*tensors, return_mass=True)
+        want = theirs.step(*tensors, return_region_weights=True)
         assume_clear(theirs, CLOSE[dtype])
         assert_close(want[1].sum(-1), torch.ones_like(want[1][..., 0]), 1e-6)
-        steps = [ours.step(*p, return_mass=True) for p in pieces(tensors, data.draw(cuts(length)))]
+        steps = [
+            ours.step(*p, return_region_weights=True)
+            for p in pieces(tensors, data.draw(cuts(length)))
+        ]
         for part, wanted in zip(zip(*steps, strict=True), want, strict=True):
             assert_close(torch.cat(part, 2), wanted, CLOSE[dtype])
-        late = min(setting.headroom, length)
+        late = min(setting.max_rewind, length)
         q = tensors[0][:, :, length - late :]
-        for part, wanted in zip(ours.attend(q, return_mass=True), want, strict=True):
+        for part, wanted in zip(ours.attend(q, return_region_weights=True), want, strict=True):
             assert_close(part, wanted[:, :, length - late :], CLOSE[dtype])
 
     @pytest.mark.parametrize("position", SCHEMES.values(), ids=SCHEMES)
@@ -285,12 +291,12 @@ class TestShares:
         held.step(*tokens(9))
         twin = held.clone()
         q, k, v = tokens(7)
-        out, mass = held.step(q, k, v, torch.tensor([3, 0]), return_mass=True)
-        assert mass[0, :, 3:].abs().sum() == 0 and mass[1].abs().sum() == 0
-        assert_close(mass[0, :, :3].sum(-1), torch.ones(4, 3, dtype=F64), 1e-12)
-        want, whole = twin.step(q, k, v, return_mass=True)
+        out, region_weights = held.step(q, k, v, torch.tensor([3, 0]), return_region_weights=True)
+        assert region_weights[0, :, 3:].abs().sum() == 0 and region_weights[1].abs().sum() == 0
+        assert_close(region_weights[0, :, :3].sum(-1), torch.ones(4, 3, dtype=F64), 1e-12)
+        want, whole = twin.step(q, k, v, return_region_weights=True)
         assert_close(out[0, :, :3], want[0, :, :3], 1e-12)
-        assert_close(mass[0, :, :3], whole[0, :, :3], 1e-12)
+        assert_close(region_weights[0, :, :3], whole[0, :, :3], 1e-12)
 
     def test_documents(self):
         """A document's first token sees itself alone; sinks are its own."""
@@ -299,10 +305,12 @@ class TestShares:
             held.step(*tokens(12))
             reset_at = torch.zeros(2, 6, dtype=torch.bool)
             reset_at[0, 2] = True
-            mass = held.step(*tokens(6), None, reset_at, return_mass=True)[1]
-            assert (mass[0, :, 1, 1] > 0).all() and mass[0, :, 2:, 1].abs().sum() == 0
-            assert_close(mass[0, :, 2, 0], torch.ones(4, dtype=F64), 1e-12)
-            assert_close(mass.sum(-1), torch.ones(2, 4, 6, dtype=F64), 1e-12)
+            region_weights = held.step(*tokens(6), None, reset_at, return_region_weights=True)[1]
+            assert (region_weights[0, :, 1, 1] > 0).all() and region_weights[
+                0, :, 2:, 1
+            ].abs().sum() == 0
+            assert_close(region_weights[0, :, 2, 0], torch.ones(4, dtype=F64), 1e-12)
+            assert_close(region_weights.sum(-1), torch.ones(2, 4, 6, dtype=F64), 1e-12)
 
     @pytest.mark.parametrize("how", ["whole", "lengths", "mask", "reset_at"])
     @pytest.mark.parametrize("position", SCHEMES.values(), ids=SCHEMES)
@@ -317,10 +325,10 @@ class TestShares:
             "mask": {"mask": mask},
             "reset_at": {"reset_at": torch.rand(3, 23) < 0.2},
         }[how]
-        y, _, usage = attn(x, **rows, return_usage=True)
+        y, _, usage = attn(x, **rows, return_region_weights=True)
         assert usage.shape == (3, 4, 23, 3) and not usage.requires_grad and y.requires_grad
         with torch.no_grad():
-            streamed, _, same = attn(x, attn.init_memory(3), **rows, return_usage=True)
+            streamed, _, same = attn(x, attn.init_memory(3), **rows, return_region_weights=True)
         assert_close(streamed, y.detach(), 1e-11)
         assert_close(same, usage, 1e-11)
         there = {
@@ -334,10 +342,10 @@ class TestShares:
         """Output, memory, loss, shares."""
         attn = attention("relative", aux_loss="reconstruction", compressor_grad="aux")
         x = torch.randn(2, 20, 16)
-        y, memory, aux, usage = attn(x, return_aux=True, return_usage=True)
+        y, memory, aux, usage = attn(x, return_aux=True, return_region_weights=True)
         assert torch.equal(y, attn(x)[0]) and isinstance(memory, dict)
         assert aux.shape == () and torch.equal(aux, attn(x, return_aux=True)[2])
-        assert torch.equal(usage, attn(x, return_usage=True)[2])
+        assert torch.equal(usage, attn(x, return_region_weights=True)[2])
 
     @pytest.mark.parametrize("position", ["rotary", "relative"])
     def test_of_a_model(self, position):
@@ -353,25 +361,25 @@ class TestShares:
         built = ctx.CompressiveTransformer(config).eval()
         text, mask = torch.randint(9, (2, 30)), torch.ones(2, 30, dtype=torch.bool)
         mask[1, :11] = False
-        logits, memory, usage = built(text, mask=mask, return_usage=True)
+        logits, memory, usage = built(text, mask=mask, return_region_weights=True)
         assert usage.shape == (3, 2, 2, 30, 3) and len(memory) == 3
         assert_close(usage.sum(-1)[:, 0], torch.ones(3, 2, 30), 1e-5)
         assert usage[:, 1, :, :11].abs().sum() == 0
         with torch.no_grad():
-            same = built(text, built.init_memory(2), mask=mask, return_usage=True)
+            same = built(text, built.init_memory(2), mask=mask, return_region_weights=True)
         assert_close(same[0], logits.detach(), 1e-5)
         assert_close(same[2], usage, 1e-5)
-        both = built(text, return_aux=True, return_usage=True)
+        both = built(text, return_aux=True, return_region_weights=True)
         assert len(both) == 4 and both[2].shape == () and both[3].shape == usage.shape
         assert torch.equal(both[2], built(text, return_aux=True)[2])
 
     def test_asked_for_by_a_bool(self):
         held = memory()
         for call in (
-            lambda: held.step(*tokens(1), return_mass=1),
-            lambda: held.attend(tokens(1)[0], return_mass="yes"),
+            lambda: held.step(*tokens(1), return_region_weights=1),
+            lambda: held.attend(tokens(1)[0], return_region_weights="yes"),
         ):
-            with pytest.raises(TypeError, match=r"\w+: return_mass must be a bool, got"):
+            with pytest.raises(TypeError, match=r"\w+: return_region_weights must be a bool, got"):
                 call()
         assert held.seen.tolist() == [0, 0]
 
@@ -379,15 +387,15 @@ class TestShares:
         for position in SCHEMES.values():
             held = memory(position)
             held.step(*tokens(9))
-            for out, mass in (
-                held.step(*tokens(0), return_mass=True),
-                held.attend(tokens(0)[0], return_mass=True),
+            for out, region_weights in (
+                held.step(*tokens(0), return_region_weights=True),
+                held.attend(tokens(0)[0], return_region_weights=True),
             ):
-                assert out.shape == (2, 4, 0, 6) and mass.shape == (2, 4, 0, 3)
+                assert out.shape == (2, 4, 0, 6) and region_weights.shape == (2, 4, 0, 3)
             attn = attention(position)
             for grad in (True, False):
                 with torch.set_grad_enabled(grad):
-                    usage = attn(torch.randn(2, 0, 16), return_usage=True)[2]
+                    usage = attn(torch.randn(2, 0, 16), return_region_weights=True)[2]
                 assert usage.shape == (2, 4, 0, 3)
 
 

@@ -33,7 +33,7 @@ def test_sizes_are_the_papers(name):
     assert (config.num_layers, config.embed_dim, config.num_heads) == (layers, width, heads)
     assert (config.segment, config.window, config.compressed) == (segment, window, compressed)
     assert (config.ratio, config.mlp_dim) == (ratio, inner)
-    assert (config.compression, config.compressor_grad) == ("conv", "aux")
+    assert (config.compressor, config.compressor_grad) == ("conv", "aux")
     assert config.aux_loss == "reconstruction"
     assert (config.position, config.memory_content) == ("relative", "hidden")
     run = TrainSettings(**PRESETS[name].run)
@@ -66,11 +66,11 @@ def test_what_the_paper_counts_is_near():
     assert without - 24 * (1024**2 + 1024) == pytest.approx(277e6, rel=0.005)
 
 
-@pytest.mark.parametrize("compression", COMPRESSORS)
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 @pytest.mark.parametrize("changed", [{}, {"tied": False}, {"aux_loss": "autoencoding"}])
-def test_every_parameter_is_counted_once(compression, changed):
-    changed = {**changed, "compression": compression, "mlp": "swiglu", "compressor_grad": "aux"}
-    if compression == "most_used" and "aux_loss" in changed:  # what it chooses has no gradient
+def test_every_parameter_is_counted_once(compressor, changed):
+    changed = {**changed, "compressor": compressor, "mlp": "swiglu", "compressor_grad": "aux"}
+    if compressor == "most_used" and "aux_loss" in changed:  # what it chooses has no gradient
         with pytest.raises(CliError, match="aux-loss"):
             model_config(changed)
         return
@@ -110,7 +110,7 @@ class TestCommand:
 
     def test_options_change_a_preset(self, capsys):
         assert main(["train", "--preset", "enwik8", "--param-count", "--layers", "2",
-                     "--compression", "mean"]) == 0  # fmt: skip
+                     "--compressor", "mean"]) == 0  # fmt: skip
         lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.splitlines()[:5])
         assert lines["compressors"] == "0"
         assert lines["MLP"] == f"{2 * (2 * 1024 * 3072 + 3072 + 1024):,}"

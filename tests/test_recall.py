@@ -115,7 +115,7 @@ def test_json_has_every_distance():
 
 
 def test_all_models_may_hold_as_many_slots():
-    settings = RecallSettings(compression="mean,max,conv,gated")
+    settings = RecallSettings(compressor="mean,max,conv,gated")
     without, *others = [one.config.schedule() for one in settings.contestants()]
     assert {schedule.max_slots for schedule in others} == {without.max_slots}
     assert settings.marks == (44, 47, 16 + 4 * 28)
@@ -123,7 +123,7 @@ def test_all_models_may_hold_as_many_slots():
 
 @pytest.mark.parametrize("window, ratio", [(16, 4), (17, 4), (0, 3), (16, 1), (2, 7)])
 def test_marks_are_those_of_the_schedules(window, ratio):
-    settings = RecallSettings(window=window, ratio=ratio, length=200, compression="conv")
+    settings = RecallSettings(window=window, ratio=ratio, length=200, compressor="conv")
     without, conv = (one.config.schedule() for one in settings.contestants())
     seen = [t - without.edge(t) for t in range(300)]
     assert settings.marks == (without.reach, max(seen), conv.reach)
@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_answers():
 
 class TestCommand:
     def test_writes_both_files(self, tmp_path):
-        code, out, err = run("recall", *TINY, "--compression", "max,gated", cwd=tmp_path)
+        code, out, err = run("recall", *TINY, "--compressor", "max,gated", cwd=tmp_path)
         assert code == 0, err
         folder = tmp_path / "runs" / "recall-1"
         drawn = {"recall.png"} if importlib.util.find_spec("matplotlib") else set()
@@ -181,9 +181,9 @@ class TestCommand:
             (("--lr", "nan"), "--lr must be positive and finite, got nan"),
             (("--batch", str(2**62)), "--batch must be below 2**62, got"),
             (("--batch", str(10**12)), "these sizes do not fit"),
-            (("--compression", "mean,no"), "--compression must be all or some of mean, max, conv"),
-            (("--compression", ""), "--compression must be all or some of mean, max, conv"),
-            (("--compression", "max,max"), "--compression must be all or some of"),
+            (("--compressor", "mean,no"), "--compressor must be all or some of mean, max, conv"),
+            (("--compressor", ""), "--compressor must be all or some of mean, max, conv"),
+            (("--compressor", "max,max"), "--compressor must be all or some of"),
             (("--length", "3"), "--length must be at least 18, so that queries lie more than 47"),
         ],
     )
@@ -200,7 +200,7 @@ class TestCommand:
 
 
 def test_every_compressor_competes():
-    """Also one that is registered at run time; --compression picks some, in its own order."""
+    """Also one that is registered at run time; --compressor picks some, in its own order."""
 
     @register
     class First(Compressor):
@@ -213,7 +213,7 @@ def test_every_compressor_competes():
         names = [one.name for one in RecallSettings().contestants()]
         assert names == ["window only", *(f"CMem, {name}" for name in COMPRESSORS)]
         assert names[-1] == "CMem, first"
-        some = RecallSettings(compression="first, mean").contestants()
+        some = RecallSettings(compressor="first, mean").contestants()
         assert [one.name for one in some] == ["window only", "CMem, first", "CMem, mean"]
     finally:
         del COMPRESSORS["first"]
@@ -228,7 +228,7 @@ def test_a_length_that_is_just_enough():
 @pytest.mark.slow
 def test_cmem_remembers_what_the_window_forgets():
     """Minutes of training: conv answers to at least 80 % of the reach, the window guesses."""
-    settings = RecallSettings(compression="conv")
+    settings = RecallSettings(compressor="conv")
     _, exact, reach = settings.marks
     without, conv = (compete(one, settings).tally for one in settings.contestants())
     for first in range(1, int(0.8 * reach) - 7):

@@ -148,7 +148,7 @@ def test_fresh_after_reset_and_rows_independent():
 def test_what_is_stored_is_rounded():
     """bfloat16 memory holds turned keys in bfloat16, and slots made of the rounded keys."""
     schedule = reference.Schedule(0, 2, 2, 2)
-    memory = reference.KVMemory(schedule, 1, 1, 4, dtype=torch.bfloat16, headroom=1)
+    memory = reference.KVMemory(schedule, 1, 1, 4, dtype=torch.bfloat16, max_rewind=1)
     k, v = torch.randn(2, 1, 1, 5, 4).bfloat16()
     memory.append(k, v)
     turn = reference.Rotary().rotate

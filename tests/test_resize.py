@@ -86,7 +86,7 @@ def test_rewinding_ends_where_the_windows_disagree():
     schedule = ctx.Schedule(window=1, compressed=4, ratio=4, segment=3)
     made = [[one.groups(t) for t in range(9, 15)] for one in (schedule, schedule.resized(window=2))]
     assert made == [[2, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2]]
-    memory = ctx.KVMemory(schedule, 2, 1, 4, headroom=12)
+    memory = ctx.KVMemory(schedule, 2, 1, 4, max_rewind=12)
     pair = torch.randn(2, 1, 15, 4)
     memory.append(pair, pair, lengths=torch.tensor([14, 15]))
     assert memory.rewindable.tolist() == [12, 12]
@@ -102,7 +102,7 @@ def test_after_a_rewind_and_a_reset():
     made = {}
     for compressed in (4, 2):
         memory = ctx.KVMemory(
-            schedule.resized(compressed=compressed), 3, 1, 4, headroom=8, dtype=F64
+            schedule.resized(compressed=compressed), 3, 1, 4, max_rewind=8, dtype=F64
         )
         memory.step(*(x[:, :, :20] for x in pairs))
         memory.rewind(torch.tensor([0, 5, 8]))

@@ -173,7 +173,7 @@ def masks(draw, totals, tokens, kind):
 @cases(80)
 @given(st.data())
 def test_rewindable_is_what_came_since(data):
-    """min(headroom, tokens since the stream began), less what was taken back; never negative."""
+    """min(max_rewind, tokens since the stream began), less what was taken back; never negative."""
     setting, _ = data.draw(ragged(by_usage=False))
     memory = setting.memory(ctx, F64)
     seen, back = [0] * setting.batch, [0] * setting.batch
@@ -191,10 +191,10 @@ def test_rewindable_is_what_came_since(data):
             for b, (total, starts) in enumerate(zip(totals, anew, strict=True)):
                 begun = [i for i in starts if i < total]
                 seen[b] = total - max(begun) if begun else seen[b] + total
-                back[b] = min(seen[b] if begun else back[b] + total, setting.headroom)
+                back[b] = min(seen[b] if begun else back[b] + total, setting.max_rewind)
         assert memory.seen.tolist() == seen
         assert memory.rewindable.tolist() == back
-        assert all(0 <= k <= min(n, setting.headroom) for k, n in zip(back, seen, strict=True))
+        assert all(0 <= k <= min(n, setting.max_rewind) for k, n in zip(back, seen, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -210,7 +210,7 @@ def test_rewind_is_exact(dtype, data):
         feed(one, streams, [totals])
     other = dataclasses.replace(setting, seed=setting.seed + 1)
     for _ in range(data.draw(st.integers(1, 3))):
-        junk = [data.draw(st.integers(0, setting.headroom % 20)) for _ in totals]
+        junk = [data.draw(st.integers(0, setting.max_rewind % 20)) for _ in totals]
         wrong = streams_of(other, junk, dtype)
         if data.draw(st.booleans()):
             wrong = [[torch.full_like(x, float("nan")) for x in row] for row in wrong]
@@ -262,10 +262,10 @@ def test_functions_on_dicts_equal_the_methods(data):
     assert_same_memory(copied, mine.tensors)
 
 
-def kv_memory(headroom=4, dtype=torch.float32):
+def kv_memory(max_rewind=4, dtype=torch.float32):
     """Three rows of nine tokens."""
     law = ctx.Schedule(4, 3, 2, 4, 1)
-    memory = ctx.KVMemory(law, 3, 1, 4, headroom=headroom, dtype=dtype)
+    memory = ctx.KVMemory(law, 3, 1, 4, max_rewind=max_rewind, dtype=dtype)
     memory.step(*[torch.randn(3, 1, 9, 4, dtype=dtype)] * 3)
     return memory
 
@@ -276,7 +276,7 @@ def filled(**options):
 
 def test_nested_memories():
     """Any nesting of lists and tuples, layers of different geometry; the nesting is kept."""
-    memory = [filled(), (filled(dtype=F64), [filled(headroom=2)])]
+    memory = [filled(), (filled(dtype=F64), [filled(max_rewind=2)])]
     taken = ctx.rows.select(memory, [2, 0, 2])
     assert type(taken) is list and type(taken[1]) is tuple and type(taken[1][1]) is list
     for got, layer in zip(layers(taken), layers(memory), strict=True):
@@ -329,7 +329,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_touch_nothing(name):
     """The second layer can take back less than the first: neither is changed."""
-    memory = [filled(headroom=4), filled(headroom=2)]
+    memory = [filled(max_rewind=4), filled(max_rewind=2)]
     before = [snapshot(layer) for layer in memory]
     call, kind, words = ERRORS[name]
     with pytest.raises(kind, match=words):
@@ -340,7 +340,7 @@ def test_errors_touch_nothing(name):
 
 def test_a_memory_s_own_counters_as_arguments():
     """`seen` and `rewindable` alias the memory, and may be handed to it."""
-    memory, lengths = kv_memory(headroom=20), torch.tensor([9, 4, 0])
+    memory, lengths = kv_memory(max_rewind=20), torch.tensor([9, 4, 0])
     memory.rewind(9 - lengths)
     tensors = [torch.randn(3, 1, 9, 4)] * 3
     for name in ("seen", "rewindable"):
@@ -372,7 +372,7 @@ SLOTS = [None, torch.int8, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", [None, *DTYPES], ids=str)
 def test_to(dtype, slots, name):
     """Counts, usage and packed slots keep what they must be; a stream goes on as it would."""
-    attn = ctx.CompressiveAttention(8, 4, 2, window=4, compressed=3, ratio=2, compression=name)
+    attn = ctx.CompressiveAttention(8, 4, 2, window=4, compressed=3, ratio=2, compressor=name)
     x = torch.randn(2, 30, 8)
     with torch.no_grad():
         _, memory = attn(x[:, :21], attn.init_memory(2, compressed_dtype=slots))
@@ -386,7 +386,7 @@ def test_to(dtype, slots, name):
         want = {torch.int64: torch.int64, torch.uint8: torch.uint8}.get(tensor.dtype, pairs)
         if key.startswith("compressed"):
             want = stored
-        if key == "usage":
+        if key == "attention_received":
             want = torch.float64 if pairs == torch.float64 else torch.float32
         assert tensor.dtype == want, key
         assert tensor.numel() == 0 or tensor.data_ptr() != memory[key].data_ptr()

@@ -131,7 +131,7 @@ def split_embedding(ranks):
     assert torch.equal(model.generate(tokens, NEW, temperature=0), drawn)
 
 
-MODELS = [{}, {"tied": False, "norm": "layer", "compression": "most_used", "position": None}]
+MODELS = [{}, {"tied": False, "norm": "layer", "compressor": "most_used", "position": None}]
 CASES = list(itertools.product(MODELS, (False, True), (False, True)))
 
 

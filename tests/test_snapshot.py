@@ -26,7 +26,7 @@ SETTINGS = {
     "segment": 4,
     "sinks": 1,
     "overlap": 0,
-    "headroom": 7,
+    "max_rewind": 7,
     "position": "rotary",
     "rotary_dim": 4,
     "rotary_base": 10000.0,
@@ -39,7 +39,7 @@ SETTINGS = {
 
 def fresh(compressor="conv", dtype=torch.float32, **options):
     """An empty memory; a compressor by name is the same every time."""
-    options = {"headroom": 7, "rotary_dim": 4, **options}
+    options = {"max_rewind": 7, "rotary_dim": 4, **options}
     return ctx.KVMemory(SCHEDULE, B, HKV, D, DV, compressor=compressor, dtype=dtype, **options)
 
 

@@ -31,7 +31,7 @@ WRITER = """
         os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
     path = sys.argv[1]
-    memory = ctx.KVMemory(ctx.Schedule(64, 32, 4), 4, 4, 32, headroom=8, compressor="mean")
+    memory = ctx.KVMemory(ctx.Schedule(64, 32, 4), 4, 4, 32, max_rewind=8, compressor="mean")
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -48,7 +48,7 @@ WRITER = """
 
 def memory():
     """What the writer's states belong to."""
-    return ctx.KVMemory(ctx.Schedule(64, 32, 4), 4, 4, 32, headroom=8, compressor="mean")
+    return ctx.KVMemory(ctx.Schedule(64, 32, 4), 4, 4, 32, max_rewind=8, compressor="mean")
 
 
 def number_of(path):

@@ -214,10 +214,10 @@ def test_query_that_sees_nothing():
     first[:, 40] = 1000
     problem.first = [first, first, first]
     arguments = problem.arguments()
-    out, logsumexp, mass = ATTEND(*arguments, True)
+    out, logsumexp, region_weights = ATTEND(*arguments, True)
     blind = torch.zeros(70, dtype=torch.bool)
     blind[[0, 40]] = True
-    assert (out[:, :, blind] == 0).all() and (mass[:, :, blind] == 0).all()
+    assert (out[:, :, blind] == 0).all() and (region_weights[:, :, blind] == 0).all()
     assert (logsumexp[:, :, blind] == -torch.inf).all()
     assert out[:, :, ~blind].abs().amin() > 0 and logsumexp[:, :, ~blind].isfinite().all()
     grads = gradients(arguments)

@@ -70,7 +70,7 @@ def test_shares_are_those_of_one_call(trained):
     counts = []
     found = shares(model, text, counts.append)
     with torch.no_grad():
-        usage = model(text.long()[None], return_usage=True)[2]
+        usage = model(text.long()[None], return_region_weights=True)[2]
     want = usage.double().mean((1, 2, 3))
     assert found.shape == (2, 3) and sum(counts) == 1000
     torch.testing.assert_close(found, want, atol=1e-6, rtol=0)

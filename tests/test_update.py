@@ -11,7 +11,7 @@ import ctx
 from strategies import COMPRESSORS, POOLING, assert_close, assert_same_bits
 
 F64 = torch.float64
-SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "headroom": 4}
+SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "max_rewind": 4}
 POSITIONS = ["rotary", "relative", "alibi", None]
 LAYERS = [
     *itertools.product(COMPRESSORS, POSITIONS, ["slot", "token"], ["kv"]),
@@ -37,11 +37,11 @@ def streamed(attn, x, **made):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("compression, position, distance, content", LAYERS)
-def test_reads_and_does_not_write(compression, position, distance, content, mode):
+@pytest.mark.parametrize("compressor, position, distance, content", LAYERS)
+def test_reads_and_does_not_write(compressor, position, distance, content, mode):
     """Also of no memory, over padding and a new document, and for no tokens at all."""
     attn = attention(
-        compression=compression, position=position, distance=distance, memory_content=content
+        compressor=compressor, position=position, distance=distance, memory_content=content
     )
     x = torch.randn(2, 31, 8, dtype=F64)
     held = streamed(attn, x[:, :20])
@@ -58,8 +58,8 @@ def test_reads_and_does_not_write(compression, position, distance, content, mode
         chunk = x[:, 20 : 20 + tokens]
         before = None if memory is None else ctx.rows.clone(memory)
         with MODES[mode]():
-            y, after, usage = attn(chunk, memory, update=False, return_usage=True, **rows)
-            want, _, shares = attn(chunk, before, return_usage=True, **rows)
+            y, after, usage = attn(chunk, memory, update=False, return_region_weights=True, **rows)
+            want, _, shares = attn(chunk, before, return_region_weights=True, **rows)
         assert after is memory
         assert_close(y, want, 1e-12)
         assert_close(usage, shares, 1e-12)
@@ -71,10 +71,10 @@ def test_reads_and_does_not_write(compression, position, distance, content, mode
 
 
 @pytest.mark.parametrize(
-    "compression, content", [("conv", "kv"), ("most_used", "kv"), ("gated", "hidden")]
+    "compressor, content", [("conv", "kv"), ("most_used", "kv"), ("gated", "hidden")]
 )
-def test_gradients_are_those_of_a_call_that_writes(compression, content):
-    attn = attention(compression=compression, memory_content=content)
+def test_gradients_are_those_of_a_call_that_writes(compressor, content):
+    attn = attention(compressor=compressor, memory_content=content)
     x = torch.randn(2, 31, 8, dtype=F64)
     memory, leaf = streamed(attn, x[:, :20]), x[:, 20:].clone().requires_grad_()
     found = []
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_a_call_that_writes(compression, content):
 @pytest.mark.parametrize("slots", [torch.int8, torch.bfloat16])
 def test_slots_are_rounded_as_they_would_be_written(slots, mode):
     """Where slots are stored in another dtype, what attends to them is what is stored."""
-    attn = attention(torch.float32, compression="mean")
+    attn = attention(torch.float32, compressor="mean")
     x = torch.randn(2, 31, 8)
     memory = streamed(attn, x[:, :20], compressed_dtype=slots)
     with MODES[mode]():
@@ -102,7 +102,7 @@ def test_slots_are_rounded_as_they_would_be_written(slots, mode):
 
 def test_nothing_is_copied():
     """The rings are read where they lie: no tensor of their size is made."""
-    attn = ctx.CompressiveAttention(8, 2, window=4096, compressed=4096, ratio=2, compression="mean")
+    attn = ctx.CompressiveAttention(8, 2, window=4096, compressed=4096, ratio=2, compressor="mean")
     memory = attn.init_memory(1)
     ring = memory["window_keys"].nbytes
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
@@ -112,7 +112,7 @@ def test_nothing_is_copied():
 
 
 def test_compiled():
-    attn = attention(compression="conv")
+    attn = attention(compressor="conv")
     x = torch.randn(2, 31, 8, dtype=F64)
     memory = streamed(attn, x[:, :20])
     before = ctx.rows.clone(memory)

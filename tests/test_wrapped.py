@@ -13,7 +13,7 @@ import ctx
 from strategies import POOLING, assert_close, assert_same_bits
 
 F64 = torch.float64
-SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "headroom": 4}
+SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "max_rewind": 4}
 POSITIONS = ["rotary", "relative", "alibi", None]
 CALLS = [1, 11, 3, 8]
 
@@ -137,13 +137,13 @@ def count(module, ran):
     module.register_forward_hook(lambda *_: ran.append("after"))
 
 
-@pytest.mark.parametrize("name, compression, position, content", CASES)
-def test_a_wrapper_adds(name, compression, position, content):
+@pytest.mark.parametrize("name, compressor, position, content", CASES)
+def test_a_wrapper_adds(name, compressor, position, content):
     """Numbers of both paths are those of the addition by hand, gradients reach what was added, and
     hooks run on the wrapper and on what it owns.
     """
     attn = attention(
-        compression=compression,
+        compressor=compressor,
         position=position,
         memory_content=content,
         aux_loss="autoencoding" if name == "decoder" else None,
@@ -160,7 +160,7 @@ def test_a_wrapper_adds(name, compression, position, content):
         "Custom"
         if name == "compressor"
         else "MostUsed"
-        if compression == "most_used"
+        if compressor == "most_used"
         else type(wanted.compressor).__name__
     )
     ran, inside = [], []
@@ -187,7 +187,7 @@ def test_a_wrapper_adds(name, compression, position, content):
 
 
 def test_a_wrapper_around_most_used_is_refused():
-    attn = attention(compression="most_used")
+    attn = attention(compressor="most_used")
     with pytest.raises(ValueError, match=r"module must not contain .* got 'most_used' in Shifted"):
         attn.compressor = Shifted(attn.compressor)
     assert isinstance(attn.compressor, ctx.compression.MostUsed)
@@ -199,7 +199,7 @@ def test_a_wrapper_around_most_used_is_refused():
     with pytest.raises(ValueError, match=r"forward must not be overridden .* 'most_used'"):
         attn.compressor = Other(2, 2, 2)
     for option in ({"memory_content": "hidden"}, {"aux_loss": "reconstruction"}):
-        attn = attention(compression="mean", **option)
+        attn = attention(compressor="mean", **option)
         with pytest.raises(ValueError, match=f"{next(iter(option))} must be .* 'most_used'"):
             attn.compressor = ctx.compression.MostUsed(2, 2, 2)
     with pytest.raises(TypeError, match="compressor must be a module, got 3"):
@@ -208,7 +208,7 @@ def test_a_wrapper_around_most_used_is_refused():
 
 def test_a_compressor_that_is_assigned_brings_its_overlap():
     """The ring of the window is as long as the new one needs."""
-    attn = attention(compression="mean")
+    attn = attention(compressor="mean")
     before = attn.init_memory(1)["window_keys"].shape[2]
     attn.compressor = Shifted(ctx.compression.Conv(2, 2, 2, kernel=7, dtype=F64))
     assert attn.compressor.overlap == 5
@@ -259,7 +259,7 @@ def doubled(how, *sizes, **options):
 def test_what_acts_on_a_native_compressor_acts_in_streams(how, grad, content):
     sizes = (1, 2, 8, 0) if content == "hidden" else (2, 2, 2)
     made, want, handle = doubled(how, *sizes, dtype=F64)
-    attn, twin = (attention(compression=x, memory_content=content) for x in (made, want))
+    attn, twin = (attention(compressor=x, memory_content=content) for x in (made, want))
     with torch.no_grad():
         for mine, yours in zip(made.parameters(), want.parameters(), strict=True):
             yours.copy_(2 * mine)  # the layers have moved them
@@ -292,7 +292,7 @@ def test_what_acts_on_a_native_compressor_acts_in_a_memory(how, position):
         )
         for tokens in (1, 11, 3, 8):
             q, k, v = (torch.randn(2, heads, tokens, 4, dtype=F64) for heads in (2, 1, 1))
-            mine, yours = (m.step(q, k, v, return_mass=True) for m in (memory, twin))
+            mine, yours = (m.step(q, k, v, return_region_weights=True) for m in (memory, twin))
             for x, other in zip(mine, yours, strict=True):
                 assert_close(x, other, 1e-11)
             for one in (memory, twin):
@@ -312,7 +312,7 @@ def test_what_acts_on_a_native_compressor_acts_in_a_memory(how, position):
 
 def test_parameters_that_a_hook_gathers():
     """FSDP2's way: a compressor has its parameters during its call only."""
-    attn = attention(compression="conv")
+    attn = attention(compressor="conv")
     x = torch.randn(2, sum(CALLS), 8, dtype=F64)
     want = streamed(attn, x, False)[0]
     made = attn.compressor
@@ -365,7 +365,7 @@ def test_quantised_projections(position, content):
     assert quantised(x, memory)[0].isfinite().all()  # in the middle of a stream
     assert_close(quantised(x)[0].detach(), want, 0.2)
     bare = attention(
-        position=None, memory_content=content, compression="mean", compressed_bias="none"
+        position=None, memory_content=content, compressor="mean", compressed_bias="none"
     )
     bare = torch.ao.quantization.quantize_dynamic(bare.float(), {nn.Linear})
     assert [*bare.parameters(), *bare.buffers()] == []

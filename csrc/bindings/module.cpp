@@ -40,7 +40,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
                                            const std::optional<at::Tensor>& alibi_slopes,
                                            const std::vector<at::Tensor>& relative,
                                            double scale,
-                                           int64_t headroom,
+                                           int64_t max_rewind,
                                            at::ScalarType dtype,
                                            const std::optional<at::ScalarType>& compressed_dtype,
                                            const at::Device& device) {
@@ -59,7 +59,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
   options.value_dim = value_dim;
   options.compressor = {compressor, parameters, std::move(function), overlap};
   options.compressed_bias = compressed_bias;
-  options.headroom = headroom;
+  options.max_rewind = max_rewind;
   options.dtype = dtype;
   options.compressed_dtype = compressed_dtype;
   options.device = device;
@@ -133,8 +133,8 @@ PYBIND11_MODULE(_C, m) {
       .def("slots", &Schedule::slots, "t"_a)
       .def("visible_sinks", &Schedule::visible_sinks, "t"_a)
       .def("max_new_groups", &Schedule::max_new_groups<int64_t>, "tokens"_a)
-      .def("window_capacity", &Schedule::window_capacity<int64_t>, "headroom"_a)
-      .def("compressed_capacity", &Schedule::compressed_capacity<int64_t>, "headroom"_a)
+      .def("window_capacity", &Schedule::window_capacity<int64_t>, "max_rewind"_a)
+      .def("compressed_capacity", &Schedule::compressed_capacity<int64_t>, "max_rewind"_a)
       .def_property_readonly("max_window", &Schedule::max_window)
       .def_property_readonly("max_slots", &Schedule::max_slots)
       .def_property_readonly("reach", &Schedule::reach);
@@ -158,7 +158,7 @@ PYBIND11_MODULE(_C, m) {
            "alibi_slopes"_a,
            "relative"_a,
            "scale"_a,
-           "headroom"_a,
+           "max_rewind"_a,
            "dtype"_a,
            "compressed_dtype"_a,
            "device"_a)
@@ -169,8 +169,8 @@ PYBIND11_MODULE(_C, m) {
            "v"_a,
            "lengths"_a = py::none(),
            "reset_at"_a = py::none())
-      .def("step_with_mass",
-           wrap_pybind_function_no_gil(&KVMemory::step_with_mass),
+      .def("step_with_region_weights",
+           wrap_pybind_function_no_gil(&KVMemory::step_with_region_weights),
            "q"_a,
            "k"_a,
            "v"_a,
@@ -183,7 +183,9 @@ PYBIND11_MODULE(_C, m) {
            "lengths"_a = py::none(),
            "reset_at"_a = py::none())
       .def("attend", wrap_pybind_function_no_gil(&KVMemory::attend), "q"_a)
-      .def("attend_with_mass", wrap_pybind_function_no_gil(&KVMemory::attend_with_mass), "q"_a)
+      .def("attend_with_region_weights",
+           wrap_pybind_function_no_gil(&KVMemory::attend_with_region_weights),
+           "q"_a)
       .def("reset", wrap_pybind_function_no_gil(reset), "rows"_a = py::none())
       .def("rewind", wrap_pybind_function_no_gil(rewind_rows), "tokens"_a)
       .def("select", wrap_pybind_function_no_gil(select_rows), "rows"_a)

@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> most_used(const at::Tensor& q,
                                         tokens.k.size(1),
                                         tokens.k.size(3),
                                         tokens.v.size(3),
-                                        /*headroom=*/64,
+                                        /*max_rewind=*/64,
                                         tokens.k.scalar_type(),
                                         /*used=*/true);
     for (int i = 0; i < ops::kStateTensors; ++i) {
@@ -106,7 +106,7 @@ at::Tensor compressive_attention(const at::Tensor& q,
   }
   if (resolved.scale == 0.0) resolved.scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
   const calls::Tokens tokens{k, v, lengths, reset_at};
-  const auto [keys, values, block] = calls::due_groups(tokens, memory, resolved);
+  const auto [keys, values, block] = calls::evicted_groups(tokens, memory, resolved);
   const std::optional<Tensor> given = bias && bias->defined() ? bias : std::nullopt;
   Tensor slot_keys, slot_values;
   std::optional<Tensor> slot_positions;
@@ -130,7 +130,7 @@ at::Tensor compressive_attention(const at::Tensor& q,
                                             slot_positions,
                                             given,
                                             resolved,
-                                            /*with_mass=*/false));
+                                            /*with_region_weights=*/false));
 }
 
 }  // namespace ctx

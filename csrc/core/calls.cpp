@@ -37,7 +37,7 @@ Pair step_(const Tensor& q,
            const Slots& slots,
            const OptionalTensor& bias,
            const AttentionOptions& options,
-           bool with_mass) {
+           bool with_region_weights) {
   static const auto op = find<Pair(const Tensor&,
                                    const Tensor&,
                                    const Tensor&,
@@ -67,7 +67,7 @@ Pair step_(const Tensor& q,
                  options.relative,
                  CTX_SETTINGS_OF(options),
                  options.scale,
-                 with_mass);
+                 with_region_weights);
 }
 
 void append_(const Tokens& tokens,
@@ -133,7 +133,7 @@ Pair attend_memory(const Tensor& q,
                    const ops::State& state,
                    const OptionalTensor& bias,
                    const AttentionOptions& options,
-                   bool with_mass) {
+                   bool with_region_weights) {
   static const auto op = find<Pair(const Tensor&,
                                    CTX_STATE_TYPES,
                                    const OptionalTensor&,
@@ -149,19 +149,19 @@ Pair attend_memory(const Tensor& q,
                  options.relative,
                  CTX_SETTINGS_OF(options),
                  options.scale,
-                 with_mass);
+                 with_region_weights);
 }
 
-std::tuple<Tensor, Tensor, Tensor> due_groups(const Tokens& tokens,
-                                              at::TensorList memory,
-                                              const AttentionOptions& options) {
+std::tuple<Tensor, Tensor, Tensor> evicted_groups(const Tokens& tokens,
+                                                  at::TensorList memory,
+                                                  const AttentionOptions& options) {
   static const auto op =
       find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&,
                                               const Tensor&,
                                               const OptionalTensor&,
                                               const OptionalTensor&,
                                               ops::OptionalList,
-                                              CTX_SETTINGS_TYPES)>("ctx::due_groups");
+                                              CTX_SETTINGS_TYPES)>("ctx::evicted_groups");
   return op.call(
       tokens.k, tokens.v, tokens.lengths, tokens.reset_at, memory, CTX_SETTINGS_OF(options));
 }
@@ -174,7 +174,7 @@ Pair attend_sequence(const Tensor& q,
                      const OptionalTensor& slot_positions,
                      const OptionalTensor& bias,
                      const AttentionOptions& options,
-                     bool with_mass) {
+                     bool with_region_weights) {
   static const auto op = find<Pair(const Tensor&,
                                    const Tensor&,
                                    const Tensor&,
@@ -204,7 +204,7 @@ Pair attend_sequence(const Tensor& q,
                  options.relative,
                  CTX_SETTINGS_OF(options),
                  options.scale,
-                 with_mass);
+                 with_region_weights);
 }
 
 }  // namespace ctx::calls

@@ -37,7 +37,7 @@ std::tuple<at::Tensor, at::Tensor> step_(const at::Tensor& q,
                                          const Slots& slots,
                                          const std::optional<at::Tensor>& bias,
                                          const AttentionOptions& options,
-                                         bool with_mass);
+                                         bool with_region_weights);
 
 void append_(const Tokens& tokens,
              const ops::State& state,
@@ -56,11 +56,11 @@ std::tuple<at::Tensor, at::Tensor> attend_memory(const at::Tensor& q,
                                                  const ops::State& state,
                                                  const std::optional<at::Tensor>& bias,
                                                  const AttentionOptions& options,
-                                                 bool with_mass);
+                                                 bool with_region_weights);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> due_groups(const Tokens& tokens,
-                                                          at::TensorList memory,
-                                                          const AttentionOptions& options);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> evicted_groups(const Tokens& tokens,
+                                                              at::TensorList memory,
+                                                              const AttentionOptions& options);
 
 std::tuple<at::Tensor, at::Tensor> attend_sequence(const at::Tensor& q,
                                                    const Tokens& tokens,
@@ -70,6 +70,6 @@ std::tuple<at::Tensor, at::Tensor> attend_sequence(const at::Tensor& q,
                                                    const std::optional<at::Tensor>& slot_positions,
                                                    const std::optional<at::Tensor>& bias,
                                                    const AttentionOptions& options,
-                                                   bool with_mass);
+                                                   bool with_region_weights);
 
 }  // namespace ctx::calls

@@ -50,7 +50,7 @@ void MemoryOptions::validate() const {
                   Schedule::kLimit,
                   ", got ",
                   value_dim);
-  positive("headroom", headroom);
+  positive("max_rewind", max_rewind);
   attention.validate(head_dim);
   ops::storage_of(dtype, where, "dtype");
   ops::slot_storage_of(slot_dtype(), dtype, where, "compressed_dtype");
@@ -123,7 +123,7 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
                                       options_.kv_heads,
                                       options_.head_dim,
                                       options_.value_dim,
-                                      options_.headroom,
+                                      options_.max_rewind,
                                       options_.slot_dtype(),
                                       /*used=*/options_.compressor.name == "most_used");
   const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
@@ -145,7 +145,7 @@ std::vector<Tensor> KVMemory::custom_slots(const Tensor& k,
                                            const OptionalTensor& reset_at) const {
   if (options_.compressor.name != "custom") return {};
   const auto [keys, values, block] =
-      calls::due_groups({k, v, lengths, reset_at}, tensors_, options_.attention);
+      calls::evicted_groups({k, v, lengths, reset_at}, tensors_, options_.attention);
   auto [slot_keys, slot_values] = compress(keys, values, options_.compressor);
   return {slot_keys, slot_values, block};
 }
@@ -158,11 +158,11 @@ Tensor KVMemory::step(const Tensor& q,
   return std::get<0>(stepped(q, k, v, lengths, reset_at, false));
 }
 
-std::tuple<Tensor, Tensor> KVMemory::step_with_mass(const Tensor& q,
-                                                    const Tensor& k,
-                                                    const Tensor& v,
-                                                    const OptionalTensor& lengths,
-                                                    const OptionalTensor& reset_at) {
+std::tuple<Tensor, Tensor> KVMemory::step_with_region_weights(const Tensor& q,
+                                                              const Tensor& k,
+                                                              const Tensor& v,
+                                                              const OptionalTensor& lengths,
+                                                              const OptionalTensor& reset_at) {
   return stepped(q, k, v, lengths, reset_at, true);
 }
 
@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor> KVMemory::stepped(const Tensor& q,
                                              const Tensor& v,
                                              const OptionalTensor& lengths,
                                              const OptionalTensor& reset_at,
-                                             bool with_mass) {
+                                             bool with_region_weights) {
   constexpr const char* where = "ctx.KVMemory.step";
   check_tokens(tensors_, k, v, lengths, reset_at, where);
   const AttentionOptions& a = options_.attention;
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> KVMemory::stepped(const Tensor& q,
       {compressor.parameters, compressor.name, custom_slots(k, v, lengths, reset_at)},
       options_.compressed_bias,
       a,
-      with_mass);
+      with_region_weights);
 }
 
 void KVMemory::append(const Tensor& k,
@@ -208,19 +208,19 @@ void KVMemory::append(const Tensor& k,
 
 Tensor KVMemory::attend(const Tensor& q) const { return std::get<0>(attended(q, false)); }
 
-std::tuple<Tensor, Tensor> KVMemory::attend_with_mass(const Tensor& q) const {
+std::tuple<Tensor, Tensor> KVMemory::attend_with_region_weights(const Tensor& q) const {
   return attended(q, true);
 }
 
-std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_mass) const {
+std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_region_weights) const {
   constexpr const char* where = "ctx.KVMemory.attend";
   const AttentionOptions& a = options_.attention;
   ops::check_queries(
       tensors_, q, -1, {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
-  CTX_CHECK_VALUE(q.size(2) <= options_.headroom,
+  CTX_CHECK_VALUE(q.size(2) <= options_.max_rewind,
                   where,
-                  "q must have at most headroom = ",
-                  options_.headroom,
+                  "q must have at most max_rewind = ",
+                  options_.max_rewind,
                   " tokens, got ",
                   q.size(2));
   // A device is never waited for: there, outputs before the stream are zero.
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_mass) c
     }
   }
   at::NoGradGuard no_grad;
-  return calls::attend_memory(q, tensors_, options_.compressed_bias, a, with_mass);
+  return calls::attend_memory(q, tensors_, options_.compressed_bias, a, with_region_weights);
 }
 
 int64_t KVMemory::nbytes() const {

@@ -199,23 +199,24 @@ Composite make_composite(CTX_ATTEND_PARAMETERS, bool recorded) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_composite(CTX_ATTEND_PARAMETERS,
-                                                    bool with_mass,
+                                                    bool with_region_weights,
                                                     bool recorded) {
   const auto precision = own_precision();
-  auto [out, logsumexp, mass] = make_composite(CTX_ATTEND_ARGUMENTS, recorded).forward(with_mass);
-  return {out.to(q.scalar_type()), logsumexp, mass};
+  auto [out, logsumexp, region_weights] =
+      make_composite(CTX_ATTEND_ARGUMENTS, recorded).forward(with_region_weights);
+  return {out.to(q.scalar_type()), logsumexp, region_weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS, bool with_mass) {
-  return attend_composite(CTX_ATTEND_ARGUMENTS, with_mass, /*recorded=*/false);
+std::tuple<Tensor, Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS, bool with_region_weights) {
+  return attend_composite(CTX_ATTEND_ARGUMENTS, with_region_weights, /*recorded=*/false);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attend_meta(CTX_ATTEND_PARAMETERS, bool with_mass) {
+std::tuple<Tensor, Tensor, Tensor> attend_meta(CTX_ATTEND_PARAMETERS, bool with_region_weights) {
   auto sizes = q.sym_sizes().vec();
   const Tensor logsumexp = q.new_empty_symint(c10::SymIntArrayRef(sizes).slice(0, 3),
                                               q.options().dtype(arithmetic_type(q.scalar_type())));
   sizes[3] = window_values.sym_size(3);
-  return {q.new_empty_symint(sizes), logsumexp, new_mass(q, with_mass)};
+  return {q.new_empty_symint(sizes), logsumexp, new_region_weights(q, with_region_weights)};
 }
 
 // Of q, sink keys and values, compressed, window, bias, and the queries of relative positions.
@@ -278,11 +279,12 @@ bool is_composite(const OptionalTensor& slot_positions,
   return relative || (slopes && slot_positions && distance == "token");
 }
 
-std::tuple<Tensor, Tensor, Tensor> attend_forward_cpu(CTX_ATTEND_PARAMETERS, bool with_mass) {
+std::tuple<Tensor, Tensor, Tensor> attend_forward_cpu(CTX_ATTEND_PARAMETERS,
+                                                      bool with_region_weights) {
   if (is_composite(slot_positions, slopes, relative, distance))
-    return attend_forward(CTX_ATTEND_ARGUMENTS, with_mass);
+    return attend_forward(CTX_ATTEND_ARGUMENTS, with_region_weights);
   const auto precision = own_precision();
-  return spans_forward(check_call(CTX_ATTEND_ARGUMENTS), with_mass);
+  return spans_forward(check_call(CTX_ATTEND_ARGUMENTS), with_region_weights);
 }
 
 Gradients attend_backward_cpu(const Tensor& grad_out,
@@ -331,13 +333,13 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
  public:
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* saved,
                                                 CTX_ATTEND_PARAMETERS,
-                                                bool with_mass) {
+                                                bool with_region_weights) {
     at::AutoDispatchBelowADInplaceOrView guard;
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("ctx::attend", "")
                                .typed<decltype(attend_forward)>();
-    auto [out, logsumexp, mass] = op.call(CTX_ATTEND_ARGUMENTS, with_mass);
-    saved->mark_non_differentiable({mass});
+    auto [out, logsumexp, region_weights] = op.call(CTX_ATTEND_ARGUMENTS, with_region_weights);
+    saved->mark_non_differentiable({region_weights});
     torch::autograd::variable_list kept = {out,
                                            logsumexp,
                                            q,
@@ -365,7 +367,7 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
     saved->saved_data["rotary_base"] = rotary_base;
     saved->saved_data["rotary_interleaved"] = rotary_interleaved;
     saved->saved_data["scale"] = scale;
-    return {out, logsumexp, mass};
+    return {out, logsumexp, region_weights};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved,
@@ -422,10 +424,11 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
   q, sink_keys, sink_values, compressed_keys, compressed_values, window_keys, window_values, bias, \
       relative, compressed_relative
 
-std::tuple<Tensor, Tensor, Tensor> attend_autograd(CTX_ATTEND_PARAMETERS, bool with_mass) {
+std::tuple<Tensor, Tensor, Tensor> attend_autograd(CTX_ATTEND_PARAMETERS,
+                                                   bool with_region_weights) {
   if (is_recorded(CTX_DIFFERENTIABLE))
-    return attend_composite(CTX_ATTEND_ARGUMENTS, with_mass, /*recorded=*/true);
-  auto results = AttendFunction::apply(CTX_ATTEND_ARGUMENTS, with_mass);
+    return attend_composite(CTX_ATTEND_ARGUMENTS, with_region_weights, /*recorded=*/true);
+  auto results = AttendFunction::apply(CTX_ATTEND_ARGUMENTS, with_region_weights);
   return {results[0], results[1], results[2]};
 }
 
@@ -499,13 +502,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q,
                                   const Clock& clock,
                                   const Rotary& rotary,
                                   double scale,
-                                  bool with_mass) {
+                                  bool with_region_weights) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::attend", "")
                              .typed<decltype(attend_forward)>();
   const Schedule& l = clock.schedule;
   const Queries queries(q, operands.relative);
-  auto [out, logsumexp, mass] =
+  auto [out, logsumexp, region_weights] =
       op.call(queries.content,
               position,
               s.sink_keys,
@@ -529,8 +532,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q,
               rotary.interleaved,
               scale,
               s.past.list(),
-              with_mass);
-  return {out, mass};
+              with_region_weights);
+  return {out, region_weights};
 }
 
 Attended attend_now(const Tensor& q,
@@ -540,7 +543,7 @@ Attended attend_now(const Tensor& q,
                     const Clock& clock,
                     const Rotary& rotary,
                     double scale,
-                    bool with_mass,
+                    bool with_region_weights,
                     bool with_usage) {
   const Queries queries(q, operands.relative);
   const Scores scores{
@@ -552,8 +555,8 @@ Attended attend_now(const Tensor& q,
     usage = at::zeros({q.size(0), all.window_keys.size(1), all.window_keys.size(2), 1},
                       q.options().dtype(arithmetic_type(q.scalar_type())));
   }
-  const auto [out, logsumexp, mass] = call.forward(with_mass, usage);
-  return {out.to(q.scalar_type()), mass, with_usage ? usage.squeeze(-1) : usage};
+  const auto [out, logsumexp, region_weights] = call.forward(with_region_weights, usage);
+  return {out.to(q.scalar_type()), region_weights, with_usage ? usage.squeeze(-1) : usage};
 }
 
 #define CTX_ATTEND_SCHEMA                                                                          \
@@ -568,7 +571,7 @@ Attended attend_now(const Tensor& q,
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def("attend(" CTX_ATTEND_SCHEMA
-        ", bool with_mass) -> (Tensor out, Tensor logsumexp, Tensor mass)",
+        ", bool with_region_weights) -> (Tensor out, Tensor logsumexp, Tensor region_weights)",
         {at::Tag::pt2_compliant_tag});
   m.def(
       "attend_backward(Tensor grad_out, Tensor grad_logsumexp, Tensor out, Tensor "

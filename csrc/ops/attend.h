@@ -35,9 +35,9 @@ struct Spans {
 Spans joined(Spans spans, const Schedule& schedule, at::ScalarType type);
 
 // [B, H, T, 3] in the arithmetic's type where it is asked for, else [0].
-inline at::Tensor new_mass(const at::Tensor& q, bool with_mass) {
+inline at::Tensor new_region_weights(const at::Tensor& q, bool with_region_weights) {
   const auto options = q.options().dtype(arithmetic_type(q.scalar_type()));
-  if (!with_mass) return at::empty({0}, options);
+  if (!with_region_weights) return at::empty({0}, options);
   return at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2), 3}, options);
 }
 
@@ -52,14 +52,14 @@ std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q,
                                           const Clock& clock,
                                           const Rotary& rotary,
                                           double scale,
-                                          bool with_mass);
+                                          bool with_region_weights);
 
 // The same at once, without autograd, and what each key of the window was attended to: its weights,
 // averaged over the query heads of a kv head and summed over queries, [B, Hkv, K]; where it is asked
 // for. Queries before their streams add nothing, and their outputs mean nothing.
 struct Attended {
   at::Tensor out;
-  at::Tensor mass;
+  at::Tensor region_weights;
   at::Tensor usage;
 };
 Attended attend_now(const at::Tensor& q,
@@ -69,7 +69,7 @@ Attended attend_now(const at::Tensor& q,
                     const Clock& clock,
                     const Rotary& rotary,
                     double scale,
-                    bool with_mass,
+                    bool with_region_weights,
                     bool with_usage);
 
 }  // namespace ctx::ops

@@ -117,9 +117,10 @@ at::Tensor Composite::poison(const Tile& tile) const {
   return nan_where(bad.unsqueeze(-1), type_);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> Composite::forward(bool with_mass,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> Composite::forward(bool with_region_weights,
                                                                   const at::Tensor& usage) const {
-  const at::Tensor mass = new_mass(queries_[kWindow], with_mass).zero_();
+  const at::Tensor region_weights =
+      new_region_weights(queries_[kWindow], with_region_weights).zero_();
   const at::Tensor out =
       at::empty({batch_, heads_, tokens_, values_[kWindow].size(3)}, values_[kWindow].options());
   const at::Tensor logsumexp = at::empty({batch_, heads_, tokens_}, out.options());
@@ -146,7 +147,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Composite::forward(bool with_mass
       const int64_t count = tile.keys[region].size();
       if (count == 0) continue;
       const at::Tensor mine = weights.narrow(-1, begin, count);
-      if (with_mass) cut(mass, tile).select(-1, region).copy_(mine.detach().sum(-1));
+      if (with_region_weights)
+        cut(region_weights, tile).select(-1, region).copy_(mine.detach().sum(-1));
       if (usage.defined() && region == kWindow) {
         const at::Tensor seen = mine.masked_fill(absent(tile), 0.0)
                                     .sum(2)
@@ -160,7 +162,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Composite::forward(bool with_mass
     sum = sum.view({tile.rows.size(), heads_, tile.tokens.size(), -1});
     cut(out, tile).copy_(poison.defined() ? sum + poison : sum);
   });
-  return {out, logsumexp, mass};
+  return {out, logsumexp, region_weights};
 }
 
 Composite::Gradients Composite::backward(const at::Tensor& grad_out,

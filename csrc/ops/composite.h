@@ -52,9 +52,9 @@ class Composite {
             double scale,
             bool recorded = false);
 
-  // Outputs, log-sum-exp, and mass where it is asked for. `usage` [B, Hkv, window keys, 1] is added
+  // Outputs, log-sum-exp, and region_weights where it is asked for. `usage` [B, Hkv, window keys, 1] is added
   // to, where it is defined.
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(bool with_mass,
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(bool with_region_weights,
                                                          const at::Tensor& usage = {}) const;
 
   struct Gradients {

@@ -151,8 +151,8 @@ struct AttendArgs {
   Strided out;      // of the whole call
   // Weight that each region got: [B, heads, tokens of the call, 3] (sinks, compressed, window),
   // contiguous, in the arithmetic's type; null: not asked for. Zero at absent tokens.
-  void* mass = nullptr;
-  int64_t call_tokens = 0;  // of the whole call: what `mass` is laid out by
+  void* region_weights = nullptr;
+  int64_t call_tokens = 0;  // of the whole call: what `region_weights` is laid out by
   // Adds what the block's queries gave to each token of the window, averaged over the query heads
   // of a kv head, to memory.usage.
   bool count_usage = false;
@@ -214,7 +214,7 @@ struct SpansArgs {
   Span spans[3];
   Strided out;                // [B, H, T, Dv]; zero for a query that sees nothing
   void* logsumexp = nullptr;  // [B, H, T] in the arithmetic's type; minus infinity for such a query
-  void* mass = nullptr;       // as in AttendArgs; null: not asked for
+  void* region_weights = nullptr;  // as in AttendArgs; null: not asked for
 };
 
 struct SpansBackwardArgs {
@@ -267,13 +267,13 @@ CTX_HOST_DEVICE inline int64_t group_block(const Schedule& schedule, int64_t sta
 
 // Groups that row b of a block makes due, first inclusive, last exclusive; those that a later one
 // would overwrite are left out, so that no two writers meet.
-struct DueGroups {
+struct EvictedGroups {
   int64_t first = 0;
   int64_t last = 0;
 };
-CTX_HOST_DEVICE inline DueGroups due_groups(const MemoryView& memory,
-                                            const Block& block,
-                                            int64_t b) {
+CTX_HOST_DEVICE inline EvictedGroups evicted_groups(const MemoryView& memory,
+                                                    const Block& block,
+                                                    int64_t b) {
   const int64_t count = block.count(b);
   if (count == 0 || memory.compressed_capacity == 0) return {};
   const Schedule& schedule = memory.clock.schedule;

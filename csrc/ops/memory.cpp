@@ -63,7 +63,7 @@ Result step(const Tensor& q,
             CTX_ATTEND_PARAMETERS,
             CTX_SETTINGS_PARAMETERS,
             double scale,
-            bool with_mass) {
+            bool with_region_weights) {
   constexpr const char* where = "ctx.step_";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
   check_pairs(memory.state, k, v, where);
@@ -73,7 +73,7 @@ Result step(const Tensor& q,
   check_lengths(lengths, k.size(2), where);
   Writer writer(
       memory, k, v, or_empty(parameters), compressor, or_empty(slots), reset_at.has_value(), where);
-  Reader reader(memory, q, operands, scale, with_mass, /*counts=*/true);
+  Reader reader(memory, q, operands, scale, with_region_weights, /*counts=*/true);
   Rows calls(memory, k.size(2), lengths, reset_at);
   walk(calls, writer, reader);
   return reader.result();
@@ -82,7 +82,7 @@ Result step(const Tensor& q,
 using Chosen = std::tuple<Tensor, Tensor>;
 
 // As step with the compressor "most_used", but what it tells is which tokens became slots: as the
-// place of the token among those of due_groups, [B, Hkv, slots], and as its number in its stream.
+// place of the token among those of evicted_groups, [B, Hkv, slots], and as its number in its stream.
 // Those that are not due are some token.
 Chosen choose(const Tensor& q,
               const Tensor& k,
@@ -104,7 +104,7 @@ Chosen choose(const Tensor& q,
   check_lengths(lengths, k.size(2), where);
   CTX_CHECK_VALUE(slots >= 0, where, "slots must be at least 0, got ", slots);
   Writer writer(memory, k, v, {}, "most_used", {}, reset_at.has_value(), where);
-  Reader reader(memory, q, operands, scale, /*with_mass=*/false, /*counts=*/true);
+  Reader reader(memory, q, operands, scale, /*with_region_weights=*/false, /*counts=*/true);
   const int64_t ratio = memory.view.clock.schedule.ratio;
   const Tensor chosen = at::arange(slots.expect_int(), seen.options())
                             .mul(ratio)
@@ -147,28 +147,28 @@ Result attend_memory(const Tensor& q,
                      CTX_ATTEND_PARAMETERS,
                      CTX_SETTINGS_PARAMETERS,
                      double scale,
-                     bool with_mass) {
+                     bool with_region_weights) {
   constexpr const char* where = "ctx.attend_memory";
   const Memory memory(CTX_STATE, CTX_SETTINGS, where);
   const ScoreOperands operands{bias, slopes, or_empty(relative)};
   check_queries(memory.state, q, -1, operands, where);
   const int64_t tokens = q.size(2);
-  CTX_CHECK_VALUE(tokens <= memory.headroom,
+  CTX_CHECK_VALUE(tokens <= memory.max_rewind,
                   where,
-                  "q must have at most headroom = ",
-                  memory.headroom,
+                  "q must have at most max_rewind = ",
+                  memory.max_rewind,
                   " tokens, got ",
                   tokens);
-  Reader reader(memory, q, operands, scale, with_mass, /*counts=*/false);
+  Reader reader(memory, q, operands, scale, with_region_weights, /*counts=*/false);
   const Tensor first = memory.state[kSeen].sub(tokens);
   if (tokens > 0) reader.attend({first.const_data_ptr<int64_t>(), nullptr, 0, tokens});
   return reader.result();
 }
 
-Result attended(const Tensor& q, const Tensor& window_values, bool with_mass) {
+Result attended(const Tensor& q, const Tensor& window_values, bool with_region_weights) {
   auto sizes = q.sym_sizes().vec();
   sizes[3] = window_values.sym_size(3);
-  return {q.new_empty_symint(sizes), new_mass(q, with_mass)};
+  return {q.new_empty_symint(sizes), new_region_weights(q, with_region_weights)};
 }
 
 #define CTX_UNUSED_STATE                                                                     \
@@ -192,8 +192,8 @@ Result step_meta(const Tensor& q,
                  CTX_UNUSED_ATTEND,
                  CTX_UNUSED_SETTINGS,
                  double /*scale*/,
-                 bool with_mass) {
-  return attended(q, window_values, with_mass);
+                 bool with_region_weights) {
+  return attended(q, window_values, with_region_weights);
 }
 
 Chosen choose_meta(const Tensor& /*q*/,
@@ -226,8 +226,8 @@ Result attend_memory_meta(const Tensor& q,
                           CTX_UNUSED_ATTEND,
                           CTX_UNUSED_SETTINGS,
                           double /*scale*/,
-                          bool with_mass) {
-  return attended(q, window_values, with_mass);
+                          bool with_region_weights) {
+  return attended(q, window_values, with_region_weights);
 }
 
 }  // namespace
@@ -244,7 +244,7 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def("step_(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
         "Tensor[]? parameters, str compressor, Tensor[]? "
         "slots, " CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
-        ", float scale, bool with_mass) -> (Tensor out, Tensor mass)",
+        ", float scale, bool with_region_weights) -> (Tensor out, Tensor region_weights)",
         {at::Tag::pt2_compliant_tag});
   m.def("append_(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, " CTX_MUTABLE_STATE
         "Tensor[]? parameters, str compressor, Tensor[]? slots, " CTX_SETTINGS_SCHEMA ") -> ()",
@@ -258,7 +258,7 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
       "attend_memory(Tensor q, Tensor window_keys, Tensor window_values, Tensor compressed_keys, "
       "Tensor compressed_values, Tensor sink_keys, Tensor sink_values, Tensor seen, Tensor "
       "rewindable, Tensor usage, Tensor slot_positions, " CTX_ATTEND_SCHEMA CTX_SETTINGS_SCHEMA
-      ", float scale, bool with_mass) -> (Tensor out, Tensor mass)",
+      ", float scale, bool with_region_weights) -> (Tensor out, Tensor region_weights)",
       {at::Tag::pt2_compliant_tag});
 }
 

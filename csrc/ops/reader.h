@@ -20,13 +20,13 @@ class Reader {
          const at::Tensor& q,
          const ScoreOperands& operands,
          double scale,
-         bool with_mass,
+         bool with_region_weights,
          bool counts)
       : memory_(memory),
         operands_(operands),
         q_(rows(memory.apart(q))),
         out_(at::empty({q.size(0), q.size(1), q.size(2), memory.view.value_dim}, q.options())),
-        mass_(new_mass(q, with_mass)) {
+        region_weights_(new_region_weights(q, with_region_weights)) {
     args_.memory = memory.view;
     args_.heads = q.size(1);
     args_.scale = scale;
@@ -34,7 +34,7 @@ class Reader {
     args_.out = strided(out_);
     if (operands.bias) args_.bias = per_head(*operands.bias, bias_);
     if (operands.slopes) args_.slopes = per_head(*operands.slopes, slopes_);
-    if (with_mass) args_.mass = mass_.data_ptr();
+    if (with_region_weights) args_.region_weights = region_weights_.data_ptr();
     args_.call_tokens = q.size(2);
     args_.count_usage = counts && memory.view.usage != nullptr;
   }
@@ -46,7 +46,7 @@ class Reader {
     memory_.kernels().attend(args_);
   }
 
-  std::tuple<at::Tensor, at::Tensor> result() const { return {out_, mass_}; }
+  std::tuple<at::Tensor, at::Tensor> result() const { return {out_, region_weights_}; }
 
  private:
   const void* per_head(const at::Tensor& values, at::Tensor& kept) const {
@@ -121,11 +121,12 @@ class Reader {
     const auto wide = q_.options().dtype(arithmetic_type(q_.scalar_type()));
     const at::Tensor logsumexp = at::empty({a.batch, a.heads, a.tokens}, wide);
     a.logsumexp = logsumexp.data_ptr();
-    const bool with_mass = args_.mass != nullptr;
-    const at::Tensor mass = new_mass(q, with_mass);
-    if (with_mass) a.mass = mass.data_ptr();
+    const bool with_region_weights = args_.region_weights != nullptr;
+    const at::Tensor region_weights = new_region_weights(q, with_region_weights);
+    if (with_region_weights) a.region_weights = region_weights.data_ptr();
     memory_.kernels().spans_forward(a);
-    if (with_mass) mass_.narrow(2, block.offset, block.tokens).copy_(mass);
+    if (with_region_weights)
+      region_weights_.narrow(2, block.offset, block.tokens).copy_(region_weights);
   }
 
   // Relative positions have no kernel: the rings are read in order, and torch's operators do it.
@@ -181,7 +182,7 @@ class Reader {
     const auto narrow = [&](const at::Tensor& x) {
       return x.narrow(2, block.offset, block.tokens);
     };
-    const bool with_mass = mass_.dim() == 4;
+    const bool with_region_weights = region_weights_.dim() == 4;
     const Attended got = attend_now(narrow(q_),
                                     position,
                                     spans,
@@ -189,14 +190,15 @@ class Reader {
                                     clock,
                                     memory_.view.rotary,
                                     args_.scale,
-                                    with_mass,
+                                    with_region_weights,
                                     args_.count_usage);
     const at::Tensor absent = position.lt(0).unsqueeze(1).unsqueeze(-1);
     narrow(out_).copy_(got.out.masked_fill(absent, 0.0));
-    if (with_mass) narrow(mass_).copy_(got.mass.masked_fill(absent, 0.0));
+    if (with_region_weights)
+      narrow(region_weights_).copy_(got.region_weights.masked_fill(absent, 0.0));
     if (!args_.count_usage) return;
     const at::Tensor index = tokens.remainder(memory_.view.window_capacity).unsqueeze(1);
-    at::Tensor usage = state[kUsage];
+    at::Tensor usage = state[kAttentionReceived];
     usage.scatter_add_(2,
                        index.expand_as(got.usage),
                        got.usage.masked_fill(written.logical_not().unsqueeze(1), 0.0));
@@ -208,7 +210,7 @@ class Reader {
   at::Tensor bias_;
   at::Tensor slopes_;
   at::Tensor out_;
-  at::Tensor mass_;
+  at::Tensor region_weights_;
   AttendArgs args_;
 };
 

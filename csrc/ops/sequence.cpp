@@ -1,4 +1,4 @@
-// ctx::due_groups, ctx::attend_sequence: a call of T tokens as a differentiable function of the
+// ctx::evicted_groups, ctx::attend_sequence: a call of T tokens as a differentiable function of the
 // tokens and of a memory that stays as it is. What the rings hold is gathered in order and the new
 // tokens are put behind it; sizes depend on T and on the schedule alone, so that a compiled graph
 // serves every position of the stream.
@@ -99,7 +99,7 @@ class Sequence {
   // Un-rotated pairs of the groups that may fall due, each with what its compressor reads left of
   // it, [B, Hkv, G, c + overlap, width], in the arithmetic's type, and the block that the first of
   // them begins in (group_block), [B].
-  std::tuple<Tensor, Tensor, Tensor> due_groups() const {
+  std::tuple<Tensor, Tensor, Tensor> evicted_groups() const {
     const auto type = arithmetic_type(k_.scalar_type());
     const int64_t overlap = law().overlap;
     const int64_t read = law().ratio + overlap;
@@ -123,7 +123,7 @@ class Sequence {
             first_block()};
   }
 
-  // The spans that the new tokens attend to, given the slots made of due_groups(); and the token
+  // The spans that the new tokens attend to, given the slots made of evicted_groups(); and the token
   // that each of them is, [B, Hkv, G], where slots are tokens.
   Spans spans(const Tensor& slot_keys,
               const Tensor& slot_values,
@@ -290,16 +290,16 @@ class Sequence {
   Tensor position_;  // [B, T]: the token's number in its stream
 };
 
-std::tuple<Tensor, Tensor, Tensor> due_groups(const Tensor& k,
-                                              const Tensor& v,
-                                              const OptionalTensor& lengths,
-                                              const OptionalTensor& reset_at,
-                                              OptionalList memory,
-                                              at::IntArrayRef schedule,
-                                              c10::string_view distance,
-                                              int64_t rotary_dim,
-                                              double rotary_base,
-                                              bool rotary_interleaved) {
+std::tuple<Tensor, Tensor, Tensor> evicted_groups(const Tensor& k,
+                                                  const Tensor& v,
+                                                  const OptionalTensor& lengths,
+                                                  const OptionalTensor& reset_at,
+                                                  OptionalList memory,
+                                                  at::IntArrayRef schedule,
+                                                  c10::string_view distance,
+                                                  int64_t rotary_dim,
+                                                  double rotary_base,
+                                                  bool rotary_interleaved) {
   const auto precision = own_precision();
   return Sequence(k,
                   v,
@@ -311,8 +311,8 @@ std::tuple<Tensor, Tensor, Tensor> due_groups(const Tensor& k,
                   rotary_dim,
                   rotary_base,
                   rotary_interleaved,
-                  "ctx.due_groups")
-      .due_groups();
+                  "ctx.evicted_groups")
+      .evicted_groups();
 }
 
 std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
@@ -333,7 +333,7 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
                                            double rotary_base,
                                            bool rotary_interleaved,
                                            double scale,
-                                           bool with_mass) {
+                                           bool with_region_weights) {
   constexpr const char* where = "ctx.attend_sequence";
   const auto precision = own_precision();
   const Sequence sequence(k,
@@ -357,27 +357,29 @@ std::tuple<Tensor, Tensor> attend_sequence(const Tensor& q,
   check_score_operands(q, {bias, slopes, or_empty(relative)}, where);
   if (q.sym_size(2) == 0) {
     return {q.new_zeros_symint({q.sym_size(0), q.sym_size(1), 0, v.sym_size(3)}),
-            new_mass(q, with_mass)};
+            new_region_weights(q, with_region_weights)};
   }
   const Tensor& padding = sequence.padding();
   const Tensor cut = padding.defined() ? padding.unsqueeze(1).unsqueeze(-1) : padding;
-  auto [out, mass] = attend(cut.defined() ? q.masked_fill(cut, 0.0) : q,
-                            sequence.position(),
-                            sequence.spans(slot_keys, slot_values, slot_positions),
-                            {bias, slopes, or_empty(relative)},
-                            sequence.clock(),
-                            sequence.rotary(),
-                            scale,
-                            with_mass);
-  if (!cut.defined()) return {out, mass};
-  return {out.masked_fill(cut, 0.0), with_mass ? mass.masked_fill(cut, 0.0) : mass};
+  auto [out, region_weights] = attend(cut.defined() ? q.masked_fill(cut, 0.0) : q,
+                                      sequence.position(),
+                                      sequence.spans(slot_keys, slot_values, slot_positions),
+                                      {bias, slopes, or_empty(relative)},
+                                      sequence.clock(),
+                                      sequence.rotary(),
+                                      scale,
+                                      with_region_weights);
+  if (!cut.defined()) return {out, region_weights};
+  return {out.masked_fill(cut, 0.0),
+          with_region_weights ? region_weights.masked_fill(cut, 0.0) : region_weights};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
-      "due_groups(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[]? memory, int[] "
+      "evicted_groups(Tensor k, Tensor v, Tensor? lengths, Tensor? reset_at, Tensor[]? memory, "
+      "int[] "
       "schedule, str distance, int rotary_dim, float rotary_base, bool rotary_interleaved) -> "
       "(Tensor keys, Tensor values, Tensor block)",
       {at::Tag::pt2_compliant_tag});
@@ -386,12 +388,13 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
       "memory, Tensor slot_keys, Tensor slot_values, Tensor? slot_positions, Tensor? bias, Tensor? "
       "slopes, Tensor[]? relative, int[] schedule, str distance, int rotary_dim, float "
       "rotary_base, "
-      "bool rotary_interleaved, float scale, bool with_mass) -> (Tensor out, Tensor mass)",
+      "bool rotary_interleaved, float scale, bool with_region_weights) -> (Tensor out, Tensor "
+      "region_weights)",
       {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(ctx, CompositeImplicitAutograd, m) {
-  m.impl("due_groups", due_groups);
+  m.impl("evicted_groups", evicted_groups);
   m.impl("attend_sequence", attend_sequence);
 }
 

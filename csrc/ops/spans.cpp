@@ -88,7 +88,7 @@ Tensor sum_rows(const Tensor& x) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> spans_forward(const AttendCall& call, bool with_mass) {
+std::tuple<Tensor, Tensor, Tensor> spans_forward(const AttendCall& call, bool with_region_weights) {
   Prepared p = prepare(call);
   SpansArgs& a = p.args;
   const auto options = call.q.options();
@@ -97,10 +97,10 @@ std::tuple<Tensor, Tensor, Tensor> spans_forward(const AttendCall& call, bool wi
       at::empty({a.batch, a.heads, a.tokens}, options.dtype(arithmetic_type(call.q.scalar_type())));
   a.out = strided(out);
   a.logsumexp = logsumexp.data_ptr();
-  const Tensor mass = new_mass(call.q, with_mass);
-  if (with_mass) a.mass = mass.data_ptr();
+  const Tensor region_weights = new_region_weights(call.q, with_region_weights);
+  if (with_region_weights) a.region_weights = region_weights.data_ptr();
   if (logsumexp.numel() > 0) kernels_for(call.q.device().type()).spans_forward(a);
-  return {out, logsumexp, mass};
+  return {out, logsumexp, region_weights};
 }
 
 SpanGradients spans_backward(const AttendCall& call,

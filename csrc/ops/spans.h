@@ -21,10 +21,10 @@ struct AttendCall {
   double scale;
 };
 
-// [B, H, T, Dv] in q's dtype; the log-sum-exp [B, H, T] and the mass (new_mass) in the arithmetic's.
+// [B, H, T, Dv] in q's dtype; the log-sum-exp [B, H, T] and the region_weights (new_region_weights) in the arithmetic's.
 // A query that sees nothing gets zeros and minus infinity.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> spans_forward(const AttendCall& call,
-                                                             bool with_mass);
+                                                             bool with_region_weights);
 
 // Of sinks, compressed slots and window but for the past's; in q's dtype, `bias` in its own.
 struct SpanGradients {

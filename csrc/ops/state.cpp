@@ -18,7 +18,7 @@ constexpr const char* kNames[kStateTensors] = {"window_keys",
                                                "sink_values",
                                                "seen",
                                                "rewindable",
-                                               "usage",
+                                               "attention_received",
                                                "slot_positions"};
 
 void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, const char* where) {
@@ -71,21 +71,21 @@ Tensor slots_as(const Tensor& rows, at::ScalarType type) {
 at::ScalarType state_type(int index, at::ScalarType pairs, at::ScalarType slots) {
   if (is_slots(index)) return slots;
   if (index < kSeen) return pairs;
-  return index == kUsage ? arithmetic_type(pairs) : at::kLong;
+  return index == kAttentionReceived ? arithmetic_type(pairs) : at::kLong;
 }
 
-bool counts_usage(at::TensorList state) { return state[kUsage].sym_size(2) != 0; }
+bool counts_usage(at::TensorList state) { return state[kAttentionReceived].sym_size(2) != 0; }
 
 std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
                                                            const SymInt& batch,
                                                            const SymInt& kv_heads,
                                                            const SymInt& head_dim,
                                                            const SymInt& value_dim,
-                                                           const SymInt& headroom,
+                                                           const SymInt& max_rewind,
                                                            at::ScalarType slots,
                                                            bool used) {
-  const SymInt window = schedule.window_capacity(headroom);
-  const SymInt compressed = schedule.compressed_capacity(headroom);
+  const SymInt window = schedule.window_capacity(max_rewind);
+  const SymInt compressed = schedule.compressed_capacity(max_rewind);
   return {{
       {batch, kv_heads, window, head_dim},
       {batch, kv_heads, window, value_dim},
@@ -116,8 +116,8 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                   "window_values must be [B, Hkv, capacity, Dv], got ",
                   values.sym_sizes());
   const int64_t least = schedule.max_window() + schedule.overlap;
-  const SymInt headroom = keys.sym_size(2) - least;
-  CTX_CHECK_VALUE(headroom >= 1,
+  const SymInt max_rewind = keys.sym_size(2) - least;
+  CTX_CHECK_VALUE(max_rewind >= 1,
                   where,
                   "window_keys must hold more than ",
                   least,
@@ -125,16 +125,16 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                   keys.sym_size(2));
   const auto slots = state[kCompressedKeys].scalar_type();
   slot_storage_of(slots, keys.scalar_type(), where, "compressed_keys");
-  CTX_CHECK_VALUE(state[kUsage].dim() == 3,
+  CTX_CHECK_VALUE(state[kAttentionReceived].dim() == 3,
                   where,
                   "usage must be [B, Hkv, capacity], got ",
-                  state[kUsage].sym_sizes());
+                  state[kAttentionReceived].sym_sizes());
   const auto sizes = state_sizes(schedule,
                                  keys.sym_size(0),
                                  keys.sym_size(1),
                                  keys.sym_size(3),
                                  values.sym_size(3),
-                                 headroom,
+                                 max_rewind,
                                  slots,
                                  counts_usage(state));
   for (int i = 0; i < kStateTensors; ++i) {
@@ -166,7 +166,7 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                     " must be contiguous, got strides ",
                     state[i].sym_strides());
   }
-  return headroom;
+  return max_rewind;
 }
 
 void check_pairs(at::TensorList state, const Tensor& k, const Tensor& v, const char* where) {

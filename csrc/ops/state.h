@@ -22,7 +22,7 @@ enum StateIndex : int {
   kSinkValues,
   kSeen,
   kRewindable,
-  kUsage,
+  kAttentionReceived,
   kSlotPositions,
   kStateTensors
 };
@@ -39,20 +39,20 @@ inline bool is_slots(int index) { return index == kCompressedKeys || index == kC
 c10::SymInt stored_width(const c10::SymInt& width, at::ScalarType slots);
 at::Tensor slots_as(const at::Tensor& rows, at::ScalarType type);  // [..., stored] -> [..., width]
 
-// Sizes of the tensors for a schedule and a headroom; `used`: a compressor chooses by usage.
+// Sizes of the tensors for a schedule and a max_rewind; `used`: a compressor chooses by usage.
 std::array<std::vector<c10::SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
                                                                 const c10::SymInt& batch,
                                                                 const c10::SymInt& kv_heads,
                                                                 const c10::SymInt& head_dim,
                                                                 const c10::SymInt& value_dim,
-                                                                const c10::SymInt& headroom,
+                                                                const c10::SymInt& max_rewind,
                                                                 at::ScalarType slots,
                                                                 bool used);
 
 // Whether the memory is one whose compressor chooses by usage.
 bool counts_usage(at::TensorList state);
 
-// Checks the tensors against each other and a schedule, and returns their headroom. Like the two
+// Checks the tensors against each other and a schedule, and returns their max_rewind. Like the two
 // below, it reads sizes as symbols, so that it holds while a graph is traced.
 c10::SymInt check_state(at::TensorList state, const Schedule& schedule, const char* where);
 

@@ -19,7 +19,7 @@ namespace ctx::ops {
 struct Memory {
   State state;
   MemoryView view;
-  int64_t headroom;
+  int64_t max_rewind;
 
   Memory(State tensors,
          at::IntArrayRef schedule,
@@ -31,7 +31,7 @@ struct Memory {
       : state(std::move(tensors)) {
     view.clock.schedule = parse_schedule(schedule, where);
     view.clock.token_distance = parse_token_distance({distance.data(), distance.size()}, where);
-    headroom = check_state(state, view.clock.schedule, where).expect_int();
+    max_rewind = check_state(state, view.clock.schedule, where).expect_int();
     check_seen(state[kSeen], where);
     const at::Tensor& keys = state[kWindowKeys];
     view.rotary = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, keys.size(3), where);
@@ -52,7 +52,7 @@ struct Memory {
     view.sink_keys = state[kSinkKeys].data_ptr();
     view.sink_values = state[kSinkValues].data_ptr();
     if (!counts_usage(state)) return;
-    view.usage = state[kUsage].data_ptr();
+    view.usage = state[kAttentionReceived].data_ptr();
     view.slot_positions = state[kSlotPositions].data_ptr<int64_t>();
   }
 
@@ -90,7 +90,7 @@ class Rows {
     spare_ = spare_.clone();
   }
 
-  // Runs over the call in blocks that the rings have headroom for, and in which no row begins anew
+  // Runs over the call in blocks that the rings have max_rewind for, and in which no row begins anew
   // but at the first token; nor a segment, where what leaves then depends on the queries so far.
   template <typename F>
   void for_each_block(const F& run) {
@@ -98,7 +98,7 @@ class Rows {
       end = next_reset(begin);
       if (reset_at_.defined()) begin_anew(begin);
       for (int64_t offset = begin, tokens; offset < end; offset += tokens) {
-        tokens = std::min(memory_.headroom, end - offset);
+        tokens = std::min(memory_.max_rewind, end - offset);
         if (counts_usage(memory_.state)) tokens = std::min(tokens, segment_left(offset));
         run(Block{origin_.const_data_ptr<int64_t>(),
                   lengths_.defined() ? lengths_.const_data_ptr<int64_t>() : nullptr,
@@ -122,7 +122,7 @@ class Rows {
       seen.add_(tokens_);
       rewindable.add_(tokens_);
     }
-    rewindable.clamp_max_(memory_.headroom);
+    rewindable.clamp_max_(memory_.max_rewind);
     // Kernels wrote into the rings; a graph that still needs them as they were has to hear of it.
     for (const at::Tensor& part : memory_.state) part.unsafeGetTensorImpl()->bump_version();
   }

@@ -39,7 +39,7 @@ class Writer {
                     "usage must ",
                     by_usage ? "have" : "not have",
                     " entries for this compressor, got ",
-                    memory.state[kUsage].sizes());
+                    memory.state[kAttentionReceived].sizes());
     if (compress_.kind == CompressorKind::kGiven || !slots.empty())
       take_slots(slots, resets, where);
     append_.memory = compress_.memory = view;

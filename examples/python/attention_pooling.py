@@ -27,7 +27,7 @@ RATIO, HEADS, WIDTH = 4, 2, 16
 SLOTS, WINDOW = 32, 16
 
 
-@register  # from here on `compression="attention_pooling"` works wherever a name does
+@register  # from here on `compressor="attention_pooling"` works wherever a name does
 class AttentionPooling(Compressor):
     """slot = sum_i softmax_i(key_i . query) x_i, for x the keys and the values."""
 

@@ -54,7 +54,7 @@ class _Call(NamedTuple):
     reset_at: Tensor | None  # bool [B, T]
     memory: Memory | None
     update: bool  # whether the tokens are remembered
-    with_mass: bool
+    with_region_weights: bool
 
     @property
     def rows(self) -> tuple[Tensor | None, Tensor | None]:
@@ -89,10 +89,10 @@ class CompressiveAttention(nn.Module):
         ratio: tokens per slot.
         segment: eviction happens only at positions that are multiples of it; default ``ratio``.
         sinks: first tokens of a stream that are kept exactly for ever.
-        compression: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
+        compressor: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
             ``"conv"``, ``"dilated"``, ``"gated"``, ``"most_used"``), or a module that maps groups
             to slots as those do.
-        compression_kernel: tokens that ``"conv"`` reads for a slot, those left of the group
+        compressor_kernel: tokens that ``"conv"`` reads for a slot, those left of the group
             included; default ``ratio``.
         memory_content: ``"kv"`` remembers keys and values, and compresses each kv head's own;
             ``"hidden"`` (the paper's) remembers the inputs, E numbers per token, projects them
@@ -118,7 +118,7 @@ class CompressiveAttention(nn.Module):
         dropout: probability of the dropout of the output, in training mode.
         bias: biases of the four projections.
         rotary_base, rotary_dim, rotary_interleaved: as in :class:`ctx.KVMemory`.
-        headroom: tokens that can be written before the first of them attends; longer calls are
+        max_rewind: tokens that can be written before the first of them attends; longer calls are
             walked in blocks.
 
     Raises:
@@ -138,8 +138,8 @@ class CompressiveAttention(nn.Module):
         ratio: int,
         segment: int | None = None,
         sinks: int = 0,
-        compression: str | nn.Module = "conv",
-        compression_kernel: int | None = None,
+        compressor: str | nn.Module = "conv",
+        compressor_kernel: int | None = None,
         memory_content: str = "kv",
         position: str | None = "rotary",
         relative_dim: int | None = None,
@@ -153,7 +153,7 @@ class CompressiveAttention(nn.Module):
         rotary_base: float = 10000.0,
         rotary_dim: int | None = None,
         rotary_interleaved: bool = False,
-        headroom: int = 64,
+        max_rewind: int = 64,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -163,13 +163,13 @@ class CompressiveAttention(nn.Module):
             "embed_dim": embed_dim,
             "num_heads": num_heads,
             "num_kv_heads": kv_heads,
-            "headroom": headroom,
+            "max_rewind": max_rewind,
         }
         for name, size in sizes.items():
             sizes[name] = _check.integer(size, name, _WHERE)
             if sizes[name] < 1:
                 raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
-        embed_dim, num_heads, kv_heads, headroom = sizes.values()
+        embed_dim, num_heads, kv_heads, max_rewind = sizes.values()
         if rotary_dim is not None:
             rotary_dim = _check.integer(rotary_dim, "rotary_dim", _WHERE)
         if relative_dim is not None:
@@ -191,8 +191,8 @@ class CompressiveAttention(nn.Module):
             raise ValueError(
                 f"{_WHERE}: num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}"
             )
-        if isinstance(compression, str):
-            _one_of("compression", compression, tuple(COMPRESSORS))
+        if isinstance(compressor, str):
+            _one_of("compressor", compressor, tuple(COMPRESSORS))
         _one_of("memory_content", memory_content, ("kv", "hidden"))
         _one_of("distance", distance, ("slot", "token"))
         _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
@@ -218,10 +218,10 @@ class CompressiveAttention(nn.Module):
             raise ValueError(f"{_WHERE}: relative_dim must be even and positive, got {sinusoids}")
 
         schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
-        called = compression if isinstance(compression, str) else "a module"
+        called = compressor if isinstance(compressor, str) else "a module"
         ratio = schedule.ratio
-        compression_kernel = check_kernel(
-            called, ratio, compression_kernel, _WHERE, "compression_kernel"
+        compressor_kernel = check_kernel(
+            called, ratio, compressor_kernel, _WHERE, "compressor_kernel"
         )
         self._schedule = schedule
         self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
@@ -236,7 +236,7 @@ class CompressiveAttention(nn.Module):
             rotary_base,
             rotary_interleaved,
         )
-        self.dropout, self.headroom = dropout, headroom
+        self.dropout, self.max_rewind = dropout, max_rewind
         self.compressed_bias_init = compressed_bias_init
         self.memory_content, self.aux_loss = memory_content, aux_loss
         #: What is remembered of a token: heads, key width, value width.
@@ -248,16 +248,14 @@ class CompressiveAttention(nn.Module):
         self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
-        if isinstance(compression, str):
+        if isinstance(compressor, str):
             heads, widths = self._stored[0], self._stored[1:]
-            compression = make_compressor(
-                compression, heads, ratio, *widths, kernel=compression_kernel, **made
+            compressor = make_compressor(
+                compressor, heads, ratio, *widths, kernel=compressor_kernel, **made
             )
-        if not isinstance(compression, nn.Module):
-            raise TypeError(
-                f"{_WHERE}: compression must be a name or a module, got {compression!r}"
-            )
-        self.compressor: Compressor = compression  # type: ignore[assignment]  # __setattr__ sees to it
+        if not isinstance(compressor, nn.Module):
+            raise TypeError(f"{_WHERE}: compressor must be a name or a module, got {compressor!r}")
+        self.compressor: Compressor = compressor  # type: ignore[assignment]  # __setattr__ sees to it
         if aux_loss == "autoencoding":
             self.decoder = Decoder(self._stored[0], ratio, *self._stored[1:], **made)
         self._learns_bias = compressed_bias == "learned"
@@ -294,8 +292,7 @@ class CompressiveAttention(nn.Module):
             got = getattr(self, setting)
             if compressor.by_usage and got != other:
                 raise ValueError(
-                    f"{_WHERE}: {setting} must be {other!r} for compression 'most_used', "
-                    f"got {got!r}"
+                    f"{_WHERE}: {setting} must be {other!r} for compressor 'most_used', got {got!r}"
                 )
         super().__setattr__(name, compressor)
         self.schedule = self._schedule  # the window's ring depends on what a compressor reads
@@ -373,7 +370,7 @@ class CompressiveAttention(nn.Module):
         self._state = StateShape.of(
             schedule,
             *self._stored,
-            self.headroom,
+            self.max_rewind,
             overlap=self.compressor.overlap,
             used=self.compressor.by_usage,
         )
@@ -446,7 +443,7 @@ class CompressiveAttention(nn.Module):
         reset_at: Tensor | None = None,
         update: bool = True,
         return_aux: bool = False,
-        return_usage: bool = False,
+        return_region_weights: bool = False,
     ) -> Any:
         """Attends from T new tokens per row to the memory and to themselves, and remembers them.
 
@@ -464,14 +461,14 @@ class CompressiveAttention(nn.Module):
                 scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
-            return_usage: also return what share of its attention every query gives to sinks,
+            return_region_weights: also return what share of its attention every query gives to sinks,
                 compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
                 padding, constant, in float32 (float64 for float64).
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
             under grad, the one passed in otherwise (always with ``update=False``); then the loss
-            with ``return_aux``, then the shares with ``return_usage``.
+            with ``return_aux``, then the shares with ``return_region_weights``.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
@@ -492,7 +489,7 @@ class CompressiveAttention(nn.Module):
         if update and passed is not None and not torch.is_grad_enabled():
             keep(passed, memory)
             memory = passed
-        call = _Call(lengths, reset_at, memory, update, return_usage)
+        call = _Call(lengths, reset_at, memory, update, return_region_weights)
         q = self._heads(apart(x, self.q_proj)[0], self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
         if hidden:
@@ -522,13 +519,18 @@ class CompressiveAttention(nn.Module):
             y = y + self._nothing(y) + x.sum().to(y.dtype)  # what made x wants a gradient, too
         if mask is not None:
             y = from_right_padded(y, mask)
-            if return_usage:
+            if return_region_weights:
                 usage = from_right_padded(usage.transpose(1, 2), mask).transpose(1, 2)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
         if passed is not None and not update:
             memory = passed
-        return (y, memory, *([aux] if return_aux else []), *([usage] if return_usage else []))
+        return (
+            y,
+            memory,
+            *([aux] if return_aux else []),
+            *([usage] if return_region_weights else []),
+        )
 
     def check(
         self,
@@ -623,18 +625,18 @@ class CompressiveAttention(nn.Module):
         return (numbers, distance, width, base, interleaved)
 
     def _scores(
-        self, with_mass: bool = False, device: torch.device | None = None
+        self, with_region_weights: bool = False, device: torch.device | None = None
     ) -> tuple[Any, ...]:
-        """What operators that attend take last: operands of the scores, settings, scale, mass.
+        """What operators that attend take last: operands of the scores, settings, scale, region_weights.
 
         Args:
-            with_mass: the last of them.
+            with_region_weights: the last of them.
             device: of the constants among them; default the parameters'.
         """
         device = device or self._place()[1]
         relative = [] if self.relative is None else [*self.relative()]
         operands = (self._bias_on(device), self._slopes_on(device), relative)
-        return (*operands, *self._settings(), self.head_dim**-0.5, with_mass)
+        return (*operands, *self._settings(), self.head_dim**-0.5, with_region_weights)
 
     def _slots_of(
         self, slots: Sequence[Tensor], block: Tensor | None
@@ -698,28 +700,28 @@ class CompressiveAttention(nn.Module):
         slots: Sequence[Tensor] = ()
         block = None
         if not self.compressor.in_engine:
-            keys, values, block = torch.ops.ctx.due_groups(
+            keys, values, block = torch.ops.ctx.evicted_groups(
                 k, v, *call.rows, state, *self._settings()
             )
             slots = self.compressor.slots(keys, values)
-        scores = self._scores(call.with_mass, q.device)
-        out, mass = torch.ops.ctx.step_(
+        scores = self._scores(call.with_region_weights, q.device)
+        out, region_weights = torch.ops.ctx.step_(
             q, k, v, *call.rows, *state, *self._slots_of(slots, block), *scores
         )
-        return out, mass, memory if call.update else call.memory
+        return out, region_weights, memory if call.update else call.memory
 
     def _differentiable(
         self, q: Tensor, k: Tensor, v: Tensor, call: _Call
     ) -> tuple[Tensor, Tensor, Memory | None]:
         """A call that reads the rings where they lie, and then writes into a copy of them."""
         settings, rows, chooses = self._settings(), call.rows, self.compressor.by_usage
-        keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, call.state, *settings)
+        keys, values, block = torch.ops.ctx.evicted_groups(k, v, *rows, call.state, *settings)
         memory = call.memory
         if call.update or chooses:
             with torch.no_grad():
                 memory = self._filled(call.memory, k, copied=True)
         after = [] if memory is None else [memory[name] for name in STATE]
-        scores, positions = self._scores(call.with_mass, q.device), None
+        scores, positions = self._scores(call.with_region_weights, q.device), None
         if chooses:  # what stays is what streaming keeps
             with torch.no_grad():
                 tokens, operands = _detached((q, k, v)), _detached(scores[:-1])
@@ -732,20 +734,20 @@ class CompressiveAttention(nn.Module):
         constants = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
             slots = (constants[0], constants[1])
-        out, mass = torch.ops.ctx.attend_sequence(
+        out, region_weights = torch.ops.ctx.attend_sequence(
             q, k, v, *rows, call.state, *slots, positions, *scores
         )
         if not call.update:
-            return out, mass, call.memory
+            return out, region_weights, call.memory
         with torch.no_grad():
             if not chooses:  # which has written, too
                 made = self._slots_of(constants, block)
                 torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *made, *settings)
         if torch.is_grad_enabled() or call.memory is None or memory is None:
-            return out, mass, memory
+            return out, region_weights, memory
         for name, held in call.memory.items():  # forward mode without grad: in place
             held.copy_(memory[name])
-        return out, mass, call.memory
+        return out, region_weights, call.memory
 
     def _projecting(
         self,
@@ -761,7 +763,9 @@ class CompressiveAttention(nn.Module):
             return self._pairs(x.to(dtype))
 
         settings, rows = self._stored_settings(), call.rows
-        groups, empty, block = torch.ops.ctx.due_groups(hidden, none, *rows, call.state, *settings)
+        groups, empty, block = torch.ops.ctx.evicted_groups(
+            hidden, none, *rows, call.state, *settings
+        )
         slots = self.compressor.slots(groups, empty)
         made = [slot.detach() for slot in slots]
         if self.compressor_grad == "aux":
@@ -771,11 +775,17 @@ class CompressiveAttention(nn.Module):
             pairs = pairs_of(call.memory, self.schedule, self.distance, self._rotary(), project)
         # A slot is rounded as the memory will, so that it never matters which call made it.
         slots = project(slots[0].to(hidden.dtype))
-        out, mass = torch.ops.ctx.attend_sequence(
-            q, *project(hidden), *rows, pairs, *slots, None, *self._scores(call.with_mass, q.device)
+        out, region_weights = torch.ops.ctx.attend_sequence(
+            q,
+            *project(hidden),
+            *rows,
+            pairs,
+            *slots,
+            None,
+            *self._scores(call.with_region_weights, q.device),
         )
         if not call.update:
-            return out, mass, call.memory
+            return out, region_weights, call.memory
         copied = torch.is_grad_enabled()
         with torch.no_grad():
             memory = self._filled(call.memory, hidden, copied=copied)
@@ -784,7 +794,7 @@ class CompressiveAttention(nn.Module):
             torch.ops.ctx.append_(
                 hidden.detach(), none.detach(), *rows, *state, [], *compressor, *settings
             )
-        return out, mass, memory
+        return out, region_weights, memory
 
     def extra_repr(self) -> str:
         return (

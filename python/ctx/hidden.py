@@ -76,7 +76,10 @@ def pairs_of(
         made[f"{region}_keys"], made[f"{region}_values"] = keys.contiguous(), values.contiguous()
     made |= {"seen": seen, "rewindable": memory["rewindable"]}
     batch, kv_heads = made["window_keys"].shape[:2]
-    for name in ("usage", "slot_positions"):  # no compressor of inputs chooses by usage
+    for name in (
+        "attention_received",
+        "slot_positions",
+    ):  # no compressor of inputs chooses by usage
         pairs = made["window_keys"].dtype
         dtype = dtype_of(name, pairs, pairs)
         made[name] = torch.zeros(batch, kv_heads, 0, dtype=dtype, device=seen.device)

@@ -73,7 +73,7 @@ def take_back(
         if bool((ends != before).any()):
             return
     exact = not resets and all(
-        not layer["usage"].shape[2] and bool((count <= layer["rewindable"]).all())
+        not layer["attention_received"].shape[2] and bool((count <= layer["rewindable"]).all())
         for layer, count in zip(memory, written, strict=True)
     )
     with torch.inference_mode():  # a memory may have been made there

@@ -71,7 +71,7 @@ def evictions(
     schedule: Schedule,
     settings: tuple[object, ...],
 ) -> Evictions:
-    """The evictions of one call; `state` and `settings` as `torch.ops.ctx.due_groups` takes
+    """The evictions of one call; `state` and `settings` as `torch.ops.ctx.evicted_groups` takes
     them."""
     q, k, v = q.detach(), k.detach(), v.detach()
     batch, _, tokens, _ = q.shape
@@ -81,7 +81,7 @@ def evictions(
     # A segment that ends with the call is evicted by the next token, which is any token here.
     ahead = [nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)]
     longer = None if lengths is None else lengths + 1
-    keys, values, _ = torch.ops.ctx.due_groups(*ahead, longer, None, state, *settings)
+    keys, values, _ = torch.ops.ctx.evicted_groups(*ahead, longer, None, state, *settings)
     begun = groups_at(schedule, seen - 1)
 
     boundaries = -(-tokens // segment)

@@ -134,7 +134,7 @@ class KVMemory:
         compressed_bias: added to the scores of compressed slots: ``"none"``, ``"log_ratio"`` (log
             c), or one number per query head. A tensor is used as it is at the time of each call.
         scale: factor of the scores; default D^-1/2.
-        headroom: tokens that can be written before the first of them attends (longer calls are
+        max_rewind: tokens that can be written before the first of them attends (longer calls are
             walked in blocks), and that :meth:`rewind` can take back.
         dtype: float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
         compressed_dtype: what compressed slots are stored as: float32, bfloat16, float16, or int8
@@ -164,7 +164,7 @@ class KVMemory:
         distance: str = "slot",
         compressed_bias: str | Sequence[float] | Tensor = "none",
         scale: float | None = None,
-        headroom: int = 64,
+        max_rewind: int = 64,
         dtype: torch.dtype = torch.float32,
         compressed_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
@@ -192,7 +192,7 @@ class KVMemory:
         scale = None if scale is None else _check.number(scale, "scale", where)
         if scale is not None and not (math.isfinite(scale) and scale != 0):
             raise ValueError(f"{where}: scale must be finite and not zero, got {scale}")
-        headroom = _check.integer(headroom, "headroom", where)
+        max_rewind = _check.integer(max_rewind, "max_rewind", where)
         dtype, device = _check.dtype(dtype, where), _check.device(device, where)
         if compressed_dtype is not None:
             compressed_dtype = _check.dtype(compressed_dtype, where, "compressed_dtype")
@@ -230,7 +230,7 @@ class KVMemory:
             "distance": distance,
             "compressed_bias": "none" if bias is None else bias.to(device, wide),
             "scale": scale,
-            "headroom": headroom,
+            "max_rewind": max_rewind,
             "compressed_dtype": compressed_dtype,
         }
         operands = compressor.operands() if compressor.native else []
@@ -259,7 +259,7 @@ class KVMemory:
             None if slopes is None else slopes.to(device, wide),
             [operand.detach() for operand in operands_of_positions],
             0.0 if scale is None else scale,
-            headroom,
+            max_rewind,
             dtype,
             compressed_dtype,
             device,
@@ -273,7 +273,7 @@ class KVMemory:
         lengths: Tensor | None = None,
         reset_at: Tensor | None = None,
         *,
-        return_mass: bool = False,
+        return_region_weights: bool = False,
     ) -> Any:
         """Appends T tokens to every row and returns what each query attends to. One operator call.
 
@@ -287,27 +287,27 @@ class KVMemory:
                 right); default all.
             reset_at: bool [B, T], true where a token is the first of a new stream, which sees
                 nothing of what its row held before; default nowhere.
-            return_mass: also return what share of its attention each query gives to sinks,
+            return_region_weights: also return what share of its attention each query gives to sinks,
                 compressed slots and window.
 
         Returns:
-            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_mass`` the shares, too:
+            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_region_weights`` the shares, too:
             [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
 
         Raises:
             ValueError, TypeError: an argument does not fit the memory; nothing has been written
                 then.
         """
-        _check.flag(return_mass, "return_mass", "ctx.KVMemory.step")
+        _check.flag(return_region_weights, "return_region_weights", "ctx.KVMemory.step")
         if self._watched:
             self._read_parameters()
-        step = self._native.step_with_mass if return_mass else self._native.step
+        step = self._native.step_with_region_weights if return_region_weights else self._native.step
         try:
             if self.compressor.native and not self.compressor.in_engine:
-                out, mass = self._written(
-                    "ctx.KVMemory.step", q, k, v, lengths, reset_at, return_mass
+                out, region_weights = self._written(
+                    "ctx.KVMemory.step", q, k, v, lengths, reset_at, return_region_weights
                 )
-                return (out, mass) if return_mass else out
+                return (out, region_weights) if return_region_weights else out
             return step(q, k, v, lengths, reset_at)
         except TypeError:  # where it is about the binding, its words are a C++ signature
             given = {"q": q, "k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
@@ -339,24 +339,28 @@ class KVMemory:
             _check.tensors("ctx.KVMemory.append", ("lengths", "reset_at"), **given)
             raise
 
-    def attend(self, q: Tensor, *, return_mass: bool = False) -> Any:
+    def attend(self, q: Tensor, *, return_region_weights: bool = False) -> Any:
         """The second half of :meth:`step`: queries of the last T tokens appended; writes nothing,
         and does not count as usage.
 
         Args:
             q: [B, H, T, D] with T at most ``rewindable`` of every row.
-            return_mass: as in :meth:`step`.
+            return_region_weights: as in :meth:`step`.
 
         Returns:
-            [B, H, T, Dv]; with ``return_mass`` the shares [B, H, T, 3], too.
+            [B, H, T, Dv]; with ``return_region_weights`` the shares [B, H, T, 3], too.
 
         Raises:
             ValueError, TypeError: ``q`` does not fit the memory.
         """
-        _check.flag(return_mass, "return_mass", "ctx.KVMemory.attend")
+        _check.flag(return_region_weights, "return_region_weights", "ctx.KVMemory.attend")
         if self._watched:
             self._read_parameters()
-        attend = self._native.attend_with_mass if return_mass else self._native.attend
+        attend = (
+            self._native.attend_with_region_weights
+            if return_region_weights
+            else self._native.attend
+        )
         try:
             return attend(q)
         except TypeError:
@@ -412,7 +416,7 @@ class KVMemory:
         sizes = {name: _check.integer(n, name, where) for name, n in asked.items() if n is not None}
         schedule = self.schedule.resized(**sizes)
         keys = self.tensors["window_keys"]
-        overlap = keys.shape[2] - self.schedule._law.window_capacity(self._settings["headroom"])
+        overlap = keys.shape[2] - self.schedule._law.window_capacity(self._settings["max_rewind"])
         held = resize(self.tensors, self.schedule, schedule, overlap, where)
         followed = {} if self._bias is None else {"compressed_bias": self._bias}
         other = KVMemory(
@@ -588,7 +592,7 @@ class KVMemory:
         v: Tensor,
         lengths: Tensor | None,
         reset_at: Tensor | None,
-        with_mass: bool = False,
+        with_region_weights: bool = False,
     ) -> Any:
         """A step, or an append without ``q``, with slots that the compressor's call made; it writes
         to the same tensors as the engine's own.
@@ -604,7 +608,7 @@ class KVMemory:
         )
         rows = (lengths, reset_at)
         try:
-            keys, values, block = torch.ops.ctx.due_groups(k, v, *rows, state, *law)
+            keys, values, block = torch.ops.ctx.evicted_groups(k, v, *rows, state, *law)
             slots: tuple[Any, ...] = ([], "custom", [*self.compressor.slots(keys, values), block])
             if q is None:
                 return torch.ops.ctx.append_(k, v, *rows, *state, *slots, *law)
@@ -614,11 +618,22 @@ class KVMemory:
             relative = [] if self.relative is None else [*self.relative()]
             scale = settings["scale"] or settings["head_dim"] ** -0.5
             return torch.ops.ctx.step_(
-                q, k, v, *rows, *state, *slots, bias, slopes, relative, *law, scale, with_mass
+                q,
+                k,
+                v,
+                *rows,
+                *state,
+                *slots,
+                bias,
+                slopes,
+                relative,
+                *law,
+                scale,
+                with_region_weights,
             )
         except (ValueError, TypeError) as error:
             operator, _, rest = str(error).partition(": ")
-            if operator not in ("ctx.due_groups", "ctx.step_", "ctx.append_"):
+            if operator not in ("ctx.evicted_groups", "ctx.step_", "ctx.append_"):
                 raise
             raise type(error)(f"{where}: {rest}") from None
 

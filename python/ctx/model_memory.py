@@ -20,19 +20,19 @@ def kept(memory: Any) -> Any:
     """
     if not isinstance(memory, dict):
         return memory
-    usage, keys = memory.get("usage"), memory.get("window_keys")
+    usage, keys = memory.get("attention_received"), memory.get("window_keys")
     if not isinstance(usage, Tensor) or not isinstance(keys, Tensor):
         return memory
-    wanted = dtype_of("usage", keys.dtype, keys.dtype)
+    wanted = dtype_of("attention_received", keys.dtype, keys.dtype)
     if usage.dtype == wanted or usage.dtype != keys.dtype:
         return memory
-    return {**memory, "usage": usage.to(wanted)}
+    return {**memory, "attention_received": usage.to(wanted)}
 
 
 def keep(given: Any, held: Any) -> None:
     """Puts what :func:`kept` made of a layer's memory into that, which is about to be written."""
     if held is not given:
-        given["usage"] = held["usage"]
+        given["attention_received"] = held["attention_received"]
 
 
 def check_each_its_own(memory: Sequence[Any], where: str) -> None:

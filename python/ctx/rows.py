@@ -37,7 +37,7 @@ __all__ = ["clone", "merge", "reset", "resized", "rewind", "select", "to"]
 _SIZES = {
     "seen": "[B]",
     "rewindable": "[B]",
-    "usage": "[B, Hkv, capacity]",
+    "attention_received": "[B, Hkv, capacity]",
     "slot_positions": "[B, Hkv, capacity]",
 }
 
@@ -117,9 +117,9 @@ def rewind(memory: Nested, tokens: int | Tensor) -> None:
     counts = []
     for layer in layers:
         seen = layer["seen"]
-        if layer["usage"].shape[2]:
+        if layer["attention_received"].shape[2]:
             raise ValueError(
-                f"{where}: compression must be one whose slots follow from the tokens alone, "
+                f"{where}: compressor must be one whose slots follow from the tokens alone, "
                 'got "most_used"'
             )
         count = as_counts(tokens, seen, where)
@@ -308,9 +308,9 @@ def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int | None, whe
         raise ValueError(
             f"{where}: overlap must be {said['overlap']} as the memory was made for, got {overlap}"
         )
-    if layer["usage"].shape[2]:
+    if layer["attention_received"].shape[2]:
         raise ValueError(
-            f"{where}: compression must be one whose slots follow from the tokens alone, "
+            f"{where}: compressor must be one whose slots follow from the tokens alone, "
             'got "most_used"'
         )
     for name in ("ratio", "segment", "sinks"):
@@ -318,13 +318,13 @@ def resize(layer: Memory, old: Schedule, new: Schedule, overlap: int | None, whe
         if asked != was:
             raise ValueError(f"{where}: {name} must stay as it is = {was}, got {asked}")
     keys, values = layer["window_keys"], layer["window_values"]
-    headroom = keys.shape[2] - old._law.max_window - overlap
-    if headroom < 1:
+    max_rewind = keys.shape[2] - old._law.max_window - overlap
+    if max_rewind < 1:
         raise ValueError(
             f"{where}: window_keys must hold more than {old._law.max_window + overlap} tokens for "
             f"{old}, got {keys.shape[2]}"
         )
-    widths = (keys.shape[1], keys.shape[3], values.shape[3], headroom)
+    widths = (keys.shape[1], keys.shape[3], values.shape[3], max_rewind)
     shapes = [StateShape.of(one, *widths, overlap=overlap) for one in (old, new)]
     shapes[0].check(layer, len(keys), keys.device, where, "memory")
     for name, value in zip(SIZES, old.numbers, strict=True):

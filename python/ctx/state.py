@@ -33,13 +33,13 @@ STATE = (
     "sink_values",
     "seen",
     "rewindable",
-    "usage",
+    "attention_received",
     "slot_positions",
 )
 _NAMES = frozenset(STATE)
 #: The regions that are rings, and the tensors in which an entry is one position of the region.
 RINGS = {
-    "window": ("window_keys", "window_values", "usage"),
+    "window": ("window_keys", "window_values", "attention_received"),
     "compressed": ("compressed_keys", "compressed_values", "slot_positions"),
 }
 COUNTS = ("seen", "rewindable", "slot_positions")
@@ -87,7 +87,7 @@ def dtype_of(name: str, pairs: torch.dtype, slots: torch.dtype) -> torch.dtype:
     if name in SLOTS:
         return slots
     wide = torch.float64 if pairs == torch.float64 else torch.float32
-    return wide if name == "usage" else pairs
+    return wide if name == "attention_received" else pairs
 
 
 def slot_dtypes(pairs: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -135,14 +135,14 @@ class StateShape:
         kv_heads: int,
         head_dim: int,
         value_dim: int,
-        headroom: int,
+        max_rewind: int,
         *,
         overlap: int = 0,
         used: bool = False,
     ) -> StateShape:
-        """The shapes that a schedule, a headroom and a compressor need."""
-        window = schedule._law.window_capacity(headroom) + overlap
-        compressed = schedule._law.compressed_capacity(headroom)
+        """The shapes that a schedule, a max_rewind and a compressor need."""
+        window = schedule._law.window_capacity(max_rewind) + overlap
+        compressed = schedule._law.compressed_capacity(max_rewind)
         sizes = (window, compressed, schedule.sinks)
         return cls(kv_heads, head_dim, value_dim, *sizes, used)
 

@@ -50,7 +50,7 @@ class CompressiveTransformerConfig:
         window, compressed, ratio, segment, sinks: the memory, as in `ctx.Schedule`; each is one
             int, or a list or tuple of `num_layers` ints, first layer first (kept as a tuple).
             `compressed=0` switches the compressive memory off, be it of one layer.
-        compression ... rotary_interleaved, headroom: as in `ctx.CompressiveAttention`.
+        compressor ... rotary_interleaved, max_rewind: as in `ctx.CompressiveAttention`.
         mlp: "swiglu" or "gelu".
         mlp_dim: inner width of the MLP; None: 4 x embed_dim, and 2/3 of that for "swiglu".
         norm: "rms" or "layer", applied before each branch.
@@ -72,8 +72,8 @@ class CompressiveTransformerConfig:
     ratio: Sizes
     segment: Sizes | None = None
     sinks: Sizes = 0
-    compression: str = "conv"
-    compression_kernel: int | None = None
+    compressor: str = "conv"
+    compressor_kernel: int | None = None
     memory_content: str = "kv"
     position: str | None = "rotary"
     relative_dim: int | None = None
@@ -85,7 +85,7 @@ class CompressiveTransformerConfig:
     rotary_base: float = 10000.0
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
-    headroom: int = 64
+    max_rewind: int = 64
     mlp: str = "swiglu"
     mlp_dim: int | None = None
     norm: str = "rms"
@@ -100,9 +100,9 @@ class CompressiveTransformerConfig:
             "mlp_dim",
             "rotary_dim",
             "relative_dim",
-            "compression_kernel",
+            "compressor_kernel",
         )
-        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "headroom", *optional):
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "max_rewind", *optional):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
@@ -115,7 +115,7 @@ class CompressiveTransformerConfig:
                 raise TypeError(f"{where}: {name} must be a bool, got {getattr(self, name)!r}")
         for name in ("rotary_base", "dropout"):
             object.__setattr__(self, name, _check.number(getattr(self, name), name, where))
-        for name, choices in {"compression": tuple(COMPRESSORS), **_CHOICES}.items():
+        for name, choices in {"compressor": tuple(COMPRESSORS), **_CHOICES}.items():
             if getattr(self, name) not in choices:
                 names = ", ".join(map(repr, choices))
                 got = getattr(self, name)
@@ -156,14 +156,12 @@ class CompressiveTransformerConfig:
         self._schedules(self.num_layers if each else 1)  # refuses what is out of range
 
         for ratio in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
-            check_kernel(
-                self.compression, ratio, self.compression_kernel, where, "compression_kernel"
-            )
-        chooses = COMPRESSORS[self.compression].by_usage
+            check_kernel(self.compressor, ratio, self.compressor_kernel, where, "compressor_kernel")
+        chooses = COMPRESSORS[self.compressor].by_usage
         for name, other in (("aux_loss", None), ("memory_content", "kv")):
             if chooses and getattr(self, name) != other:
                 raise ValueError(
-                    f"{where}: {name} must be {other!r} for compression {self.compression!r}, "
+                    f"{where}: {name} must be {other!r} for compressor {self.compressor!r}, "
                     f"got {getattr(self, name)!r}"
                 )
 
@@ -263,7 +261,7 @@ class _Call(NamedTuple):
     reset_at: Tensor | None  # bool [B, T]
     update: bool
     return_aux: bool
-    return_usage: bool
+    return_region_weights: bool
 
 
 class _Block(nn.Module):
@@ -285,7 +283,7 @@ class _Block(nn.Module):
         reset_at: Tensor | None,
         update: bool,
         return_aux: bool,
-        return_usage: bool,
+        return_region_weights: bool,
     ) -> tuple[Tensor, dict[str, Tensor] | None, list[Tensor]]:
         """x and the memory after the tokens, and what was asked for besides, loss first."""
         memory = None if memory is None else kept(memory)
@@ -296,7 +294,7 @@ class _Block(nn.Module):
             **rows,
             update=update,
             return_aux=return_aux,
-            return_usage=return_usage,
+            return_region_weights=return_region_weights,
         )
         x = x + y  # dropped out by the layer itself
         x = x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -385,7 +383,7 @@ class CompressiveTransformer(nn.Module):
         reset_at: Tensor | None = None,
         update: bool = True,
         return_aux: bool = False,
-        return_usage: bool = False,
+        return_region_weights: bool = False,
         last_only: bool = False,
     ) -> Any:
         """Continues every row's stream by T tokens.
@@ -402,7 +400,7 @@ class CompressiveTransformer(nn.Module):
                 scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
                 layers; not together with `reset_at`.
-            return_usage: also return what share of its attention every query gives to sinks,
+            return_region_weights: also return what share of its attention every query gives to sinks,
                 compressed slots and window in every layer, for inspection: [layers, B, H, T, 3],
                 adding up to one, zero at padding, constant.
             last_only: logits of every row's last token only, [B, vocab_size], zero for a row
@@ -412,7 +410,7 @@ class CompressiveTransformer(nn.Module):
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
             after the last: a new one under grad, the one passed (streamed into in place) without,
             and with `update=False`; then the loss with `return_aux`, then the shares with
-            `return_usage`. Where a call without grad is interrupted (an exception in a hook,
+            `return_region_weights`. Where a call without grad is interrupted (an exception in a hook,
             Ctrl-C), the memory passed is as it was before the call, or refused from then on where
             the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
             before the call: go on with the one returned then.
@@ -438,7 +436,7 @@ class CompressiveTransformer(nn.Module):
                 reset_at, _ = to_right_padded(reset_at, mask)
         if lengths is not None:
             lengths = lengths.clone()  # a layer's own counter would change before the next layer
-        call = _Call(lengths, reset_at, update, return_aux, return_usage)
+        call = _Call(lengths, reset_at, update, return_aux, return_region_weights)
         if not update:
             logits, _, *asked = self._call(tokens, memory, call, mask, last_only)
             return (logits, passed, *asked)
@@ -484,7 +482,7 @@ class CompressiveTransformer(nn.Module):
             padding = mask_of(lengths, tokens.shape[1]).logical_not()
             logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
         asked = [torch.stack(aux).mean()] if call.return_aux else []
-        asked += [torch.stack(usage)] if call.return_usage else []
+        asked += [torch.stack(usage)] if call.return_region_weights else []
         return (logits, memory, *asked)
 
     def with_memory(
@@ -660,7 +658,7 @@ class CompressiveTransformer(nn.Module):
             held = None if memory is None else memory[i]
             x, state, asked = block(x, held, *call)
             states.append(state)
-            if call.return_usage:
+            if call.return_region_weights:
                 usage.append(asked.pop())
             losses += asked
         return x, states, losses, usage

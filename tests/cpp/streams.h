@@ -23,7 +23,7 @@ inline MemoryOptions options(const std::string& compressor = "conv",
   made.head_dim = kHeadDim;
   made.value_dim = kValueDim;
   made.compressor = Compressor::make(compressor, kKvHeads, 2, kHeadDim, kValueDim);
-  made.headroom = 7;
+  made.max_rewind = 7;
   made.dtype = dtype;
   return made;
 }

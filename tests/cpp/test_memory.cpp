@@ -148,14 +148,14 @@ void test_positions() {
     const ctx::MemoryOptions made = ctx::test::options_at(position);
     EXPECT(made.attention.position() == position);
     KVMemory whole(made), cut(made);
-    const auto [out, mass] = whole.step_with_mass(x.q, x.k, x.v);
-    EXPECT(mass.sizes() == at::IntArrayRef({kBatch, ctx::test::kHeads, 40, 3}));
-    EXPECT(close(mass.sum(-1), at::ones_like(mass.select(-1, 0))));
+    const auto [out, region_weights] = whole.step_with_region_weights(x.q, x.k, x.v);
+    EXPECT(region_weights.sizes() == at::IntArrayRef({kBatch, ctx::test::kHeads, 40, 3}));
+    EXPECT(close(region_weights.sum(-1), at::ones_like(region_weights.select(-1, 0))));
     for (int64_t t = 0; t < 40; t += 4) {
       EXPECT(close(step(cut, Tokens(t, 4)), out.narrow(2, t, 4)));
     }
-    const auto [again, same_mass] = cut.attend_with_mass(late.q);
-    EXPECT(close(again, out.narrow(2, 36, 4)) && close(same_mass, mass.narrow(2, 36, 4)));
+    const auto [again, same_mass] = cut.attend_with_region_weights(late.q);
+    EXPECT(close(again, out.narrow(2, 36, 4)) && close(same_mass, region_weights.narrow(2, 36, 4)));
     KVMemory copy = cut.clone();
     EXPECT(same(step(cut, Tokens(40, 3)), step(copy, Tokens(40, 3))));
     for (const char* other : {"rotary", "alibi", "relative", "none"}) {
@@ -221,7 +221,7 @@ void test_bad_options() {
   EXPECT_THROWS(
       c10::ValueError, "ctx.KVMemory: batch_size must", make([](Options o) { o.batch_size = 0; }));
   EXPECT_THROWS(
-      c10::ValueError, "ctx.KVMemory: headroom must", make([](Options o) { o.headroom = -1; }));
+      c10::ValueError, "ctx.KVMemory: max_rewind must", make([](Options o) { o.max_rewind = -1; }));
   EXPECT_THROWS(c10::ValueError, "ctx.AttentionOptions: distance must", make([](Options o) {
                   o.attention.distance = "far";
                 }));

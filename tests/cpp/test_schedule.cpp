@@ -82,20 +82,20 @@ void test_token_distances(const Schedule& s) {
   }
 }
 
-// The rings hold what a query needs once `headroom` tokens more have been written, whether they
+// The rings hold what a query needs once `max_rewind` tokens more have been written, whether they
 // come after it or are taken back.
 void test_rings(const Schedule& s) {
-  for (int64_t headroom : {1, 2, 3, 7}) {
-    const int64_t window = s.window_capacity(headroom);
-    const int64_t compressed = s.compressed_capacity(headroom);
+  for (int64_t max_rewind : {1, 2, 3, 7}) {
+    const int64_t window = s.window_capacity(max_rewind);
+    const int64_t compressed = s.compressed_capacity(max_rewind);
     EXPECT(s.compressed > 0 || compressed == 0);
-    for (int64_t t = 0; t + headroom < kTokens; ++t) {
-      const int64_t newest = t + headroom - 1;
+    for (int64_t t = 0; t + max_rewind < kTokens; ++t) {
+      const int64_t newest = t + max_rewind - 1;
       EXPECT(newest + 1 - s.edge(t) <= window);
       if (s.compressed > 0) {
         EXPECT(s.groups(newest) - (s.groups(t) - s.slots(t)) <= compressed);
       }
-      EXPECT(s.groups(newest + 1) - s.groups(t) <= s.max_new_groups(headroom));
+      EXPECT(s.groups(newest + 1) - s.groups(t) <= s.max_new_groups(max_rewind));
     }
   }
 }

@@ -33,7 +33,7 @@ struct MemoryOptions {
   std::optional<at::Tensor> compressed_bias;  // [H] or [1], added to the scores of compressed slots
   // Tokens that can be written before the first of them attends: longer calls are walked in blocks
   // of this many.
-  int64_t headroom = 64;
+  int64_t max_rewind = 64;
   at::ScalarType dtype = at::kFloat;  // float32, float64, bfloat16 or float16; arithmetic is
                                       // float32 (float64 for float64)
   at::Device device = at::kCPU;
@@ -82,7 +82,7 @@ class CTX_API KVMemory {
 
   // As step, and the weight that each query gives to sinks, compressed slots and window,
   // [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
-  std::tuple<at::Tensor, at::Tensor> step_with_mass(
+  std::tuple<at::Tensor, at::Tensor> step_with_region_weights(
       const at::Tensor& q,
       const at::Tensor& k,
       const at::Tensor& v,
@@ -100,8 +100,8 @@ class CTX_API KVMemory {
   // rewindable() of each. Returns [B, H, T, Dv]. Writes nothing, and does not count as usage.
   at::Tensor attend(const at::Tensor& q) const;
 
-  // As attend, and the weights of the regions as step_with_mass gives them.
-  std::tuple<at::Tensor, at::Tensor> attend_with_mass(const at::Tensor& q) const;
+  // As attend, and the weights of the regions as step_with_region_weights gives them.
+  std::tuple<at::Tensor, at::Tensor> attend_with_region_weights(const at::Tensor& q) const;
 
   // Every row begins a new stream, or those rows do: int64 [N] in 0 ... B - 1, or bool [B]. Throws
   // IndexError for a row that is not there.
@@ -109,7 +109,7 @@ class CTX_API KVMemory {
   void reset(const at::Tensor& rows);
 
   // Takes back the last tokens of every row, as if they had not come: `tokens` of each, or int64
-  // [B]. Exact, and refused with a ValueError beyond rewindable(), which is the headroom once a
+  // [B]. Exact, and refused with a ValueError beyond rewindable(), which is the max_rewind once a
   // stream is that long, and where the compressor chooses by usage, which cannot be taken back.
   void rewind(int64_t tokens);
   void rewind(const at::Tensor& tokens);
@@ -172,8 +172,8 @@ class CTX_API KVMemory {
                                              const at::Tensor& v,
                                              const std::optional<at::Tensor>& lengths,
                                              const std::optional<at::Tensor>& reset_at,
-                                             bool with_mass);
-  std::tuple<at::Tensor, at::Tensor> attended(const at::Tensor& q, bool with_mass) const;
+                                             bool with_region_weights);
+  std::tuple<at::Tensor, at::Tensor> attended(const at::Tensor& q, bool with_region_weights) const;
   std::vector<at::Tensor> custom_slots(const at::Tensor& k,
                                        const at::Tensor& v,
                                        const std::optional<at::Tensor>& lengths,

@@ -79,16 +79,16 @@ struct Schedule {
     return (boundaries * segment + (ratio - 1)) / ratio;
   }
 
-  // Ring sizes that let `headroom` tokens be written before the first of them attends, and
-  // `headroom` tokens be taken back again. A token's index is its position modulo the capacity, a
+  // Ring sizes that let `max_rewind` tokens be written before the first of them attends, and
+  // `max_rewind` tokens be taken back again. A token's index is its position modulo the capacity, a
   // slot's its group modulo the capacity.
   template <typename Int>
-  CTX_HOST_DEVICE constexpr Int window_capacity(Int headroom) const {
-    return headroom + max_window() + overlap;
+  CTX_HOST_DEVICE constexpr Int window_capacity(Int max_rewind) const {
+    return max_rewind + max_window() + overlap;
   }
   template <typename Int>
-  CTX_HOST_DEVICE constexpr Int compressed_capacity(Int headroom) const {
-    return compressed == 0 ? Int(0) : max_new_groups(Int(headroom - 1)) + compressed;
+  CTX_HOST_DEVICE constexpr Int compressed_capacity(Int max_rewind) const {
+    return compressed == 0 ? Int(0) : max_new_groups(Int(max_rewind - 1)) + compressed;
   }
 
   constexpr bool operator==(const Schedule&) const = default;

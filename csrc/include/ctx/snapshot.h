@@ -6,7 +6,7 @@
 //   "format"        "ctx.KVMemory"
 //   "version"       1
 //   geometry        batch_size, kv_heads, head_dim, value_dim, window, compressed, ratio, segment,
-//                   sinks, overlap, headroom, position, rotary_dim, rotary_base,
+//                   sinks, overlap, max_rewind, position, rotary_dim, rotary_base,
 //                   rotary_interleaved (0 or 1), distance, compressor
 //   tensors         window_keys ... slot_positions, as KVMemory::tensors() orders them
 //

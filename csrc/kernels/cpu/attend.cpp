@@ -153,9 +153,9 @@ class Attention {
       const int64_t head = rows.kv * rows.share + r % rows.share;
       const int64_t i = rows.tokens.begin + r / rows.share;
       store_row(sums, row<T>(args_.out, rows.b, head, args_.block.offset + i), m_.value_dim);
-      if (args_.mass == nullptr) continue;
+      if (args_.region_weights == nullptr) continue;
       for (int64_t region = 0; region < kRegions; ++region)
-        mass(rows.b, head, i)[region] = state.totals[r * kRegions + region] * share;
+        region_weights(rows.b, head, i)[region] = state.totals[r * kRegions + region] * share;
     }
   }
 
@@ -165,14 +165,15 @@ class Attention {
       if (i >= rows.tokens.begin && i < rows.tokens.end) continue;
       for (int64_t head = tile.kv * rows.share; head < (tile.kv + 1) * rows.share; ++head) {
         std::fill_n(row<T>(args_.out, tile.b, head, args_.block.offset + i), m_.value_dim, T(0));
-        if (args_.mass != nullptr) std::fill_n(mass(tile.b, head, i), int64_t{kRegions}, A(0));
+        if (args_.region_weights != nullptr)
+          std::fill_n(region_weights(tile.b, head, i), int64_t{kRegions}, A(0));
       }
     }
   }
 
-  A* mass(int64_t b, int64_t head, int64_t i) const {
+  A* region_weights(int64_t b, int64_t head, int64_t i) const {
     const int64_t token = (b * args_.heads + head) * args_.call_tokens + args_.block.offset + i;
-    return static_cast<A*>(args_.mass) + token * kRegions;
+    return static_cast<A*>(args_.region_weights) + token * kRegions;
   }
 
   const AttendArgs& args_;

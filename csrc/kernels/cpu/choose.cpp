@@ -123,7 +123,7 @@ void choose(const CompressArgs& args) {
   const MemoryView& m = args.memory;
   bool due = false;
   for (int64_t b = 0; b < m.batch && !due; ++b) {
-    const DueGroups groups = due_groups(m, args.block, b);
+    const EvictedGroups groups = evicted_groups(m, args.block, b);
     due = groups.first < groups.last;
   }
   if (!due) return;

@@ -237,7 +237,7 @@ void compress_rows(const CompressArgs& args) {
   const MemoryView& m = args.memory;
   int64_t most = 0;
   for (int64_t b = 0; b < m.batch; ++b) {
-    const DueGroups due = due_groups(m, args.block, b);
+    const EvictedGroups due = evicted_groups(m, args.block, b);
     most = std::max(most, due.last - due.first);
   }
   if (most == 0) return;
@@ -247,7 +247,7 @@ void compress_rows(const CompressArgs& args) {
   at::parallel_for(
       0, m.batch * most, grain((read + 1) * m.rotary.dim * 4), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-          const DueGroups due = due_groups(m, args.block, task / most);
+          const EvictedGroups due = evicted_groups(m, args.block, task / most);
           const int64_t number = task % most;
           if (due.first + number < due.last) angles.fill(task / most, number, due.first + number);
         }
@@ -261,7 +261,7 @@ void compress_rows(const CompressArgs& args) {
     GroupCompressor<T, P> compressor(args, angles, memory);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / tiles / m.kv_heads;
-      const DueGroups due = due_groups(m, args.block, b);
+      const EvictedGroups due = evicted_groups(m, args.block, b);
       const int64_t number = task % tiles * kGroups;
       const int64_t count = std::min(kGroups, due.last - due.first - number);
       if (count > 0)

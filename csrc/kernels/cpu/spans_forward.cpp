@@ -141,9 +141,10 @@ class SpansForward {
                 args_.value_dim);
       const int64_t index = block_.index(lane);
       static_cast<A*>(args_.logsumexp)[index] = largest_[lane] + std::log(total);
-      if (args_.mass == nullptr) continue;
+      if (args_.region_weights == nullptr) continue;
       for (int64_t span = 0; span < kRegions; ++span)
-        static_cast<A*>(args_.mass)[index * kRegions + span] = totals[span * lanes] * share;
+        static_cast<A*>(args_.region_weights)[index * kRegions + span] =
+            totals[span * lanes] * share;
     }
   }
 

@@ -30,7 +30,7 @@ class Results:
     def __init__(self, folder: Path, settings: AblationSettings, digest: str) -> None:
         self.path = folder / "ablation.json"
         same = dataclasses.asdict(settings)
-        for chosen in ("compression", "seeds"):  # which models, not how each is trained
+        for chosen in ("compressor", "seeds"):  # which models, not how each is trained
             del same[chosen]
         self.head = {"settings": same, "digest": digest}
         self.runs: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ _SLOTS = 32  # in the window, and as many in CMem; all in the window where there
 
 # name in AblationSettings (the option is --name), type, meaning
 OPTIONS: list[tuple[str, Any, str]] = [
-    ("compression", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
+    ("compressor", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
     ("seeds", int, "models of each kind, of seeds 0, 1, ..."),
     ("steps", int, "training steps of each model"),
     ("batch", int, "streams side by side"),
@@ -48,7 +48,7 @@ class Variant:
 class AblationSettings:
     """Which models, and how long each is trained; checked when made."""
 
-    compression: str = "all"
+    compressor: str = "all"
     seeds: int = 3
     steps: int = 600
     batch: int = 8
@@ -62,8 +62,8 @@ class AblationSettings:
         for name in self.compressors:
             if name not in COMPRESSORS or self.compressors.count(name) > 1:
                 raise CliError(
-                    f"--compression must be all or some of {', '.join(COMPRESSORS)}, separated by "
-                    f"commas, got {self.compression!r}"
+                    f"--compressor must be all or some of {', '.join(COMPRESSORS)}, separated by "
+                    f"commas, got {self.compressor!r}"
                 )
         self.training(0)
         self.variants()  # refuses a start that is none
@@ -71,9 +71,9 @@ class AblationSettings:
     @property
     def compressors(self) -> list[str]:
         """The compressors by name, in the order asked for; "all": every one there is."""
-        if self.compression.strip() == "all":
+        if self.compressor.strip() == "all":
             return list(COMPRESSORS)
-        return [name.strip() for name in self.compression.split(",")]
+        return [name.strip() for name in self.compressor.split(",")]
 
     def training(self, seed: int) -> TrainSettings:
         """How one model is trained: the default of `ctx train` in fewer steps."""
@@ -95,7 +95,7 @@ class AblationSettings:
         alone = model_config({**model, "window": 2 * _SLOTS, "compressed": 0})
         found = [Variant(WINDOW_ONLY, NOTHING, alone)]
         for name in self.compressors:
-            both = {**model, "window": _SLOTS, "compressed": _SLOTS, "compression": name}
+            both = {**model, "window": _SLOTS, "compressed": _SLOTS, "compressor": name}
             learns = any(True for _ in make_compressor(name, 1, both["ratio"], 2).parameters())
             for grad in ("task", "aux") if learns else ("task",):
                 config = model_config({**both, "compressor_grad": grad})

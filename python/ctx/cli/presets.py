@@ -26,7 +26,7 @@ class Preset:
 
 
 _MODEL: dict[str, Any] = {
-    "compression": "conv",
+    "compressor": "conv",
     "compressor_grad": "aux",
     "aux_loss": "reconstruction",
     "memory_content": "hidden",

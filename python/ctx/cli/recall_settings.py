@@ -32,7 +32,7 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("steps", int, "optimiser steps, at most, of each model"),
     ("seed", int, "of the weights and of the data"),
     ("threads", int, "0: torch's choice"),
-    ("compression", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
+    ("compressor", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
     ("pairs", int, "pairs that a sequence begins with"),
     ("length", int, "queries behind them"),
     ("window", int, "exact tokens behind every query"),
@@ -58,7 +58,7 @@ class RecallSettings:
     steps: int = 500
     seed: int = 0
     threads: int = 0
-    compression: str = "all"
+    compressor: str = "all"
     pairs: int = 16
     length: int = 128
     window: int = 16
@@ -81,8 +81,8 @@ class RecallSettings:
             if name not in COMPRESSORS or self.compressors.count(name) > 1:
                 choice = ", ".join(COMPRESSORS)
                 raise CliError(
-                    f"--compression must be all or some of {choice}, separated by commas, "
-                    f"got {self.compression!r}"
+                    f"--compressor must be all or some of {choice}, separated by commas, "
+                    f"got {self.compressor!r}"
                 )
         for contestant in self.contestants():
             check_fits(contestant.config, self.batch, self.task.tokens, training=True)
@@ -101,9 +101,9 @@ class RecallSettings:
     @property
     def compressors(self) -> list[str]:
         """The compressors by name, in the order asked for; "all": every one there is."""
-        if self.compression.strip() == "all":
+        if self.compressor.strip() == "all":
             return list(COMPRESSORS)
-        return [name.strip() for name in self.compression.split(",")]
+        return [name.strip() for name in self.compressor.split(",")]
 
     @property
     def task(self) -> RecallTask:
@@ -121,10 +121,10 @@ class RecallSettings:
 
     def contestants(self) -> list[Contestant]:
         """The model without CMem first, then one per compressor; all may hold as many slots."""
-        wide = {"window": self.window + self.slots, "compressed": 0, "compression": "mean"}
+        wide = {"window": self.window + self.slots, "compressed": 0, "compressor": "mean"}
         sizes: list[tuple[str, dict[str, Any]]] = [("window only", wide)]
         for name in self.compressors:
-            both = {"window": self.window, "compressed": self.slots, "compression": name}
+            both = {"window": self.window, "compressed": self.slots, "compressor": name}
             sizes.append((f"CMem, {name}", both))
         try:
             return [

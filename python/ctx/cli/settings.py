@@ -65,8 +65,8 @@ MODEL_OPTIONS: list[tuple[str, str, Any, str]] = [
     ("--ratio", "ratio", sizes, "tokens per slot; or per layer"),
     ("--segment", "segment", sizes, "tokens between evictions; or per layer"),
     ("--sinks", "sinks", sizes, "first tokens that are kept for ever; or per layer"),
-    ("--compression", "compression", str, _either(COMPRESSORS)),
-    ("--compression-kernel", "compression_kernel", int, "of conv: tokens it reads for a slot"),
+    ("--compressor", "compressor", str, _either(COMPRESSORS)),
+    ("--compressor-kernel", "compressor_kernel", int, "of conv: tokens it reads for a slot"),
     ("--memory-content", "memory_content", str, "kv, or hidden: layer inputs, as in the paper"),
     ("--position", "position", str, "rotary, relative, alibi or none"),
     ("--distance", "distance", str, "slot or token"),
@@ -107,7 +107,7 @@ RUN_OPTIONS: list[tuple[str, str, Any, str]] = [
 
 def model_config(changed: Mapping[str, Any]) -> CompressiveTransformerConfig:
     """The default model with some settings changed."""
-    compressor = COMPRESSORS.get(changed.get("compression", "conv"))
+    compressor = COMPRESSORS.get(changed.get("compressor", "conv"))
     trained = compressor is None or not compressor.by_usage
     if changed.get("compressor_grad") == "aux" and trained:  # something must train it
         changed = {"aux_loss": "reconstruction", **changed}

@@ -34,7 +34,7 @@ def shares(
             if memory is None:
                 memory = model.init_memory(len(lines))
             chunk = lines[:, start : start + segment].long()
-            _, memory, usage = model(chunk, memory, return_usage=True)
+            _, memory, usage = model(chunk, memory, return_region_weights=True)
             total += usage.double().mean(2).sum((1, 2)).cpu()  # [layers, B, H, T, 3]
             advance(chunk.numel())
     model.train(was_training)

@@ -50,7 +50,7 @@ def attend(
     compressed_bias: str | Tensor | Sequence[float] = "none",
     scale: float | None = None,
     compressor_grad: str = "task",
-    return_mass: bool = False,
+    return_region_weights: bool = False,
     carried: int | None = None,
 ) -> Any:
     """What the last tokens of a stream of L see, [B, H, L - carried, Dv].
@@ -59,7 +59,7 @@ def attend(
     they and the slots made by then are constants, as the carried memory of Transformer-XL is (Dai
     et al. 2019, arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a
     constant. Where the most used tokens stay, q must be that of the whole stream, T = L. With
-    `return_mass` also what share of its attention each of them gives to sinks, compressed slots and
+    `return_region_weights` also what share of its attention each of them gives to sinks, compressed slots and
     window, [B, H, L - carried, 3], a constant.
     """
     work = working_dtype(k.dtype)
@@ -103,7 +103,7 @@ def attend(
         compressed_bias=compressed_bias,
         scale=scale,
         compressor_grad=compressor_grad,
-        return_mass=return_mass,
+        return_region_weights=return_region_weights,
         carried=carried,
         by_usage=by_usage,
     )
@@ -126,7 +126,7 @@ def walk(
     compressed_bias: str | Tensor | Sequence[float],
     scale: float | None,
     compressor_grad: str,
-    return_mass: bool,
+    return_region_weights: bool,
     carried: int | None = None,
     by_usage: bool = False,
 ) -> Any:
@@ -192,9 +192,11 @@ def walk(
         outputs.append(mix(weights, torch.stack(seen_values, 2)))
     if not outputs:
         out = q.new_zeros(*q.shape[:2], 0, values[0].shape[2] if values else width)
-        return (out, out.new_zeros(*q.shape[:2], 0, 3, dtype=work)) if return_mass else out
+        return (
+            (out, out.new_zeros(*q.shape[:2], 0, 3, dtype=work)) if return_region_weights else out
+        )
     out = torch.stack(outputs, 2).to(q.dtype)
-    return (out, torch.stack(masses, 2)) if return_mass else out
+    return (out, torch.stack(masses, 2)) if return_region_weights else out
 
 
 def compressive_attention(
@@ -204,7 +206,7 @@ def compressive_attention(
     *,
     num_heads: int,
     num_kv_heads: int | None = None,
-    compression: str = "conv",
+    compressor: str = "conv",
     memory_content: str = "kv",
     new: int | None = None,
     position: str | None = "rotary",
@@ -214,7 +216,7 @@ def compressive_attention(
     distance: str = "slot",
     compressor_grad: str = "task",
     memory_dtype: torch.dtype | None = None,
-    return_usage: bool = False,
+    return_region_weights: bool = False,
 ) -> Any:
     """What `ctx.CompressiveAttention` gives for a stream from an empty memory, [B, new, E].
 
@@ -229,7 +231,7 @@ def compressive_attention(
         new: how many of the last tokens the call brings; earlier ones are a carried memory, and
             constant. None means all.
         memory_dtype: what queries, keys and values are rounded to; None: nothing.
-        return_usage: also return what share of its attention each of them gives to sinks,
+        return_region_weights: also return what share of its attention each of them gives to sinks,
             compressed slots and window, [B, H, new, 3], a constant.
     """
     new = x.shape[1] if new is None else new
@@ -249,7 +251,7 @@ def compressive_attention(
         "distance": distance,
         "compressed_bias": weights.get("compressed_bias", "none"),
         "compressor_grad": compressor_grad,
-        "return_mass": True,
+        "return_region_weights": True,
     }
 
     def rounded(y: Tensor) -> Tensor:
@@ -260,17 +262,17 @@ def compressive_attention(
         return k, split_heads(project(inputs, weights, "v_proj"), kv_heads)
 
     if memory_content == "kv":
-        compress = partial(COMPRESSORS[compression], **own) if own else compression
+        compress = partial(COMPRESSORS[compressor], **own) if own else compressor
         k, v = pair_of(x)
         pairs = (rounded(k), rounded(v))
         carried = x.shape[1] - new
         options |= {"compressor": compress, "carried": carried}
-        out, mass = attend(rounded(q), *pairs, schedule, **options)
+        out, region_weights = attend(rounded(q), *pairs, schedule, **options)
     else:
         carried = x.shape[1] - new
         held = torch.cat([x[:, :carried].detach(), x[:, carried:]], 1)
-        compress_inputs = inputs_compressor(compression, own)
-        left = overlap(inputs_pooling(compression, own), schedule.ratio)
+        compress_inputs = inputs_compressor(compressor, own)
+        left = overlap(inputs_pooling(compressor, own), schedule.ratio)
         padded = torch.nn.functional.pad(held, (0, 0, left, 0))  # token j stands at left + j
 
         def make_slot(g: int, constant: bool) -> tuple[Tensor, Tensor]:
@@ -282,17 +284,19 @@ def compressive_attention(
 
         keys, values = (pair.unbind(2) for pair in pair_of(held))
         queries = q[:, :, carried:]
-        out, mass = walk(queries, [*keys], [*values], make_slot, schedule, scale=None, **options)
+        out, region_weights = walk(
+            queries, [*keys], [*values], make_slot, schedule, scale=None, **options
+        )
     y = project(out.to(x.dtype).transpose(1, 2).flatten(2), weights, "out_proj")
-    return (y, mass) if return_usage else y
+    return (y, region_weights) if return_region_weights else y
 
 
-def inputs_compressor(compression: str, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def inputs_compressor(compressor: str, own: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """A compressor of layer inputs [B, c, E] to [B, 1, E]: they take the keys' place in one head.
 
     What a compressor of pairs makes of values is thrown away, so its parameters do not matter.
     """
-    pooling = inputs_pooling(compression, own)
+    pooling = inputs_pooling(compressor, own)
 
     def compress(inputs: Tensor) -> Tensor:
         group = inputs[:, None, None]
@@ -302,10 +306,10 @@ def inputs_compressor(compression: str, own: Mapping[str, Tensor]) -> Callable[[
     return compress
 
 
-def inputs_pooling(compression: str, own: Mapping[str, Tensor]) -> Compressor:
+def inputs_pooling(compressor: str, own: Mapping[str, Tensor]) -> Compressor:
     """The compressor, with the keys' parameters for values, too."""
     parameters = {**own, **{name.replace("key_", "value_"): w for name, w in own.items()}}
-    return partial(COMPRESSORS[compression], **parameters)
+    return partial(COMPRESSORS[compressor], **parameters)
 
 
 def _choose(usage: Tensor, leaving: list[int], slots: int) -> list[Tensor]:

@@ -62,7 +62,7 @@ class Row:
 class KVMemory:
     """Sinks, window and compressed memory of `batch_size` independent streams.
 
-    The arguments are those of `ctx.KVMemory`. `headroom` shapes `tensors` and nothing else.
+    The arguments are those of `ctx.KVMemory`. `max_rewind` shapes `tensors` and nothing else.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class KVMemory:
         distance: str = "slot",
         compressed_bias: str | Tensor | Sequence[float] = "none",
         scale: float | None = None,
-        headroom: int = 64,
+        max_rewind: int = 64,
         dtype: torch.dtype = torch.float32,
         compressed_dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
@@ -100,7 +100,7 @@ class KVMemory:
         self.distance = distance
         self.compressed_bias = compressed_bias
         self.scale = head_dim**-0.5 if scale is None else scale
-        self.headroom = headroom
+        self.max_rewind = max_rewind
         self.dtype = dtype
         self.compressed_dtype = dtype if compressed_dtype is None else compressed_dtype
         self.device = torch.device(device)
@@ -170,7 +170,7 @@ class KVMemory:
         lengths: Sequence[int] | None = None,
         reset_at: Tensor | None = None,
         *,
-        return_mass: bool = False,
+        return_region_weights: bool = False,
     ) -> Any:
         """Appends T tokens and returns what each of them sees, [B, H, T, Dv].
 
@@ -180,21 +180,21 @@ class KVMemory:
             v: [B, Hkv, T, Dv].
             lengths: of the rows; what comes behind is padding, and its output zero.
             reset_at: bool [B, T], true where a token is the first of a new stream.
-            return_mass: also return the share of attention that sinks, compressed slots and window
+            return_region_weights: also return the share of attention that sinks, compressed slots and window
                 get, [B, H, T, 3].
         """
         out = q.new_zeros(*q.shape[:3], self.value_dim)
-        mass = q.new_zeros(*q.shape[:3], 3, dtype=self.work)
+        region_weights = q.new_zeros(*q.shape[:3], 3, dtype=self.work)
         for b in range(self.batch_size):
             for i in range(q.shape[2] if lengths is None else lengths[b]):
                 if reset_at is not None and reset_at[b, i]:
                     self.reset([b])
                 self._append_token(self.rows[b], k[b, :, i], v[b, :, i])
                 row = self.rows[b]
-                out[b, :, i], mass[b, :, i] = self._attend_token(
+                out[b, :, i], region_weights[b, :, i] = self._attend_token(
                     row, len(row.tokens) - 1, q[b, :, i], count=True
                 )
-        return (out, mass) if return_mass else out
+        return (out, region_weights) if return_region_weights else out
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -206,15 +206,17 @@ class KVMemory:
                 self._append_token(row, k[b, :, i], v[b, :, i])
 
     @torch.no_grad()
-    def attend(self, q: Tensor, *, return_mass: bool = False) -> Any:
+    def attend(self, q: Tensor, *, return_region_weights: bool = False) -> Any:
         """What the last T tokens see, [B, H, T, Dv]; q [B, H, T, D] holds their queries."""
         out = q.new_empty(*q.shape[:3], self.value_dim)
-        mass = q.new_empty(*q.shape[:3], 3, dtype=self.work)
+        region_weights = q.new_empty(*q.shape[:3], 3, dtype=self.work)
         for b, row in enumerate(self.rows):
             first = len(row.tokens) - q.shape[2]
             for i in range(q.shape[2]):
-                out[b, :, i], mass[b, :, i] = self._attend_token(row, first + i, q[b, :, i])
-        return (out, mass) if return_mass else out
+                out[b, :, i], region_weights[b, :, i] = self._attend_token(
+                    row, first + i, q[b, :, i]
+                )
+        return (out, region_weights) if return_region_weights else out
 
     def _append_token(self, row: Row, key: Tensor, value: Tensor) -> None:
         t = len(row.tokens)
@@ -224,7 +226,7 @@ class KVMemory:
             row.slots.append(self._make_slot(row, g))
         row.tokens.append(self._store(key.to(self.work), value, position=t))
         row.usage.append(torch.zeros(self.kv_heads, dtype=self.work))
-        row.rewindable = min(row.rewindable + 1, self.headroom)
+        row.rewindable = min(row.rewindable + 1, self.max_rewind)
 
     def _make_slot(self, row: Row, g: int) -> Pair:
         keys, values = [], []
@@ -348,8 +350,8 @@ class KVMemory:
         """
         s = self.schedule
         segment = s.segment or s.ratio
-        window = s.window + segment + s.ratio - 1 + self.headroom + self.overlap
-        late = segment * -(-(self.headroom - 1) // segment)  # tokens evicted late by long calls
+        window = s.window + segment + s.ratio - 1 + self.max_rewind + self.overlap
+        late = segment * -(-(self.max_rewind - 1) // segment)  # tokens evicted late by long calls
         compressed = s.compressed + -(-late // s.ratio) if s.compressed else 0
         places = {"window": window, "compressed": compressed, "sink": s.sinks}
         rings = {}
@@ -381,7 +383,7 @@ class KVMemory:
                 usage[b, :, t % window] = row.usage[t]
             for g, tokens in enumerate(row.positions if compressed else []):
                 positions[b, :, g % compressed] = torch.tensor(tokens)
-        return {"usage": usage, "slot_positions": positions}
+        return {"attention_received": usage, "slot_positions": positions}
 
     @property
     def nbytes(self) -> int:
