@@ -1,7 +1,7 @@
 """Compressive Transformer memory: exact recent pairs, compressed older ones, at constant size.
 
-:class:`Schedule` is the law of what a memory holds, :class:`KVMemory` streams keys and values
-through it, :class:`CompressiveAttention` and :class:`CompressiveTransformer` train and stream with
+:class:`Schedule` is the law of what a memory holds, :class:`Memory` is what it holds,
+:class:`KVMemory` streams keys and values through it, :class:`CompressiveAttention` and :class:`CompressiveTransformer` train and stream with
 it, and :mod:`ctx.reference` is the same function in plain PyTorch.
 """
 
@@ -16,8 +16,10 @@ from ctx import (
 )
 from ctx._load import cmake_prefix_path
 from ctx.attention import CompressiveAttention
-from ctx.memory import KVMemory
+from ctx.kv_memory import KVMemory
+from ctx.memory import Memory
 from ctx.schedule import Schedule
+from ctx.spec import Spec
 from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig
 
 __version__ = _load.version
@@ -27,7 +29,9 @@ __all__ = [
     "CompressiveTransformer",
     "CompressiveTransformerConfig",
     "KVMemory",
+    "Memory",
     "Schedule",
+    "Spec",
     "__version__",
     "cmake_prefix_path",
     "compression",

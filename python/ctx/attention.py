@@ -3,68 +3,44 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
-from functools import partial
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ctx import _check, identity
-from ctx.compression import (
-    COMPRESSORS,
-    Compressor,
-    MostUsed,
-    as_compressor,
-    check_kernel,
-    make_compressor,
-)
+from ctx import _check, attention_calls, attention_inputs, engine, memory_check
+from ctx.attention_calls import Call
+from ctx.compression import Compressor, as_compressor, make_compressor
 from ctx.constants import log_ratio, slopes_of
+from ctx.engine import Law, Plan, Scores
 from ctx.finite import apart
-from ctx.hidden import as_stored, pairs_of
-from ctx.losses import LOSSES, Decoder, attention_reconstruction, auto_encoding, evictions
-from ctx.memory import rotary_width
-from ctx.model_memory import keep, kept
-from ctx.padding import check_rows, from_right_padded, mask_of, to_right_padded
+from ctx.hidden import as_stored
+from ctx.layer_options import check_by_usage, check_options
+from ctx.losses import Decoder
+from ctx.memory import Memory
+from ctx.memory_check import widened
+from ctx.padding import from_right_padded, mask_of, to_right_padded
 from ctx.positions import Relative
 from ctx.schedule import Schedule
-from ctx.state import STATE, Memory, StateShape, check_names, ordinary, slot_dtypes
+from ctx.spec import Spec, layer_spec
+from ctx.state import StateShape, empty_clock, slot_dtypes
 
-__all__ = ["CompressiveAttention", "Memory"]
+__all__ = ["CompressiveAttention"]
 
 _WHERE = "ctx.CompressiveAttention"
-#: Attributes that a memory's identity is made of, besides the compressor.
-_IDENTIFYING = (
-    "_schedule",
-    "distance",
-    "memory_content",
-    "position",
-    "rotary_base",
-    "rotary_dim",
-    "rotary_interleaved",
+#: Attributes that a memory's specification is made of, besides the compressor.
+_SPECIFYING = frozenset(
+    (
+        "_schedule",
+        "distance",
+        "max_rewind",
+        "memory_content",
+        "position",
+        "rotary_base",
+        "rotary_dim",
+        "rotary_interleaved",
+    )
 )
-
-
-class _Call(NamedTuple):
-    """What a call says besides its tokens."""
-
-    lengths: Tensor | None  # int64 [B]
-    reset_at: Tensor | None  # bool [B, T]
-    memory: Memory | None
-    update: bool  # whether the tokens are remembered
-    with_region_weights: bool
-
-    @property
-    def rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Lengths and resets, as operators take them."""
-        return self.lengths, self.reset_at
-
-    @property
-    def state(self) -> list[Tensor]:
-        """The memory's tensors, as functional operators take them; none of an empty memory."""
-        return [] if self.memory is None else [self.memory[name] for name in STATE]
 
 
 class CompressiveAttention(nn.Module):
@@ -81,6 +57,8 @@ class CompressiveAttention(nn.Module):
     module's output, not on attention weights.
 
     Args:
+        settings: optionally first, a ``ctx.AttentionSettings``; it stands for the sizes of the
+            memory and for the options that it has fields of, which are not given besides.
         embed_dim: width E of the input and output.
         num_heads: query heads H; head_dim is E / H.
         num_kv_heads: key/value heads Hkv, a divisor of H; default H.
@@ -118,14 +96,11 @@ class CompressiveAttention(nn.Module):
         dropout: probability of the dropout of the output, in training mode.
         bias: biases of the four projections.
         rotary_base, rotary_dim, rotary_interleaved: as in :class:`ctx.KVMemory`.
-        max_rewind: tokens that can be written before the first of them attends; longer calls are
-            walked in blocks.
+        max_rewind: how many tokens :meth:`ctx.Memory.rewind` can take back.
 
     Raises:
         ValueError, TypeError: a setting is out of range; the message names it.
     """
-
-    _trusted: Memory | None = None
 
     def __init__(
         self,
@@ -157,116 +132,87 @@ class CompressiveAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        sizes = {
+        options = {
             "embed_dim": embed_dim,
             "num_heads": num_heads,
-            "num_kv_heads": kv_heads,
+            "num_kv_heads": num_kv_heads,
+            "compressor": compressor,
+            "compressor_kernel": compressor_kernel,
+            "memory_content": memory_content,
+            "position": position,
+            "relative_dim": relative_dim,
+            "distance": distance,
+            "compressed_bias": compressed_bias,
+            "compressed_bias_init": compressed_bias_init,
+            "compressor_grad": compressor_grad,
+            "aux_loss": aux_loss,
+            "dropout": dropout,
+            "bias": bias,
+            "rotary_base": rotary_base,
+            "rotary_dim": rotary_dim,
+            "rotary_interleaved": rotary_interleaved,
             "max_rewind": max_rewind,
         }
-        for name, size in sizes.items():
-            sizes[name] = _check.integer(size, name, _WHERE)
-            if sizes[name] < 1:
-                raise ValueError(f"{_WHERE}: {name} must be at least 1, got {size}")
-        embed_dim, num_heads, kv_heads, max_rewind = sizes.values()
-        if rotary_dim is not None:
-            rotary_dim = _check.integer(rotary_dim, "rotary_dim", _WHERE)
-        if relative_dim is not None:
-            relative_dim = _check.integer(relative_dim, "relative_dim", _WHERE)
-        dropout = _check.number(dropout, "dropout", _WHERE)
-        rotary_base = _check.number(rotary_base, "rotary_base", _WHERE)
-        _check.flag(bias, "bias", _WHERE)
-        _check.flag(rotary_interleaved, "rotary_interleaved", _WHERE)
+        super().__init__()
+        schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
+        options = check_options(options, (schedule.ratio,), _WHERE)
         if device is not None:
             _check.device(device, _WHERE)
         if dtype is not None and not _check.dtype(dtype, _WHERE).is_floating_point:
             raise TypeError(f"{_WHERE}: dtype must be floating point, got {dtype}")
-        if embed_dim % num_heads:
-            raise ValueError(
-                f"{_WHERE}: embed_dim must be a multiple of num_heads = {num_heads}, "
-                f"got {embed_dim}"
-            )
-        if num_heads % kv_heads:
-            raise ValueError(
-                f"{_WHERE}: num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}"
-            )
-        if isinstance(compressor, str):
-            _one_of("compressor", compressor, tuple(COMPRESSORS))
-        _one_of("memory_content", memory_content, ("kv", "hidden"))
-        _one_of("distance", distance, ("slot", "token"))
-        _one_of("compressed_bias", compressed_bias, ("none", "log_ratio", "learned"))
-        if compressed_bias_init is not None:
-            compressed_bias_init = bias_start(compressed_bias_init, compressed_bias, _WHERE)
-        _one_of("compressor_grad", compressor_grad, ("task", "aux"))
-        if aux_loss is not None:
-            _one_of("aux_loss", aux_loss, LOSSES)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"{_WHERE}: dropout must be at least 0 and below 1, got {dropout}")
-        if not (math.isfinite(rotary_base) and rotary_base > 0):
-            raise ValueError(
-                f"{_WHERE}: rotary_base must be positive and finite, got {rotary_base}"
-            )
-        head_dim = embed_dim // num_heads
-        width = rotary_width(position, rotary_dim, head_dim, _WHERE)
-        if not (0 <= width <= head_dim and width % 2 == 0):
-            raise ValueError(
-                f"{_WHERE}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
-            )
-        sinusoids = embed_dim if relative_dim is None else relative_dim
-        if sinusoids < 1 or (position == "relative" and sinusoids % 2):
-            raise ValueError(f"{_WHERE}: relative_dim must be even and positive, got {sinusoids}")
+        self._set(schedule, options, {"device": device, "dtype": dtype})
 
-        schedule = Schedule(window, compressed, ratio, segment, sinks)  # type: ignore[arg-type]
-        called = compressor if isinstance(compressor, str) else "a module"
-        ratio = schedule.ratio
-        compressor_kernel = check_kernel(
-            called, ratio, compressor_kernel, _WHERE, "compressor_kernel"
-        )
+    def _set(self, schedule: Schedule, options: dict[str, Any], made: dict[str, Any]) -> None:
+        """Attributes and parameters, from options that have been checked."""
+        embed_dim, num_heads = options["embed_dim"], options["num_heads"]
+        kv_heads = num_heads if options["num_kv_heads"] is None else options["num_kv_heads"]
+        head_dim = embed_dim // num_heads
         self._schedule = schedule
-        self.embed_dim, self.num_heads, self.num_kv_heads, self.head_dim = (
-            embed_dim,
-            num_heads,
-            kv_heads,
-            head_dim,
-        )
-        self.position, self.distance, self.compressor_grad = position, distance, compressor_grad
-        self.rotary_dim, self.rotary_base, self.rotary_interleaved = (
-            width,
-            rotary_base,
-            rotary_interleaved,
-        )
-        self.dropout, self.max_rewind = dropout, max_rewind
-        self.compressed_bias_init = compressed_bias_init
-        self.memory_content, self.aux_loss = memory_content, aux_loss
+        self.embed_dim, self.head_dim = embed_dim, head_dim
+        self.num_heads, self.num_kv_heads = num_heads, kv_heads
+        for name in (
+            "position",
+            "distance",
+            "compressor_grad",
+            "rotary_base",
+            "rotary_interleaved",
+            "dropout",
+            "max_rewind",
+            "compressed_bias_init",
+            "memory_content",
+            "aux_loss",
+        ):
+            setattr(self, name, options[name])
+        width = head_dim if options["rotary_dim"] is None else options["rotary_dim"]
+        self.rotary_dim: int = width if self.position == "rotary" else 0
         #: What is remembered of a token: heads, key width, value width.
-        self._stored = (
-            (1, embed_dim, 0) if memory_content == "hidden" else (kv_heads, head_dim, head_dim)
-        )
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden = self.memory_content == "hidden"
+        self._stored = (1, embed_dim, 0) if hidden else (kv_heads, head_dim, head_dim)
+        bias = options["bias"]
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **made)
         self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
+        compressor = options["compressor"]
         if isinstance(compressor, str):
-            heads, widths = self._stored[0], self._stored[1:]
+            heads, widths, kernel = self._stored[0], self._stored[1:], options["compressor_kernel"]
             compressor = make_compressor(
-                compressor, heads, ratio, *widths, kernel=compressor_kernel, **made
+                compressor, heads, schedule.ratio, *widths, kernel=kernel, **made
             )
         if not isinstance(compressor, nn.Module):
             raise TypeError(f"{_WHERE}: compressor must be a name or a module, got {compressor!r}")
-        self.compressor: Compressor = compressor  # type: ignore[assignment]  # __setattr__ sees to it
-        if aux_loss == "autoencoding":
-            self.decoder = Decoder(self._stored[0], ratio, *self._stored[1:], **made)
-        self._learns_bias = compressed_bias == "learned"
-        self._counts_tokens = compressed_bias == "log_ratio"
-        if self._learns_bias:
+        self.compressor: Compressor = compressor  # type: ignore[assignment]  # see __setattr__
+        if self.aux_loss == "autoencoding":
+            self.decoder = Decoder(self._stored[0], schedule.ratio, *self._stored[1:], **made)
+        self._bias_kind = options["compressed_bias"]
+        if self._bias_kind == "learned":
             self.register_parameter("compressed_bias", nn.Parameter(torch.empty(num_heads, **made)))
         self.relative: Relative | None = None
-        if position == "relative":
+        if self.position == "relative":
+            given = options["relative_dim"]
+            sinusoids = embed_dim if given is None else given
             self.relative = Relative(num_heads, head_dim, sinusoids, **made)
         self._reset_compression()
-        self._identity = self._described()
 
     def reset_parameters(self) -> None:
         """First values of everything, also of what was made on the meta device."""
@@ -282,34 +228,52 @@ class CompressiveAttention(nn.Module):
         """As a module does; a compressor is made one, and what follows from settings follows."""
         if name != "compressor":
             super().__setattr__(name, value)
-            if name in _IDENTIFYING and "_identity" in self.__dict__:
-                self._identity = self._described()
+            if name in _SPECIFYING and "spec" in self.__dict__:
+                self._specify()
             return
         if not isinstance(value, nn.Module):
             raise TypeError(f"{_WHERE}: compressor must be a module, got {value!r}")
         compressor = as_compressor(value, self._stored[0], self.schedule.ratio, *self._stored[1:])
-        for setting, other in (("aux_loss", None), ("memory_content", "kv")):
-            got = getattr(self, setting)
-            if compressor.by_usage and got != other:
-                raise ValueError(
-                    f"{_WHERE}: {setting} must be {other!r} for compressor 'most_used', got {got!r}"
-                )
+        if compressor.by_usage:
+            check_by_usage(vars(self), _WHERE)
         super().__setattr__(name, compressor)
-        self.schedule = self._schedule  # the window's ring depends on what a compressor reads
+        self._specify()
 
-    def _described(self) -> str:
-        """The name of the entry that says what this layer's memories are made for."""
-        return identity.describe(
-            self.schedule,
-            self.compressor,
-            content=self.memory_content,
-            position=self.position,
-            distance=self.distance,
-            rotary=self._rotary(),
+    def _specify(self) -> None:
+        """What follows from settings and compressor: the specification of the layer's memories, the
+        shapes of their tensors, and the law of what a query sees and of what is stored.
+        """
+        compressor, rotary = self.compressor, self._rotary()
+        self.__dict__["spec"] = Spec(
+            (
+                layer_spec(
+                    self._schedule,
+                    compressor,
+                    self._stored,
+                    self.max_rewind,
+                    content=self.memory_content,
+                    position=self.position,
+                    distance=self.distance,
+                    rotary=rotary,
+                ),
+            )
         )
+        self._shape = StateShape.of(
+            self._schedule,
+            *self._stored,
+            self.max_rewind,
+            overlap=compressor.overlap,
+            used=compressor.by_usage,
+        )
+        self.law = Law((*self._schedule.numbers, compressor.overlap), self.distance, *rotary)
+        hidden = self.memory_content == "hidden"  # inputs are stored as they are
+        self.stored_law = self.law._replace(rotary_dim=0) if hidden else self.law
+
+    def _rotary(self) -> tuple[int, float, bool]:
+        return (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
 
     def _reset_compression(self) -> None:
-        if self._learns_bias:
+        if self._bias_kind == "learned":
             with torch.no_grad():
                 ratio, start = self.schedule.ratio, self.compressed_bias_init
                 first = math.log(ratio) if start is None else start
@@ -322,7 +286,7 @@ class CompressiveAttention(nn.Module):
 
         A constant is made of the settings when it is asked for, and is no part of the state.
         """
-        if self._learns_bias:
+        if self._bias_kind == "learned":
             try:
                 return self._parameters["compressed_bias"]
             except KeyError:
@@ -337,9 +301,9 @@ class CompressiveAttention(nn.Module):
         return _copied(self._slopes_on(self._place()[1]))
 
     def _bias_on(self, device: torch.device) -> Tensor | None:
-        if self._learns_bias:
+        if self._bias_kind == "learned":
             return self.compressed_bias
-        if not self._counts_tokens:
+        if self._bias_kind == "none":
             return None
         return log_ratio(self.schedule.ratio, self.num_heads, self._place()[0], device)
 
@@ -354,7 +318,7 @@ class CompressiveAttention(nn.Module):
         """
         dtype, device = _check.numbers_of(self.k_proj, self)
         if device is None or device.type == "meta":
-            device = _execution_device(self.k_proj, self) or device
+            device = attention_inputs.execution_device(self.k_proj, self) or device
         return dtype or torch.get_default_dtype(), device or torch.get_default_device()
 
     @property
@@ -367,13 +331,6 @@ class CompressiveAttention(nn.Module):
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._state = StateShape.of(
-            schedule,
-            *self._stored,
-            self.max_rewind,
-            overlap=self.compressor.overlap,
-            used=self.compressor.by_usage,
-        )
 
     def init_memory(
         self,
@@ -383,16 +340,10 @@ class CompressiveAttention(nn.Module):
         compressed_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
-        """An empty memory for ``batch_size`` streams.
+        """An empty memory for ``batch_size`` streams, a :class:`ctx.Memory` of one layer.
 
-        Returns:
-            A dict of tensors: ``window_keys`` [B, Hkv, capacity, D] and ``window_values``,
-            ``compressed_keys`` and ``compressed_values``, ``sink_keys`` [B, Hkv, sinks, D] and
-            ``sink_values``, of the parameters' dtype and device unless given, and ``seen`` int64
-            [B]. With ``memory_content="hidden"`` the inputs stand where keys do, [B, 1, capacity,
-            E], and values have width 0. It can be saved, copied and flattened like any dict of
-            tensors. One more entry, uint8 [B, 0], says in its name what the memory was made for
-            (:mod:`ctx.identity`); a layer with other settings refuses it.
+        With ``memory_content="hidden"`` the inputs stand where keys do, [B, 1, capacity, E], and
+        values have width 0.
 
         Args:
             batch_size: rows B.
@@ -420,18 +371,18 @@ class CompressiveAttention(nn.Module):
                 raise TypeError(
                     f"{where}: compressed_dtype must be one of {names}, got {compressed_dtype}"
                 )
-        return self._empty(batch_size, dtype, device, compressed_dtype)
+        rings = self.empty_rings(batch_size, dtype, device, compressed_dtype)
+        return Memory(self.spec, *empty_clock(batch_size, device), [rings])
 
-    def _empty(
+    def empty_rings(
         self,
         rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
         slots: torch.dtype | None = None,
-    ) -> Memory:
-        memory = self._state.zeros(rows, dtype, device, slots)
-        with ordinary():
-            return memory | identity.entry(self._identity, rows, device)
+    ) -> list[Tensor]:
+        """Rings of new streams, in the order of :data:`ctx.state.TENSORS`."""
+        return self._shape.zeros(rows, dtype, device, slots)
 
     def forward(
         self,
@@ -444,14 +395,15 @@ class CompressiveAttention(nn.Module):
         update: bool = True,
         return_aux: bool = False,
         return_region_weights: bool = False,
+        plan: Plan | None = None,
     ) -> Any:
         """Attends from T new tokens per row to the memory and to themselves, and remembers them.
 
         Args:
             x: [B, T, E], floating point.
-            memory: what an earlier call returned; None: every row begins a new stream. It may be
-                kept in another dtype than ``x``. Under grad it must not be written to before the
-                call's backward, which reads it; autograd notices.
+            memory: what ``init_memory`` or an earlier call returned; None: every row begins a new
+                stream. It may be kept in another dtype than ``x``. Under grad it must not be
+                written to before the call's backward, which reads it; autograd notices.
             lengths: int64 [B]: row b is its first ``lengths[b]`` tokens, the rest is padding.
             mask: bool [B, T], true at tokens: as ``lengths``, for padding on the left or anywhere.
             reset_at: bool [B, T], true where a token is the first of a new stream (a document of a
@@ -461,145 +413,125 @@ class CompressiveAttention(nn.Module):
                 scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
-            return_region_weights: also return what share of its attention every query gives to sinks,
-                compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
-                padding, constant, in float32 (float64 for float64).
+            return_region_weights: also return what share of its attention every query gives to
+                sinks, compressed slots and window, for inspection: [B, H, T, 3], adding up to one,
+                zero at padding, constant, in float32 (float64 for float64).
+            plan: of a model, whose call this is a part of: arguments have been checked, ``lengths``
+                and ``reset_at`` are the plan's, and the model advances the clock.
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one
             under grad, the one passed in otherwise (always with ``update=False``); then the loss
-            with ``return_aux``, then the shares with ``return_region_weights``.
+            with ``return_aux``, then the shares with ``return_region_weights``. A call without grad
+            that is interrupted leaves the memory as it was before, or refused from then on where
+            the rings no longer hold that.
 
         Raises:
             ValueError, TypeError: an argument does not fit this module; nothing has been written
                 then.
         """
-        _check.flag(update, "update", _WHERE)
-        passed, memory = memory, kept(memory)
-        self.check(x, memory, lengths, mask, reset_at, _WHERE)
-        if update and memory is not None:
-            _refuse_recomputation(x)
-        if mask is not None:
-            x, lengths = to_right_padded(x, mask)
-            if reset_at is not None:
-                reset_at, _ = to_right_padded(reset_at, mask)
-        records = torch.is_grad_enabled() or _is_forward_mode()
-        if lengths is not None and records:  # padding has no influence on gradients, be it NaN
+        passed, alone = memory, plan is None
+        if memory is not None:
+            memory = widened(memory)
+        if memory is not None and update:
+            attention_inputs.refuse_recomputation(x, _WHERE)
+        if plan is None:
+            self._check(x, memory, lengths, mask, reset_at, update, return_aux)
+            if mask is not None:
+                x, lengths = to_right_padded(x, mask)
+                if reset_at is not None:
+                    reset_at, _ = to_right_padded(reset_at, mask)
+            clock = empty_clock(len(x), x.device) if memory is None else memory.clock
+            in_place = update and memory is not None and not torch.is_grad_enabled()
+            rows = (x.shape[1], lengths, reset_at)
+            plan = engine.plans([self], clock, *rows, in_place)[self.law]
+        lengths, grad = plan.lengths, torch.is_grad_enabled()
+        if lengths is not None and (grad or attention_calls.is_forward_mode()):
+            # Padding has no influence on gradients, be it NaN.
             x = x.masked_fill(~mask_of(lengths, x.shape[1]).unsqueeze(-1), 0.0)
-        if update and passed is not None and not torch.is_grad_enabled():
-            keep(passed, memory)
+        in_place = plan.in_place
+        if in_place and passed is not memory:
+            passed.rings[0][:] = memory.rings[0]
             memory = passed
-        call = _Call(lengths, reset_at, memory, update, return_region_weights)
+        rings = None if memory is None else memory.rings[0]
+        call = Call(plan, rings, update, in_place, return_region_weights)
         q = self._heads(apart(x, self.q_proj)[0], self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
-        if hidden:
-            k, v = as_stored(x)
-        else:
-            k, v = self._pairs(x.unsqueeze(1))
-        if memory is not None:
-            pairs = memory["window_keys"].dtype
-            k, v = k.to(pairs), v.to(pairs)
-            q = q if hidden else q.to(pairs)
+        k, v = as_stored(x) if hidden else self.pairs(x.unsqueeze(1))
+        if rings is not None and rings[0].dtype != k.dtype:
+            k, v = k.to(rings[0].dtype), v.to(rings[0].dtype)
+            q = q if hidden else q.to(rings[0].dtype)
         if return_aux:
-            if self.aux_loss is None or reset_at is not None:
-                got = "aux_loss=None" if self.aux_loss is None else "reset_at"
-                raise ValueError(
-                    f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
-                )
-            aux = self._auxiliary(q, k, v, call)
+            aux = attention_calls.auxiliary(self, q, k, v, call)
+        if alone and in_place:
+            engine.begin(plan, memory.clock)
         if hidden:
-            out, usage, memory = self._projecting(q, k, v, call, x.dtype)
-        elif self._streams(call):
-            out, usage, memory = self._streaming(q, k, v, call)
+            out, weights, rings = attention_calls.projecting(self, q, k, v, call, x.dtype)
+        elif attention_calls.streams(self, call):
+            out, weights, rings = attention_calls.streaming(self, q, k, v, call)
         else:
-            out, usage, memory = self._differentiable(q, k, v, call)
+            out, weights, rings = attention_calls.differentiable(self, q, k, v, call)
         (y,) = apart(out.to(dtype).transpose(1, 2).flatten(2), self.out_proj)
-        y = nn.functional.dropout(y, self.dropout, self.training)
-        if x.shape[1] == 0 and torch.is_grad_enabled():
+        if self.training and self.dropout:
+            y = nn.functional.dropout(y, self.dropout)
+        if x.shape[1] == 0 and grad:
             y = y + self._nothing(y) + x.sum().to(y.dtype)  # what made x wants a gradient, too
         if mask is not None:
             y = from_right_padded(y, mask)
             if return_region_weights:
-                usage = from_right_padded(usage.transpose(1, 2), mask).transpose(1, 2)
+                weights = from_right_padded(weights.transpose(1, 2), mask).transpose(1, 2)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
-        if passed is not None and not update:
+        if not update:
             memory = passed
+        elif not in_place:
+            memory = Memory(self.spec, *(engine.ends(plan) if alone else plan.clock), [rings])
+        elif alone:
+            engine.advance(plan, memory.clock)
         return (
             y,
             memory,
             *([aux] if return_aux else []),
-            *([usage] if return_region_weights else []),
+            *([weights] if return_region_weights else []),
         )
 
-    def check(
+    def _check(
         self,
         x: Tensor,
         memory: Memory | None,
         lengths: Tensor | None,
         mask: Tensor | None,
         reset_at: Tensor | None,
-        where: str,
+        update: bool,
+        return_aux: bool,
     ) -> None:
-        """Raises what :meth:`forward` would, `where` in front; in a compiled graph only where the
-        memory is another's.
+        """Raises where an argument of :meth:`forward` does not fit; in a compiled graph only where
+        the memory is another's.
         """
+        _check.flag(update, "update", _WHERE)
+        if return_aux and (self.aux_loss is None or reset_at is not None):
+            got = "aux_loss=None" if self.aux_loss is None else "reset_at"
+            raise ValueError(
+                f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
+            )
         if torch.compiler.is_compiling():
-            if isinstance(memory, dict):  # names are constants of a graph
-                identity.check(memory, self._identity, where)
+            if memory is not None:
+                memory_check.kind(memory, self.spec, _WHERE)
             return
-        _check.tensors(where, x=x)
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            got = list(x.shape)
-            raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {self.embed_dim}], got {got}")
-        if x.shape[0] < 1:
-            raise ValueError(f"{where}: x must have at least one row, B >= 1, got {list(x.shape)}")
-        if x.layout != torch.strided:
-            raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
-        k_proj = self.k_proj
-        dtype, device = _check.numbers_of(k_proj, self)
-        # meta: the parameters are brought in when the module is called
-        if device is not None and x.device != device and device.type != "meta":
-            raise ValueError(f"{where}: x must be on {device} as the parameters, got {x.device}")
-        # Where numbers are cast on the way, or a projection is another than torch's (an adapter, a
-        # quantised layer), it knows better what it takes.
-        cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-        exact = None
-        if not cast:
-            exact = dtype if _is_linear(k_proj) else _linear_dtype(self.q_proj, self.v_proj)
-        if not x.is_floating_point() or (exact is not None and x.dtype != exact):
-            kind = exact or "floating point"
-            raise TypeError(f"{where}: x must be {kind} as the parameters, got {x.dtype}")
-        check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
-        trusted, self.__dict__["_trusted"] = self._trusted, None
-        if memory is not None and memory is not trusted:
-            self.check_memory(memory, x.shape[0], x.device, where, "x")
-
-    def trust(self, memory: Memory | None) -> None:
-        """The next call need not check this memory: a model has, before its first layer ran. None:
-        whatever memory the next call is given, it checks.
-        """
-        self.__dict__["_trusted"] = memory  # not by nn.Module's __setattr__, which takes longer
-
-    def check_memory(
-        self, memory: Memory, rows: int, device: torch.device, where: str, of: str
-    ) -> None:
-        """Raises unless `memory` is one of this layer, with the rows and device of input `of`."""
-        if not (isinstance(memory, dict) and self._identity in memory):
-            check_names(memory, where)
-            identity.check(memory, self._identity, where)
-        self._state.check(memory, rows, device, where, of)
+        attention_inputs.check(self, x, lengths, mask, reset_at, _WHERE)
+        if memory is not None:
+            memory_check.call(memory, self.spec, x.shape[0], x.device, _WHERE, "x")
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
 
-    def _pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs [B, 1, n, E] to un-rotated keys and values [B, Hkv, n, D]."""
         k, v = apart(x[:, 0], self.k_proj, self.v_proj)
         return self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
 
-    def _constant_pairs(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """:meth:`_pairs` of inputs of any dtype, by constant weights."""
+    def constant_pairs(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """:meth:`pairs` of inputs of any dtype, by constant weights."""
         made = []
         for projection in (self.k_proj, self.v_proj):
             rows = x[:, 0].to(dtype)
@@ -611,52 +543,11 @@ class CompressiveAttention(nn.Module):
             made.append(self._heads(y, self.num_kv_heads).to(x.dtype))
         return made[0], made[1]
 
-    def _rotary(self) -> tuple[int, float, bool]:
-        return (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
-
-    def _settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
-        numbers = (*self.schedule.numbers, self.compressor.overlap)
-        return (numbers, self.distance, *self._rotary())
-
-    def _stored_settings(self) -> tuple[tuple[int, ...], str, int, float, bool]:
-        """:meth:`_settings` of what is stored: inputs are not rotated."""
-        numbers, distance, width, base, interleaved = self._settings()
-        width = width if self.memory_content == "kv" else 0
-        return (numbers, distance, width, base, interleaved)
-
-    def _scores(
-        self, with_region_weights: bool = False, device: torch.device | None = None
-    ) -> tuple[Any, ...]:
-        """What operators that attend take last: operands of the scores, settings, scale, region_weights.
-
-        Args:
-            with_region_weights: the last of them.
-            device: of the constants among them; default the parameters'.
-        """
-        device = device or self._place()[1]
+    def scores(self, device: torch.device) -> Scores:
+        """What scores are made of besides queries and keys; constants on that device."""
         relative = [] if self.relative is None else [*self.relative()]
-        operands = (self._bias_on(device), self._slopes_on(device), relative)
-        return (*operands, *self._settings(), self.head_dim**-0.5, with_region_weights)
-
-    def _slots_of(
-        self, slots: Sequence[Tensor], block: Tensor | None
-    ) -> tuple[list[Tensor], str, list[Tensor]]:
-        """What operators that write take of the compressor: parameters, name, slots made.
-
-        The engine makes the slots itself where it can, and is given `slots` and their `block` (what
-        the compressor's call made) where it cannot.
-        """
-        compressor = self.compressor
-        if compressor.in_engine:
-            return [x.detach() for x in compressor.operands()], compressor.engine_name, []
-        assert block is not None
-        return [], "custom", [*slots, block]
-
-    def _filled(self, memory: Memory | None, stored: Tensor, *, copied: bool) -> Memory:
-        """The memory that a call is going to fill: the one given or its copy, or an empty one."""
-        if memory is None:
-            return self._empty(stored.shape[0], stored.dtype, stored.device)
-        return {name: x.clone() for name, x in memory.items()} if copied else memory
+        bias, slopes = self._bias_on(device), self._slopes_on(device)
+        return Scores(bias, slopes, relative, self.head_dim**-0.5)
 
     def _nothing(self, like: Tensor) -> Tensor:
         """Zero, as a sum over no number of every parameter: gives each a gradient of zeros where a
@@ -664,137 +555,6 @@ class CompressiveAttention(nn.Module):
         """
         none = [p.flatten()[:0].to(like.dtype).sum() for p in self.parameters() if p.requires_grad]
         return sum(none, start=like.new_zeros(()))
-
-    def _streams(self, call: _Call) -> bool:
-        """Whether a memory of pairs is streamed into, or else read where it lies.
-
-        A call that does not write is read like one under grad, but where the numbers depend on the
-        writing: slots chosen by usage, or rounded to a dtype of their own. These write a copy.
-        """
-        if torch.is_grad_enabled() or _is_forward_mode():
-            return False
-        if call.update:
-            return True
-        rounded = call.memory is not None and (
-            call.memory["compressed_keys"].dtype != call.memory["window_keys"].dtype
-        )
-        return self.compressor.by_usage or rounded
-
-    def _auxiliary(self, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
-        evicted = evictions(
-            q, k, v, call.lengths, call.state, self.schedule, self._stored_settings()
-        )
-        if self.aux_loss == "autoencoding":
-            return auto_encoding(evicted, self.compressor, self.decoder)
-        project = None
-        if self.memory_content == "hidden":
-            project = partial(self._constant_pairs, dtype=q.dtype)
-        return attention_reconstruction(evicted, self.compressor, project=project)
-
-    def _streaming(
-        self, q: Tensor, k: Tensor, v: Tensor, call: _Call
-    ) -> tuple[Tensor, Tensor, Memory | None]:
-        """A call that writes into the rings and then reads them."""
-        memory = self._filled(call.memory, k, copied=not call.update)
-        state = [memory[name] for name in STATE]
-        slots: Sequence[Tensor] = ()
-        block = None
-        if not self.compressor.in_engine:
-            keys, values, block = torch.ops.ctx.evicted_groups(
-                k, v, *call.rows, state, *self._settings()
-            )
-            slots = self.compressor.slots(keys, values)
-        scores = self._scores(call.with_region_weights, q.device)
-        out, region_weights = torch.ops.ctx.step_(
-            q, k, v, *call.rows, *state, *self._slots_of(slots, block), *scores
-        )
-        return out, region_weights, memory if call.update else call.memory
-
-    def _differentiable(
-        self, q: Tensor, k: Tensor, v: Tensor, call: _Call
-    ) -> tuple[Tensor, Tensor, Memory | None]:
-        """A call that reads the rings where they lie, and then writes into a copy of them."""
-        settings, rows, chooses = self._settings(), call.rows, self.compressor.by_usage
-        keys, values, block = torch.ops.ctx.evicted_groups(k, v, *rows, call.state, *settings)
-        memory = call.memory
-        if call.update or chooses:
-            with torch.no_grad():
-                memory = self._filled(call.memory, k, copied=True)
-        after = [] if memory is None else [memory[name] for name in STATE]
-        scores, positions = self._scores(call.with_region_weights, q.device), None
-        if chooses:  # what stays is what streaming keeps
-            with torch.no_grad():
-                tokens, operands = _detached((q, k, v)), _detached(scores[:-1])
-                chosen, positions = torch.ops.ctx.choose_(
-                    *tokens, *rows, *after, *operands, block, keys.shape[2]
-                )
-            slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
-        else:
-            slots = self.compressor.slots(keys, values)
-        constants = [slot.detach() for slot in slots]
-        if self.compressor_grad == "aux":
-            slots = (constants[0], constants[1])
-        out, region_weights = torch.ops.ctx.attend_sequence(
-            q, k, v, *rows, call.state, *slots, positions, *scores
-        )
-        if not call.update:
-            return out, region_weights, call.memory
-        with torch.no_grad():
-            if not chooses:  # which has written, too
-                made = self._slots_of(constants, block)
-                torch.ops.ctx.append_(k.detach(), v.detach(), *rows, *after, *made, *settings)
-        if torch.is_grad_enabled() or call.memory is None or memory is None:
-            return out, region_weights, memory
-        for name, held in call.memory.items():  # forward mode without grad: in place
-            held.copy_(memory[name])
-        return out, region_weights, call.memory
-
-    def _projecting(
-        self,
-        q: Tensor,
-        hidden: Tensor,  # [B, 1, T, E], as stored
-        none: Tensor,  # [B, 1, T, 0]
-        call: _Call,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Memory | None]:
-        """A call over a memory of inputs, under grad and without."""
-
-        def project(x: Tensor) -> tuple[Tensor, Tensor]:
-            return self._pairs(x.to(dtype))
-
-        settings, rows = self._stored_settings(), call.rows
-        groups, empty, block = torch.ops.ctx.evicted_groups(
-            hidden, none, *rows, call.state, *settings
-        )
-        slots = self.compressor.slots(groups, empty)
-        made = [slot.detach() for slot in slots]
-        if self.compressor_grad == "aux":
-            slots = (made[0], made[1])
-        pairs: list[Tensor] = []
-        if call.memory is not None:
-            pairs = pairs_of(call.memory, self.schedule, self.distance, self._rotary(), project)
-        # A slot is rounded as the memory will, so that it never matters which call made it.
-        slots = project(slots[0].to(hidden.dtype))
-        out, region_weights = torch.ops.ctx.attend_sequence(
-            q,
-            *project(hidden),
-            *rows,
-            pairs,
-            *slots,
-            None,
-            *self._scores(call.with_region_weights, q.device),
-        )
-        if not call.update:
-            return out, region_weights, call.memory
-        copied = torch.is_grad_enabled()
-        with torch.no_grad():
-            memory = self._filled(call.memory, hidden, copied=copied)
-            state = [memory[name] for name in STATE]
-            compressor = ("custom", [*made, block])
-            torch.ops.ctx.append_(
-                hidden.detach(), none.detach(), *rows, *state, [], *compressor, *settings
-            )
-        return out, region_weights, memory
 
     def extra_repr(self) -> str:
         return (
@@ -804,99 +564,6 @@ class CompressiveAttention(nn.Module):
         )
 
 
-def _refuse_recomputation(x: Tensor) -> None:
-    """Raises where reentrant checkpointing runs a call that streams into a memory.
-
-    It runs the call without grad in the forward of an autograd function and again in the backward,
-    so that the memory would be streamed into twice. An input that carries a graph while grad is off
-    is looked at; elsewhere it is accepted as torch's modules accept it.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.requires_grad:
-        return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            first = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(first, torch.autograd.function.BackwardCFunction):
-                raise ValueError(
-                    f"{_WHERE}: memory must be None or update=False in the forward of an autograd "
-                    f"function, which is recomputed and would stream twice, got a memory in "
-                    f"{type(first).__name__}: checkpoint with use_reentrant=False"
-                )
-        frame = frame.f_back
-
-
-def bias_start(value: Any, kind: str, where: str) -> float:
-    """Where a bias of compressed slots starts, as a float.
-
-    Raises:
-        TypeError, ValueError: it is no finite number, or the bias is not learned.
-    """
-    start = _check.number(value, "compressed_bias_init", where)
-    if not math.isfinite(start):
-        raise ValueError(f"{where}: compressed_bias_init must be finite, got {start}")
-    if kind != "learned":
-        raise ValueError(
-            f"{where}: compressed_bias_init must be None for compressed_bias {kind!r}, got {start}"
-        )
-    return start
-
-
-def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
-    """The dtype that the first of these which is torch's own linear layer takes inputs in; None:
-    none is.
-    """
-    for layer in projections:
-        if _is_linear(layer):
-            return _check.numbers_of(layer)[0]
-    return None
-
-
-def _is_forward_mode() -> bool:
-    """Whether derivatives are computed along with values (torch.autograd.forward_ad,
-    torch.func.jvp): operators that write into a memory have none.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return bool(torch.autograd.forward_ad._current_level >= 0)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    """Whether calling it is torch's own linear map."""
-    own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-    return own and "forward" not in layer.__dict__
-
-
-def _execution_device(*modules: nn.Module) -> torch.device | None:
-    """The device that parameters are brought to for each call, where they are on meta between:
-    accelerate's hook of the first module that has one says it.
-    """
-    for module in modules:
-        hook = getattr(module, "_hf_hook", None)
-        for part in (hook, *getattr(hook, "hooks", ())):
-            found = getattr(part, "execution_device", None)
-            if found is not None:
-                return torch.device(found)
-    return None
-
-
 def _copied(constant: Tensor | None) -> Tensor | None:
     """A constant that the caller may write to: the one that layers compute with is shared."""
     return None if constant is None else constant.clone()
-
-
-def _detached(operands: Sequence[Any]) -> list[Any]:
-    """The operands of an operator with their tensors detached, those in lists, too: without
-    tangents of forward mode, which torch.no_grad leaves.
-    """
-    return [
-        x.detach() if isinstance(x, Tensor) else _detached(x) if isinstance(x, list) else x
-        for x in operands
-    ]
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        choices = ", ".join(f'"{one}"' for one in allowed)
-        raise ValueError(f"{_WHERE}: {name} must be one of {choices}, got {value!r}")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ctx import _check
+from ctx.memory import Memory
+from ctx.memory_rows import leaves
 
 __all__ = ["Sampling", "Stop", "as_stop", "check_count", "draw"]
 
@@ -149,7 +151,7 @@ def draw(
     tokens: Tensor,  # [B, T]
     lengths: Tensor | None,
     num_tokens: int,
-    memory: Sequence[dict[str, Tensor]],
+    memory: Memory,
     settings: Sampling,
     stop: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Tensor]:
@@ -182,7 +184,7 @@ def draw(
 
 
 def _read(
-    model: Any, tokens: Tensor, lengths: Tensor | None, memory: Sequence[dict[str, Tensor]]
+    model: Any, tokens: Tensor, lengths: Tensor | None, memory: Memory
 ) -> Tensor:
     """Streams the tokens and returns the logits behind the last of every row, [B, V]."""
     # A long prompt is read at constant memory, too.
@@ -201,9 +203,8 @@ def _read(
     return newest
 
 
-def _take_over(memory: Sequence[dict[str, Tensor]], after: Sequence[dict[str, Tensor]]) -> None:
+def _take_over(memory: Memory, after: Memory) -> None:
     """Writes to `memory` what a call left elsewhere: FSDP2's mixed precision casts its inputs."""
-    for held, layer in zip(memory, after, strict=True):
-        for name, tensor in layer.items():
-            if tensor is not held[name]:
-                held[name].copy_(tensor)
+    for mine, made in zip(leaves(memory), leaves(after), strict=True):
+        if mine is not made:
+            mine.copy_(made)

@@ -9,15 +9,17 @@ stream is cut into calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ctx import engine
+from ctx.engine import Law
 from ctx.losses import groups_at
 from ctx.schedule import Schedule
-from ctx.state import STATE, Memory, dtype_of, ring_positions, slots_as
+from ctx.state import TENSORS, dtype_of, ring_positions, slots_as
 
 __all__ = ["as_stored", "pairs_of"]
 
@@ -32,34 +34,30 @@ def as_stored(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pairs_of(
-    memory: Memory,
-    schedule: Schedule,
-    distance: str,
-    rotary: tuple[int, float, bool],
-    project: Project,
+    rings: Sequence[Tensor], seen: Tensor, schedule: Schedule, law: Law, project: Project
 ) -> list[Tensor]:
-    """The memory of pairs that a memory of inputs stands for, tensors in the order of ``STATE``.
+    """The rings of pairs that rings of inputs stand for, in the order of ``ctx.state.TENSORS``.
 
     Every ring has the same capacity, so each entry stands where the pair would. Differentiable in
     the weights of ``project``; what the next token cannot see counts as zero there, be it a NaN.
 
     Args:
-        memory: of inputs; constant, and left as it is.
+        rings: of inputs; constant, and left as they are.
+        seen: int64 [B].
         schedule: sizes of the memory.
-        distance: ``"slot"`` or ``"token"``: what slots are rotated to.
-        rotary: rotary_dim, rotary_base, rotary_interleaved.
+        law: what slots and pairs are rotated by.
         project: inputs to keys and values, of one dtype.
     """
-    seen = memory["seen"]
+    held = dict(zip(TENSORS, rings, strict=True))
     begun = groups_at(schedule, seen - 1)
     due = groups_at(schedule, seen)
-    window = ring_positions(seen - 1, memory["window_keys"].shape[2])
-    slots = ring_positions(begun - 1, memory["compressed_keys"].shape[2])
+    window = ring_positions(seen - 1, held["window_keys"].shape[2])
+    slots = ring_positions(begun - 1, held["compressed_keys"].shape[2])
     sinks = torch.arange(schedule.sinks, device=seen.device).expand(len(seen), -1)
     first = schedule.sinks + schedule.ratio * begun
     oldest = (due - schedule.compressed).clamp_min(0)
     clock: Any = slots
-    if distance == "token":
+    if law.distance == "token":
         centre = schedule.sinks + (schedule.ratio - 1) / 2
         clock = slots.to(torch.float64) * schedule.ratio + centre
     made: dict[str, Tensor] = {}
@@ -68,19 +66,14 @@ def pairs_of(
         ("compressed", clock, slots >= oldest[:, None]),
         ("sink", sinks, sinks < seen[:, None]),
     ):
-        stored = slots_as(memory[f"{region}_keys"], memory["window_keys"].dtype)
+        stored = slots_as(held[f"{region}_keys"], held["window_keys"].dtype)
         inputs = stored.masked_fill(~visible[:, None, :, None], 0.0)
         keys, values = project(inputs)
-        if rotary[0]:
-            keys = torch.ops.ctx.rotary(keys, position, *rotary)
+        if law.rotary_dim:
+            keys = engine.rotary(keys, position, law)
         made[f"{region}_keys"], made[f"{region}_values"] = keys.contiguous(), values.contiguous()
-    made |= {"seen": seen, "rewindable": memory["rewindable"]}
-    batch, kv_heads = made["window_keys"].shape[:2]
-    for name in (
-        "attention_received",
-        "slot_positions",
-    ):  # no compressor of inputs chooses by usage
-        pairs = made["window_keys"].dtype
-        dtype = dtype_of(name, pairs, pairs)
-        made[name] = torch.zeros(batch, kv_heads, 0, dtype=dtype, device=seen.device)
-    return [made[name] for name in STATE]
+    keys = made["window_keys"]
+    for name in TENSORS[6:]:  # no compressor of inputs chooses by the attention received
+        dtype = dtype_of(name, keys.dtype, keys.dtype)
+        made[name] = torch.zeros(*keys.shape[:2], 0, dtype=dtype, device=seen.device)
+    return [made[name] for name in TENSORS]

@@ -12,14 +12,15 @@ call may hold none or several (the paper has one for each call).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ctx import _check
+from ctx import _check, engine
 from ctx.compression import Compressor
+from ctx.engine import Law, Plan
 from ctx.schedule import Schedule
 
 __all__ = ["LOSSES", "Decoder", "Evictions", "attention_reconstruction", "auto_encoding"]
@@ -66,22 +67,20 @@ def evictions(
     q: Tensor,  # [B, H, T, D]
     k: Tensor,  # [B, Hkv, T, D]
     v: Tensor,  # [B, Hkv, T, Dv]
-    lengths: Tensor | None,
-    state: list[Tensor],
+    call: Plan,
+    rings: Sequence[Tensor],
     schedule: Schedule,
-    settings: tuple[object, ...],
+    law: Law,
 ) -> Evictions:
-    """The evictions of one call; `state` and `settings` as `torch.ops.ctx.evicted_groups` takes
-    them."""
+    """The evictions of one call over a layer's rings (none: an empty memory)."""
     q, k, v = q.detach(), k.detach(), v.detach()
     batch, _, tokens, _ = q.shape
     segment, ratio = schedule.segment, schedule.ratio
-    seen = state[6] if state else torch.zeros(batch, dtype=torch.int64, device=q.device)
+    seen, lengths = call.seen, call.lengths
     counts = torch.full_like(seen, tokens) if lengths is None else lengths
     # A segment that ends with the call is evicted by the next token, which is any token here.
     ahead = [nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)]
-    longer = None if lengths is None else lengths + 1
-    keys, values, _ = torch.ops.ctx.evicted_groups(*ahead, longer, None, state, *settings)
+    keys, values, _ = engine.evicted_groups(ahead[0], ahead[1], call.longer(), rings, law)
     begun = groups_at(schedule, seen - 1)
 
     boundaries = -(-tokens // segment)

@@ -1,689 +1,352 @@
-"""KVMemory: a bounded key/value memory for streams that may run for ever."""
+"""Memory: what the layers of a model hold of B streams, on one clock."""
 
 from __future__ import annotations
 
-import copy
-import math
-import operator
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from ctx import _C, _check
-from ctx.compression import as_compressor, make_compressor
-from ctx.positions import Relative, check_position, slope_values
-from ctx.rows import Rows, as_counts, as_rows, resize
+from ctx import _check, memory_check, memory_rows
+from ctx.memory_rows import Rows
 from ctx.schedule import Schedule
-from ctx.state import STATE
+from ctx.spec import LayerSpec, Spec
+from ctx.state import CLOCK, PLACE, STATE, TENSORS, empty_clock, writing
 
-__all__ = ["KVMemory"]
+__all__ = ["Memory"]
 
-
-def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | None:
-    """The bias of compressed slots by name, or as numbers per query head; None for no bias."""
-    if not isinstance(name, str):
-        if isinstance(name, Tensor) and not name.is_meta and not name.is_complex():
-            values = name.detach().to(torch.float64)
-        else:
-            try:
-                if isinstance(name, Tensor):
-                    raise TypeError
-                numbers = [float(value) for value in name]
-                values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-            except (TypeError, ValueError, RuntimeError):
-                raise TypeError(
-                    f"ctx.KVMemory: compressed_bias must be numbers per query head, got {name!r}"
-                ) from None
-        if not values.isfinite().all():
-            raise ValueError(f"ctx.KVMemory: compressed_bias must be finite, got {values.tolist()}")
-        return values
-    if name == "none":
-        return None
-    if name == "log_ratio":
-        return torch.tensor([math.log(ratio)], dtype=torch.float64, device="cpu")
-    raise ValueError(
-        'ctx.KVMemory: compressed_bias must be "none", "log_ratio" or numbers per query head, '
-        f"got {name!r}"
-    )
+#: Key of the specification in a state dict.
+_SPEC = "ctx.Memory"
 
 
-def rotary_width(position: str | None, rotary_dim: int | None, head_dim: int, where: str) -> int:
-    """Channels that are rotated: 0 under other schemes."""
-    if check_position(position, where) != "rotary":
-        return 0
-    return head_dim if rotary_dim is None else rotary_dim
+class Memory:
+    """The memory of one layer or of all layers of a model: one clock, and the rings of each layer.
 
+    Made by ``init_memory`` or by a call, not by hand. Under grad a call leaves the memory that it
+    is given as it is and returns a new one; otherwise it writes in place and returns the one given.
+    It is a pytree whose leaves are its tensors, and copies, pickles, compiles and exports. Not safe
+    to use from two threads at once.
 
-def position_operands(
-    position: str | None,
-    alibi_slopes: Sequence[float] | Tensor | None,
-    relative: Relative | None,
-    where: str,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The slopes and the tensors of relative positions, which must come with their scheme and
-    with no other.
-    """
-    check_position(position, where)
-    given = {"alibi_slopes": ("alibi", alibi_slopes), "relative": ("relative", relative)}
-    for name, (scheme, value) in given.items():
-        if (value is None) == (position == scheme):
-            must = "be given with" if value is None else "come with"
-            got = "None" if value is None else f"position={position!r}"
-            raise ValueError(f'{where}: {name} must {must} position="{scheme}", got {got}')
-    if relative is not None and not isinstance(relative, Relative):
-        raise TypeError(
-            f"{where}: relative must be a ctx.positions.Relative, got {type(relative).__name__}"
-        )
-    slopes = None if alibi_slopes is None else slope_values(alibi_slopes, where)
-    return slopes, [] if relative is None else [*relative()]
-
-
-def places_of(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """What tells whether tensors are still those that were handed to the engine: where their
-    numbers are and how they lie there.
-    """
-    return [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-
-
-def plain_number(value: Any) -> Any:
-    """A NumPy scalar as the int or float that it stands for, anything else as it is."""
-    if isinstance(value, (Tensor, int, float, str)) or getattr(value, "shape", None) != ():
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        return float(value)
-
-
-class KVMemory:
-    """Keys and values of B streams: a ring of exact recent pairs, a ring of compressed slots, and
-    sinks.
-
-    Keys and values are given un-rotated; keys are rotated once, when written. Everything is
-    allocated here; a step allocates its output only, and costs the same at token 10^3 and at token
-    10^9. Streaming only: no gradient is recorded (training goes through
-    :class:`ctx.CompressiveAttention`). Not safe to call from two threads at once.
-
-    Source: Rae et al. 2019 (arXiv:1911.05507), section 3; see :class:`ctx.Schedule` for where this
-    deviates.
+    Source: Rae et al. 2019 (arXiv:1911.05507), section 3; see :class:`ctx.Schedule`.
 
     Args:
-        schedule: sizes of the memory.
-        batch_size: rows B, independent streams.
-        kv_heads: key/value heads Hkv.
-        head_dim: key width D.
-        value_dim: value width Dv; default ``head_dim``.
-        compressor: a name of :data:`ctx.compression.COMPRESSORS` (``"mean"``, ``"max"``,
-            ``"conv"``, ``"dilated"``, ``"gated"``, ``"most_used"``), a module of
-            :mod:`ctx.compression`, or any module that maps groups to slots as one of those does.
-            Parameters are used as they are at the time of each call.
-        position: ``"rotary"``, ``"relative"`` (Transformer-XL's), ``"alibi"`` or None. Keys are
-            stored as the scheme wants them, so a stored state belongs to it.
-        alibi_slopes: one number per query head, for ``"alibi"`` and required there;
-            :func:`ctx.positions.alibi_slopes` gives those of the paper.
-        relative: a :class:`ctx.positions.Relative`, for ``"relative"`` and required there. Its
-            parameters are used as they are at the time of each call. Slower than the other schemes.
-        rotary_base: base of the angles.
-        rotary_dim: first channels of each key that are rotated, even; default all.
-        rotary_interleaved: pair channels (0, 1), (2, 3), ... instead of (0, D/2), (1, D/2 + 1), ...
-        distance: ``"slot"`` (bounded, the paper's) or ``"token"``: how far a slot is from the
-            query.
-        compressed_bias: added to the scores of compressed slots: ``"none"``, ``"log_ratio"`` (log
-            c), or one number per query head. A tensor is used as it is at the time of each call.
-        scale: factor of the scores; default D^-1/2.
-        max_rewind: tokens that can be written before the first of them attends (longer calls are
-            walked in blocks), and that :meth:`rewind` can take back.
-        dtype: float32, float64, bfloat16 or float16; arithmetic is float32 (float64 for float64).
-        compressed_dtype: what compressed slots are stored as: float32, bfloat16, float16, or int8
-            (each slot's key and value as multiples of a 127th of its largest number, with that
-            scale, float32, behind it); default ``dtype``, and nothing else with float64.
-        device: where the memory lives.
-
-    Raises:
-        ValueError, TypeError: a setting is out of range; the message names it.
+        spec: what it was made with. A layer or a model takes a memory of its own spec only.
+        seen: int64 [B], tokens that each row has seen.
+        rewindable: int64 [B], how many of them :meth:`rewind` can take back; -1 while a call that
+            overwrites what is visible has not ended.
+        rings: for each layer the tensors named by :data:`ctx.state.TENSORS`, in their order:
+            ``window_keys`` [B, Hkv, capacity, D], ``window_values`` [B, Hkv, capacity, Dv],
+            ``compressed_keys`` and ``compressed_values``, ``sink_keys`` and ``sink_values``, and
+            ``attention_received`` and ``slot_positions`` [B, Hkv, capacity or 0].
     """
 
     def __init__(
-        self,
-        schedule: Schedule,
+        self, spec: Spec, seen: Tensor, rewindable: Tensor, rings: list[list[Tensor]]
+    ) -> None:
+        self.spec = spec
+        self.seen = seen
+        self.rewindable = rewindable
+        self.rings = rings
+        self._checked = False
+
+    @staticmethod
+    def empty(
+        spec: Spec,
         batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int | None = None,
-        *,
-        compressor: str | nn.Module = "mean",
-        position: str | None = "rotary",
-        alibi_slopes: Sequence[float] | Tensor | None = None,
-        relative: Relative | None = None,
-        rotary_base: float = 10000.0,
-        rotary_dim: int | None = None,
-        rotary_interleaved: bool = False,
-        distance: str = "slot",
-        compressed_bias: str | Sequence[float] | Tensor = "none",
-        scale: float | None = None,
-        max_rewind: int = 64,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
+        device: torch.device | str,
         compressed_dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"ctx.KVMemory: schedule must be a ctx.Schedule, got {type(schedule).__name__}"
-            )
-        where = "ctx.KVMemory"
-        batch_size = _check.integer(batch_size, "batch_size", where)
-        kv_heads = _check.integer(kv_heads, "kv_heads", where)
-        head_dim = _check.integer(head_dim, "head_dim", where)
-        if head_dim < 1:
-            raise ValueError(f"{where}: head_dim must be at least 1, got {head_dim}")
-        value_dim = head_dim if value_dim is None else value_dim
-        value_dim = _check.integer(value_dim, "value_dim", where)
-        if value_dim < 1:
-            raise ValueError(f"{where}: value_dim must be at least 1, got {value_dim}")
-        rotary_base = _check.number(rotary_base, "rotary_base", where)
-        if rotary_dim is not None:
-            rotary_dim = _check.integer(rotary_dim, "rotary_dim", where)
-        _check.flag(rotary_interleaved, "rotary_interleaved", where)
-        if not isinstance(distance, str):
-            raise TypeError(f'{where}: distance must be "slot" or "token", got {distance!r}')
-        scale = None if scale is None else _check.number(scale, "scale", where)
-        if scale is not None and not (math.isfinite(scale) and scale != 0):
-            raise ValueError(f"{where}: scale must be finite and not zero, got {scale}")
-        max_rewind = _check.integer(max_rewind, "max_rewind", where)
-        dtype, device = _check.dtype(dtype, where), _check.device(device, where)
-        if compressed_dtype is not None:
-            compressed_dtype = _check.dtype(compressed_dtype, where, "compressed_dtype")
-        if isinstance(compressor, str):
-            compressor = make_compressor(
-                compressor,
-                kv_heads,
-                schedule.ratio,
-                head_dim,
-                value_dim,
-                device=device,
-                dtype=torch.float32,
-            )
-        if not isinstance(compressor, nn.Module):
-            raise TypeError(
-                f"ctx.KVMemory: compressor must be a name or a module, got {compressor!r}"
-            )
-        compressor = as_compressor(compressor, kv_heads, schedule.ratio, head_dim, value_dim)
-        bias = bias_values(compressed_bias, schedule.ratio)
-        slopes, operands_of_positions = position_operands(position, alibi_slopes, relative, where)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.schedule = schedule
-        self.compressor = compressor
-        self.relative = relative
-        self._settings: dict[str, Any] = {
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "value_dim": value_dim,
-            "position": position,
-            "alibi_slopes": slopes,
-            "relative": relative,
-            "rotary_base": rotary_base,
-            "rotary_dim": rotary_dim,
-            "rotary_interleaved": rotary_interleaved,
-            "distance": distance,
-            "compressed_bias": "none" if bias is None else bias.to(device, wide),
-            "scale": scale,
-            "max_rewind": max_rewind,
-            "compressed_dtype": compressed_dtype,
-        }
-        operands = compressor.operands() if compressor.native else []
-        self._places = places_of(operands)
-        self._relative_places = places_of(operands_of_positions)
-        # A tensor is followed: what is written into it counts from the next call on.
-        self._bias = compressed_bias if isinstance(compressed_bias, Tensor) else None
-        self._bias_place: Any = None
-        #: Whether anything is used as it is at the time of a call, and must be looked at.
-        self._watched = bool(operands or operands_of_positions) or self._bias is not None
-        self._native = _C.KVMemory(
-            schedule._law,
-            batch_size,
-            kv_heads,
-            head_dim,
-            value_dim,
-            compressor.engine_name,
-            [operand.detach() for operand in operands],
-            None if compressor.native else compressor.slots,
-            compressor.overlap,
-            distance,
-            rotary_width(position, rotary_dim, head_dim, where),
-            rotary_base,
-            rotary_interleaved,
-            self._bias_on(device),
-            None if slopes is None else slopes.to(device, wide),
-            [operand.detach() for operand in operands_of_positions],
-            0.0 if scale is None else scale,
-            max_rewind,
-            dtype,
-            compressed_dtype,
-            device,
-        )
+    ) -> Memory:
+        """A memory of new streams; ``init_memory`` of a layer or a model checks its arguments."""
+        rings = [
+            memory_check.zeros(layer, batch_size, dtype, device, compressed_dtype)
+            for layer in spec.layers
+        ]
+        return Memory(spec, *empty_clock(batch_size, device), rings)
 
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None = None,
-        reset_at: Tensor | None = None,
-        *,
-        return_region_weights: bool = False,
-    ) -> Any:
-        """Appends T tokens to every row and returns what each query attends to. One operator call.
+    # ---- what it is
 
-        Args:
-            q: queries [B, H, T, D], un-rotated; H a multiple of Hkv; dtype and device of the
-                memory, any strides.
-            k: keys [B, Hkv, T, D], un-rotated.
-            v: values [B, Hkv, T, Dv].
-            lengths: int64 [B], 0 <= length <= T: row b brings its first ``lengths[b]`` tokens, the
-                rest is padding that nothing sees or counts (:mod:`ctx.padding` moves padding to the
-                right); default all.
-            reset_at: bool [B, T], true where a token is the first of a new stream, which sees
-                nothing of what its row held before; default nowhere.
-            return_region_weights: also return what share of its attention each query gives to sinks,
-                compressed slots and window.
+    @property
+    def clock(self) -> tuple[Tensor, Tensor]:
+        """``seen`` and ``rewindable``, which all layers share."""
+        return self.seen, self.rewindable
 
-        Returns:
-            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_region_weights`` the shares, too:
-            [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.rings)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows B."""
+        return self.seen.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors. Constant."""
+        return sum(x.nbytes for x in memory_rows.leaves(self))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a one-layer memory by name, clock included; they alias it."""
+        self._one_layer("tensors")
+        return {name: self[name] for name in STATE}
+
+    def __len__(self) -> int:
+        return len(self.rings)
+
+    def __iter__(self) -> Iterator[Memory]:
+        return (self[layer] for layer in range(len(self.rings)))
+
+    def __getitem__(self, key: int | str) -> Any:
+        """Layer `key` as a memory on the same clock; by name, a tensor of a one-layer memory.
 
         Raises:
-            ValueError, TypeError: an argument does not fit the memory; nothing has been written
-                then.
+            IndexError, KeyError: there is no such layer or tensor.
         """
-        _check.flag(return_region_weights, "return_region_weights", "ctx.KVMemory.step")
-        if self._watched:
-            self._read_parameters()
-        step = self._native.step_with_region_weights if return_region_weights else self._native.step
-        try:
-            if self.compressor.native and not self.compressor.in_engine:
-                out, region_weights = self._written(
-                    "ctx.KVMemory.step", q, k, v, lengths, reset_at, return_region_weights
-                )
-                return (out, region_weights) if return_region_weights else out
-            return step(q, k, v, lengths, reset_at)
-        except TypeError:  # where it is about the binding, its words are a C++ signature
-            given = {"q": q, "k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
-            _check.tensors("ctx.KVMemory.step", ("lengths", "reset_at"), **given)
-            raise
+        if isinstance(key, str):
+            if key in CLOCK:
+                return self.seen if key == "seen" else self.rewindable
+            self._one_layer(repr(key))
+            return self.rings[0][PLACE[key]]
+        if not -len(self.rings) <= key < len(self.rings):
+            raise IndexError(
+                f"ctx.Memory: layer must be between 0 and {len(self.rings) - 1}, got {key}"
+            )
+        part = Memory(self.spec.parts[key], self.seen, self.rewindable, [self.rings[key]])
+        part._checked = self._checked
+        return part
 
-    def append(
-        self,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None = None,
-        reset_at: Tensor | None = None,
-    ) -> None:
-        """The first half of :meth:`step`: appends, evicts and compresses.
+    def _one_layer(self, what: str) -> None:
+        if len(self.rings) != 1:
+            raise KeyError(
+                f"ctx.Memory: {what} must be read from one layer, as memory[0], "
+                f"got a memory of {len(self.rings)}"
+            )
 
-        Raises:
-            ValueError, TypeError: an argument does not fit the memory, or the compressor is
-                ``"most_used"``, which needs the queries; nothing has been written then.
-        """
-        if self._watched:
-            self._read_parameters()
-        try:
-            if self.compressor.native and not self.compressor.in_engine:
-                self._written("ctx.KVMemory.append", None, k, v, lengths, reset_at)
-                return
-            self._native.append(k, v, lengths, reset_at)
-        except TypeError:
-            given = {"k": k, "v": v, "lengths": lengths, "reset_at": reset_at}
-            _check.tensors("ctx.KVMemory.append", ("lengths", "reset_at"), **given)
-            raise
-
-    def attend(self, q: Tensor, *, return_region_weights: bool = False) -> Any:
-        """The second half of :meth:`step`: queries of the last T tokens appended; writes nothing,
-        and does not count as usage.
-
-        Args:
-            q: [B, H, T, D] with T at most ``rewindable`` of every row.
-            return_region_weights: as in :meth:`step`.
-
-        Returns:
-            [B, H, T, Dv]; with ``return_region_weights`` the shares [B, H, T, 3], too.
-
-        Raises:
-            ValueError, TypeError: ``q`` does not fit the memory.
-        """
-        _check.flag(return_region_weights, "return_region_weights", "ctx.KVMemory.attend")
-        if self._watched:
-            self._read_parameters()
-        attend = (
-            self._native.attend_with_region_weights
-            if return_region_weights
-            else self._native.attend
-        )
-        try:
-            return attend(q)
-        except TypeError:
-            _check.tensors("ctx.KVMemory.attend", q=q)
-            raise
+    # ---- rows
 
     def reset(self, rows: Rows | None = None) -> None:
-        """Every row begins a new stream, or these do: an index, several, or bool [B].
+        """Begins a new stream in every row, or in these, in place.
+
+        Args:
+            rows: an index, several, or bool [B].
 
         Raises:
-            IndexError, ValueError, TypeError: a row is not there.
+            IndexError, TypeError, ValueError: ``rows`` does not fit; nothing has been written then.
         """
-        self._native.reset(None if rows is None else as_rows(rows, "ctx.KVMemory.reset"))
+        memory_rows.reset(self, rows)
 
     def rewind(self, tokens: int | Tensor) -> None:
-        """Takes back the last tokens of every row, exactly, as if they had not come.
+        """Takes back the last tokens of every row, in place, as if they had not come.
 
         Args:
             tokens: of each row, or int64 [B]; at most ``rewindable``.
 
         Raises:
-            ValueError, TypeError: more than can be taken back, or the compressor is
-                ``"most_used"``, whose counts cannot be; nothing has been changed then.
+            ValueError, TypeError: more than can be taken back, or a compressor is ``"most_used"``,
+                whose counts cannot be; nothing has been written then.
         """
-        self._native.rewind(as_counts(tokens, self.seen, "ctx.KVMemory.rewind"))
+        memory_rows.rewind(self, tokens)
 
-    def select(self, rows: Rows) -> KVMemory:
+    def select(self, rows: Rows) -> Memory:
         """A new memory of these rows, in this order; repeats allowed (beam search).
 
         Args:
             rows: an index, several, or bool [B].
 
         Raises:
-            IndexError, ValueError, TypeError: a row is not there, or none is given.
+            IndexError, TypeError, ValueError: ``rows`` does not fit, or is none.
         """
-        return self._with(self._native.select(as_rows(rows, "ctx.KVMemory.select")))
-
-    def resized(self, *, compressed: int | None = None, window: int | None = None) -> KVMemory:
-        """A new memory of other sizes that holds the same streams, as if it had had them all along;
-        see :func:`ctx.rows.resized`.
-
-        Args:
-            compressed: slots of the compressive memory: fewer (the newest stay), or more while none
-                has been dropped; default as it is.
-            window: exact tokens, while that makes no group due earlier or later; default as it is.
-
-        Raises:
-            ValueError, TypeError: the streams do not have what such a memory shows; the message
-                names the size.
-        """
-        where = "ctx.KVMemory.resized"
-        asked = {"compressed": compressed, "window": window}
-        sizes = {name: _check.integer(n, name, where) for name, n in asked.items() if n is not None}
-        schedule = self.schedule.resized(**sizes)
-        keys = self.tensors["window_keys"]
-        overlap = keys.shape[2] - self.schedule._law.window_capacity(self._settings["max_rewind"])
-        held = resize(self.tensors, self.schedule, schedule, overlap, where)
-        followed = {} if self._bias is None else {"compressed_bias": self._bias}
-        other = KVMemory(
-            schedule,
-            keys.shape[0],
-            **self._settings | followed,
-            compressor=self.compressor,
-            dtype=keys.dtype,
-            device=keys.device,
-        )
-        other.load_state_dict({**other.state_dict(), **held})
-        return other
+        return memory_rows.select(self, rows)
 
     @staticmethod
-    def merge(memories: Sequence[KVMemory]) -> KVMemory:
-        """A new memory of the rows of several, one after the other.
-
-        The compressor, its bias, the scale and what positions are made of are the first one's.
-
-        Args:
-            memories: a list or tuple.
+    def merge(memories: Sequence[Memory]) -> Memory:
+        """A new memory of the rows of several, one after the other; of one spec, dtype and device.
 
         Raises:
-            ValueError, TypeError: none is given, or two differ in a setting; the message names it.
+            ValueError, TypeError: there is none, or two of them differ; the message names the
+                setting or the tensor.
         """
-        if not isinstance(memories, (list, tuple)):
-            raise TypeError(
-                "ctx.KVMemory.merge: memories must be a list of ctx.KVMemory, "
-                f"got {type(memories).__name__}"
-            )
-        for memory in memories:
-            if not isinstance(memory, KVMemory):
-                raise TypeError(
-                    "ctx.KVMemory.merge: memories must be ctx.KVMemory, "
-                    f"got {type(memory).__name__}"
-                )
-        merged = _C.KVMemory.merge([memory._native for memory in memories])  # refuses none at all
-        first: KVMemory = memories[0]
-        return first._with(merged)
+        return memory_rows.merge(memories)
 
-    def clone(self) -> KVMemory:
-        """A new memory that holds the same; the compressor is shared."""
-        return self.to()
-
-    fork = clone
+    def clone(self) -> Memory:
+        """A new memory that holds the same: where two continuations of a stream part."""
+        return memory_rows.clone(self)
 
     def to(
         self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> KVMemory:
+    ) -> Memory:
         """A new memory that holds the same, in another dtype or on another device.
 
-        Slots whose ``compressed_dtype`` was given keep it, but in a float64 memory. The compressor
-        and ``relative`` are shared; where they have parameters on another device, move them first.
-        """
-        keys = self._native.tensors[0]
-        dtype = keys.dtype if dtype is None else _check.dtype(dtype, "ctx.KVMemory.to")
-        device = keys.device if device is None else _check.device(device, "ctx.KVMemory.to")
-        other = self._with(self._native.to(dtype, device))
-        if dtype == torch.float64:
-            other._settings = {**self._settings, "compressed_dtype": None}
-        return other
+        Counts stay int64, and attention received stays float32 (float64 beside float64). Slots that
+        are stored in another dtype than pairs (``compressed_dtype=``) keep it, but in a float64
+        memory, which has one dtype.
 
-    def state_dict(self) -> dict[str, Tensor | int | float | str]:
-        """What the memory holds, as plain tensors, numbers and names (``ctx/snapshot.h``).
-
-        The tensors alias the memory. The compressor's parameters, the bias, the scale, slopes and
-        the tensors of relative positions belong to the model and are not in it.
-        """
-        return self._native.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor | int | float | str]) -> None:
-        """Takes over what :meth:`state_dict` gave, from any floating dtype and any device.
+        Args:
+            dtype: of pairs: float32, float64, bfloat16 or float16; default as it is.
+            device: default as it is.
 
         Raises:
-            ValueError, TypeError: the state is of another geometry, format or version; the message
-                names the setting, and nothing has been written.
+            TypeError, ValueError: there is no such dtype or device for a memory.
         """
-        where = "ctx.KVMemory.load_state_dict"
-        if not isinstance(state, Mapping):
-            raise TypeError(
-                f"{where}: state must be what state_dict returns, got {type(state).__name__}"
-            )
-        state = {name: plain_number(part) for name, part in state.items()}
-        for name, part in state.items():
-            if not isinstance(name, str):
-                raise TypeError(f"{where}: names in state must be str, got {name!r}")
-            if not isinstance(part, (Tensor, int, float, str)):
-                raise TypeError(
-                    f"{where}: {name} must be a tensor, a number or a name, "
-                    f"got {type(part).__name__}"
-                )
-            if isinstance(part, int):
-                _check.integer(int(part), name, where)
-        self._native.load_state_dict(dict(state))
+        return memory_rows.to(self, dtype, device)
+
+    def resized(self, schedule: Schedule | Sequence[Schedule]) -> Memory:
+        """A new memory of other sizes that holds the same pairs and the slots made of them.
+
+        What a layer's memory holds is a function of the sizes and of the pairs that it was given,
+        so a running one can be carried over exactly where it still has everything: to fewer
+        compressed slots always (the newest stay), to more while no slot has been dropped, and to
+        another window while that makes nothing due earlier or later than it was. Rows can be
+        rewound as far as both windows agree.
+
+        One layer's memory is then as if it had had the new sizes all along. So is the whole model's
+        while no query has seen less or more than it would have with the new sizes. Later the pairs
+        of deeper layers are those that were made over the old sizes: the memory is that of a model
+        whose sizes changed at this token.
+
+        Args:
+            schedule: of the result, or one per layer (``model.schedules``); ratio, segment and
+                sinks as they are.
+
+        Raises:
+            ValueError, TypeError: the memory does not have what ``schedule`` shows; the message
+                names the size. Or the compressor is ``"most_used"``.
+        """
+        return memory_rows.resized(self, schedule)
+
+    # ---- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """The spec as plain values and the tensors by name (``"0.window_keys"`` is layer 0's), for
+        ``torch.save``. The tensors alias the memory.
+        """
+        state: dict[str, Any] = {_SPEC: self.spec.to_dict()}
+        state |= {"seen": self.seen, "rewindable": self.rewindable}
+        for layer, ring in enumerate(self.rings):
+            state |= {f"{layer}.{name}": x for name, x in zip(TENSORS, ring, strict=True)}
+        return state
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any], where: str = "ctx.Memory.from_state_dict") -> Memory:
+        """The memory that :meth:`state_dict` described; its tensors are those of `state`.
+
+        Raises:
+            ValueError, TypeError: the state is of another format version, lacks a tensor, or one
+                does not fit; the message names it.
+        """
+        if not isinstance(state, Mapping) or _SPEC not in state:
+            got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"{where}: state must be what state_dict returns, got {got}")
+        spec = Spec.from_dict(state[_SPEC], where)
+        names = [f"{layer}.{name}" for layer in range(len(spec.layers)) for name in TENSORS]
+        wanted = {_SPEC, *CLOCK, *names}
+        if state.keys() != wanted:
+            differ = ", ".join(sorted(map(str, wanted ^ state.keys())))
+            raise ValueError(f"{where}: state must have one entry per tensor, got {differ}")
+        _check.tensors(where, **{name: x for name, x in state.items() if name != _SPEC})
+        rings = [
+            [state[f"{layer}.{name}"] for name in TENSORS] for layer in range(len(spec.layers))
+        ]
+        memory = Memory(spec, state["seen"], state["rewindable"], rings)
+        memory_check.tensors(memory, where)
+        return memory
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over, in place, what :meth:`state_dict` of a memory of this spec, batch size and
+        dtype gave, from any device.
+
+        Raises:
+            ValueError, TypeError: it is of another; nothing has been written then.
+        """
+        where = "ctx.Memory.load_state_dict"
+        other = Memory.from_state_dict(state, where)
+        self.spec.check(other.spec, where)
+        memory_check.same_kind(self, other, where)
+        with writing(self.seen):
+            for mine, held in zip(memory_rows.leaves(self), memory_rows.leaves(other), strict=True):
+                mine.copy_(held)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file, whole or not at all.
-
-        The file is what ``torch.save`` writes of :meth:`state_dict`; C++ programs read it with
-        ``ctx::KVMemory::load`` or ``torch::pickle_load``.
+        """Writes :meth:`state_dict` to a file, whole or not at all; :meth:`load` reads it.
 
         Raises:
             OSError: the file cannot be written; an older one is as it was.
         """
-        self._native.save(_check.path(path, "ctx.KVMemory.save"))
+        target = Path(os.fsdecode(_check.path(path, "ctx.Memory.save")))
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(self.state_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Takes over the state that :meth:`save` wrote, into this memory's dtype and device.
+    @staticmethod
+    def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Memory:
+        """The memory that :meth:`save` wrote.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError, TypeError: it is damaged, or of another geometry, format or version; nothing
-                has been written.
+            ValueError, TypeError: it is damaged, or of another format version.
         """
-        self._native.load(_check.path(path, "ctx.KVMemory.load"))
-
-    @property
-    def seen(self) -> Tensor:
-        """Tokens that each row has seen, int64 [B]: the whole bookkeeping. Aliases the memory."""
-        return self._native.tensors[6]
-
-    @property
-    def rewindable(self) -> Tensor:
-        """How many of them :meth:`rewind` can take back, int64 [B]. Aliases the memory."""
-        return self._native.tensors[7]
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are the memory, by name; they alias it."""
-        return dict(zip(STATE, self._native.tensors, strict=True))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors. Constant."""
-        return self._native.nbytes
-
-    def _read_parameters(self) -> None:
-        """Hands over parameters that were replaced; those changed in place are seen anyway."""
-        if self.relative is not None:
-            relative = [*self.relative()]
-            places = places_of(relative)
-            if places != self._relative_places:
-                self._native.set_relative([operand.detach() for operand in relative])
-                self._relative_places = places
-        operands = self.compressor.operands() if self.compressor.native else []
-        places = places_of(operands)
-        if places != self._places:
-            self._native.set_parameters([operand.detach() for operand in operands])
-            self._places = places
-
-        if self._bias is not None:
-            # A copy is made anew when the tensor is written to, an alias sees it.
-            device = self.seen.device
-            copied = self._bias._version if self._bias.device != device else None
-            place = (*places_of([self._bias]), copied)
-            if place != self._bias_place:
-                self._native.set_compressed_bias(self._bias_on(device))
-                self._bias_place = place
-
-    def _bias_on(self, device: torch.device) -> Tensor | None:
-        """The bias of compressed slots as operators take it: the user's tensor where it is one."""
-        if self._bias is not None:
-            return self._bias.detach().to(device)
-        named = self._settings["compressed_bias"]
-        return None if isinstance(named, str) else named.to(device)
-
-    @torch.no_grad()
-    def _written(
-        self,
-        where: str,
-        q: Tensor | None,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor | None,
-        reset_at: Tensor | None,
-        with_region_weights: bool = False,
-    ) -> Any:
-        """A step, or an append without ``q``, with slots that the compressor's call made; it writes
-        to the same tensors as the engine's own.
-        """
-        settings, state = self._settings, [*self.tensors.values()]
-        width = rotary_width(settings["position"], settings["rotary_dim"], k.shape[-1], where)
-        law = (
-            (*self.schedule.numbers, self.compressor.overlap),
-            settings["distance"],
-            width,
-            settings["rotary_base"],
-            settings["rotary_interleaved"],
-        )
-        rows = (lengths, reset_at)
-        try:
-            keys, values, block = torch.ops.ctx.evicted_groups(k, v, *rows, state, *law)
-            slots: tuple[Any, ...] = ([], "custom", [*self.compressor.slots(keys, values), block])
-            if q is None:
-                return torch.ops.ctx.append_(k, v, *rows, *state, *slots, *law)
-            wide = torch.float64 if state[0].dtype == torch.float64 else torch.float32
-            bias, slopes = self._bias_on(state[0].device), settings["alibi_slopes"]
-            slopes = None if slopes is None else slopes.to(state[0].device, wide)
-            relative = [] if self.relative is None else [*self.relative()]
-            scale = settings["scale"] or settings["head_dim"] ** -0.5
-            return torch.ops.ctx.step_(
-                q,
-                k,
-                v,
-                *rows,
-                *state,
-                *slots,
-                bias,
-                slopes,
-                relative,
-                *law,
-                scale,
-                with_region_weights,
-            )
-        except (ValueError, TypeError) as error:
-            operator, _, rest = str(error).partition(": ")
-            if operator not in ("ctx.evicted_groups", "ctx.step_", "ctx.append_"):
-                raise
-            raise type(error)(f"{where}: {rest}") from None
-
-    def _settings_now(self) -> dict[str, Any]:
-        """What another memory like this one is made with; a bias that is followed as it is now."""
-        if self._bias is None:
-            return self._settings
-        return {**self._settings, "compressed_bias": self._bias.detach().clone()}
-
-    def _with(self, native: _C.KVMemory) -> KVMemory:
-        """This memory's settings around another engine object."""
-        other = object.__new__(KVMemory)
-        other.__dict__.update(self.__dict__)
-        other._native = native
-        return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVMemory:
-        other = object.__new__(KVMemory)
-        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        pairs, slots = (self.tensors[f"{part}_keys"].dtype for part in ("window", "compressed"))
-        return {
-            "schedule": self.schedule,
-            "compressor": self.compressor,
-            "settings": {
-                **self._settings_now(),
-                "compressed_dtype": None if slots == pairs else slots,
-            },
-            "dtype": pairs,
-            "state": self.state_dict(),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        held = state["state"]
-        self.__init__(  # type: ignore[misc]
-            state["schedule"],
-            held["batch_size"],
-            **state["settings"],
-            compressor=state["compressor"],
-            dtype=state["dtype"],
-            device=held["window_keys"].device,
-        )
-        self.load_state_dict(held)
+        where = "ctx.Memory.load"
+        name = os.fsdecode(_check.path(path, where))
+        with open(name, "rb") as file:
+            try:
+                state = torch.load(
+                    file, map_location=_check.device(device, where), weights_only=True
+                )
+            except Exception as error:
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(
+                    f"{where}: path must be a file of ctx.Memory.save, got {name!r} ({said})"
+                ) from None
+        return Memory.from_state_dict(state, where)
 
     def __repr__(self) -> str:
-        keys = self.tensors["window_keys"]
+        keys = self.rings[0][0]
         return (
-            f"KVMemory({self.schedule}, batch_size={keys.shape[0]}, kv_heads={keys.shape[1]}, "
-            f"head_dim={keys.shape[3]}, compressor={self.compressor.name!r}, dtype={keys.dtype}, "
+            f"Memory(layers={self.layers}, batch_size={self.batch_size}, dtype={keys.dtype}, "
             f"device={str(keys.device)!r}, nbytes={self.nbytes})"
         )
+
+
+def _flatten(memory: Memory) -> tuple[list[Tensor], Spec]:
+    return memory_rows.leaves(memory), memory.spec
+
+
+def _flatten_with_keys(memory: Memory) -> tuple[list[tuple[Any, Tensor]], Spec]:
+    names = [*CLOCK, *(f"{i}.{name}" for i in range(memory.layers) for name in TENSORS)]
+    keys = map(pytree.GetAttrKey, names)
+    return list(zip(keys, memory_rows.leaves(memory), strict=True)), memory.spec
+
+
+def _unflatten(leaves: Any, spec: Spec) -> Memory:
+    seen, rewindable, *rest = leaves
+    count = len(TENSORS)
+    rings = [rest[at : at + count] for at in range(0, len(rest), count)]
+    return Memory(spec, seen, rewindable, rings)
+
+
+pytree.register_pytree_node(
+    Memory,
+    _flatten,
+    _unflatten,
+    serialized_type_name="ctx.Memory",
+    to_dumpable_context=Spec.to_dict,
+    from_dumpable_context=Spec.from_dict,
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([Memory, Spec, LayerSpec])

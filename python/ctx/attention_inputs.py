@@ -1,0 +1,104 @@
+"""What a layer's call may be given, checked before anything is written."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ctx import _check
+from ctx.padding import check_rows
+
+if TYPE_CHECKING:
+    from ctx.attention import CompressiveAttention
+
+__all__ = ["check", "execution_device", "refuse_recomputation"]
+
+
+def check(
+    layer: CompressiveAttention,
+    x: Any,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    reset_at: Tensor | None,
+    where: str,
+) -> None:
+    """Raises unless x and what is said about its rows fit the layer."""
+    _check.tensors(where, x=x)
+    if x.dim() != 3 or x.shape[2] != layer.embed_dim:
+        got = list(x.shape)
+        raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {layer.embed_dim}], got {got}")
+    if x.shape[0] < 1:
+        raise ValueError(f"{where}: x must have at least one row, B >= 1, got {list(x.shape)}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
+    k_proj = layer.k_proj
+    dtype, device = _check.numbers_of(k_proj, layer)
+    # meta: the parameters are brought in when the module is called
+    if device is not None and x.device != device and device.type != "meta":
+        raise ValueError(f"{where}: x must be on {device} as the parameters, got {x.device}")
+    # Where numbers are cast on the way, or a projection is another than torch's (an adapter, a
+    # quantised layer), it knows better what it takes.
+    cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    exact = None
+    if not cast:
+        exact = dtype if _is_linear(k_proj) else _linear_dtype(layer.q_proj, layer.v_proj)
+    if not x.is_floating_point() or (exact is not None and x.dtype != exact):
+        expected = exact or "floating point"
+        raise TypeError(f"{where}: x must be {expected} as the parameters, got {x.dtype}")
+    check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
+
+
+def refuse_recomputation(x: Tensor, where: str) -> None:
+    """Raises where reentrant checkpointing runs a call that streams into a memory.
+
+    It runs the call without grad in the forward of an autograd function and again in the backward,
+    so that the memory would be streamed into twice. An input that carries a graph while grad is off
+    is looked at; elsewhere it is accepted as torch's modules accept it.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not x.requires_grad:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.BackwardCFunction):
+                raise ValueError(
+                    f"{where}: memory must be None or update=False in the forward of an autograd "
+                    f"function, which is recomputed and would stream twice, got a memory in "
+                    f"{type(first).__name__}: checkpoint with use_reentrant=False"
+                )
+        frame = frame.f_back
+
+
+def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
+    """The dtype that the first of these which is torch's own linear layer takes inputs in; None:
+    none is.
+    """
+    for layer in projections:
+        if _is_linear(layer):
+            return _check.numbers_of(layer)[0]
+    return None
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether calling it is torch's own linear map."""
+    own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return own and "forward" not in layer.__dict__
+
+
+def execution_device(*modules: nn.Module) -> torch.device | None:
+    """The device that parameters are brought to for each call, where they are on meta between:
+    accelerate's hook of the first module that has one says it.
+    """
+    for module in modules:
+        hook = getattr(module, "_hf_hook", None)
+        for part in (hook, *getattr(hook, "hooks", ())):
+            found = getattr(part, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    return None

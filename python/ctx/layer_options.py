@@ -1,0 +1,125 @@
+"""The options of an attention layer, checked once for the layer and for a model's configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ctx import _check
+from ctx.compression import COMPRESSORS, check_kernel
+from ctx.losses import LOSSES
+from ctx.positions import check_position
+
+__all__ = ["LayerOptions", "bias_start", "check_options", "one_of"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "memory_content": ("kv", "hidden"),
+    "distance": ("slot", "token"),
+    "compressed_bias": ("none", "log_ratio", "learned"),
+    "compressor_grad": ("task", "aux"),
+    "aux_loss": LOSSES,
+}
+_SIZES = ("embed_dim", "num_heads", "num_kv_heads", "max_rewind")
+
+#: Options by the names of :class:`ctx.CompressiveAttention`'s arguments.
+LayerOptions = dict[str, Any]
+
+
+def check_options(options: LayerOptions, ratios: tuple[int, ...], where: str) -> LayerOptions:
+    """The options with plain ints and floats.
+
+    Args:
+        options: every argument of :class:`ctx.CompressiveAttention` but sizes of the memory, dtype
+            and device.
+        ratios: tokens per slot of each layer.
+        where: what the message begins with.
+
+    Raises:
+        ValueError, TypeError: an option is out of range; the message names it.
+    """
+    plain = dict(options)
+    optional = ("num_kv_heads", "rotary_dim", "relative_dim", "compressor_kernel")
+    for name in (*_SIZES, *optional[1:]):
+        value = options[name]
+        if value is None and name in optional:
+            continue
+        plain[name] = _check.integer(value, name, where)
+        if plain[name] < 1 and name in _SIZES:
+            raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+    for name in ("rotary_base", "dropout"):
+        plain[name] = _check.number(options[name], name, where)
+    for name in ("rotary_interleaved", "bias"):
+        _check.flag(options[name], name, where)
+    for name, allowed in _CHOICES.items():
+        if name != "aux_loss" or options[name] is not None:
+            one_of(name, options[name], allowed, where)
+    if isinstance(options["compressor"], str):
+        one_of("compressor", options["compressor"], tuple(COMPRESSORS), where)
+    if options["compressed_bias_init"] is not None:
+        start = bias_start(options["compressed_bias_init"], options["compressed_bias"], where)
+        plain["compressed_bias_init"] = start
+    if not 0.0 <= plain["dropout"] < 1.0:
+        got = plain["dropout"]
+        raise ValueError(f"{where}: dropout must be at least 0 and below 1, got {got}")
+    if not (math.isfinite(plain["rotary_base"]) and plain["rotary_base"] > 0):
+        got = plain["rotary_base"]
+        raise ValueError(f"{where}: rotary_base must be positive and finite, got {got}")
+    embed_dim, num_heads = plain["embed_dim"], plain["num_heads"]
+    kv_heads = plain["num_kv_heads"] or num_heads
+    if embed_dim % num_heads:
+        raise ValueError(
+            f"{where}: embed_dim must be a multiple of num_heads = {num_heads}, got {embed_dim}"
+        )
+    if num_heads % kv_heads:
+        raise ValueError(
+            f"{where}: num_kv_heads must divide num_heads = {num_heads}, got {kv_heads}"
+        )
+    head_dim = embed_dim // num_heads
+    width = head_dim if plain["rotary_dim"] is None else plain["rotary_dim"]
+    rotates = check_position(options["position"], where) == "rotary"
+    if rotates and not (0 <= width <= head_dim and width % 2 == 0):
+        raise ValueError(
+            f"{where}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
+        )
+    sinusoids = embed_dim if plain["relative_dim"] is None else plain["relative_dim"]
+    if sinusoids < 1 or (options["position"] == "relative" and sinusoids % 2):
+        raise ValueError(f"{where}: relative_dim must be even and positive, got {sinusoids}")
+    called = options["compressor"] if isinstance(options["compressor"], str) else "a module"
+    for ratio in ratios:
+        check_kernel(called, ratio, plain["compressor_kernel"], where, "compressor_kernel")
+    if isinstance(options["compressor"], str) and COMPRESSORS[called].by_usage:
+        check_by_usage(plain, where)
+    return plain
+
+
+def check_by_usage(options: LayerOptions, where: str) -> None:
+    """Raises where a compressor that chooses by attention received meets an option without it."""
+    for name, other in (("aux_loss", None), ("memory_content", "kv")):
+        if options[name] != other:
+            raise ValueError(
+                f"{where}: {name} must be {other!r} for compressor 'most_used', "
+                f"got {options[name]!r}"
+            )
+
+
+def bias_start(value: Any, kind: str, where: str) -> float:
+    """Where a bias of compressed slots starts, as a float.
+
+    Raises:
+        TypeError, ValueError: it is no finite number, or the bias is not learned.
+    """
+    start = _check.number(value, "compressed_bias_init", where)
+    if not math.isfinite(start):
+        raise ValueError(f"{where}: compressed_bias_init must be finite, got {start}")
+    if kind != "learned":
+        raise ValueError(
+            f"{where}: compressed_bias_init must be None for compressed_bias {kind!r}, got {start}"
+        )
+    return start
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...], where: str) -> None:
+    """Raises unless `value` is one of the names allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        choices = ", ".join(f'"{one}"' for one in allowed)
+        raise ValueError(f"{where}: {name} must be one of {choices}, got {value!r}")
