@@ -142,12 +142,12 @@ def run(attn, x, sizes, memory=None):
 
 
 def snapshot(memory):
-    return {name: tensor.clone() for name, tensor in memory.items()}
+    return memory.clone()
 
 
 def assert_memory_close(got, want, tolerance):
     """The same stream gives the same rings; what was never written is zero in both."""
-    assert list(got) == list(want) and list(got)[:-1] == MEMORY
+    assert got.spec == want.spec and list(got.tensors) == list(want.tensors) == MEMORY
     assert_same_bits(got["seen"], want["seen"])
     for name in (name for name in MEMORY if name != "rewindable"):
         assert_close(got[name], want[name], tolerance)
@@ -302,19 +302,21 @@ def test_memory_is_updated_in_place_without_grad(mode):
     attn = make()
     with mode():
         memory = attn.init_memory(2)
-        places = {name: tensor.data_ptr() for name, tensor in memory.items()}
+        places = {name: tensor.data_ptr() for name, tensor in memory.tensors.items()}
         _, after = attn(torch.randn(2, 11, 8), memory)
-        assert {name: tensor.data_ptr() for name, tensor in after.items()} == places
+        assert {name: tensor.data_ptr() for name, tensor in after.tensors.items()} == places
         assert memory["seen"].tolist() == [11, 11] == after["seen"].tolist()
 
 
 def test_init_memory():
     attn = make(sinks=2)
     memory = attn.init_memory(3)
-    *tensors, identity = memory
-    assert tensors == MEMORY
-    assert identity.startswith("made for window=4 compressed=3 ratio=")
-    assert memory[identity].shape == (3, 0) and memory[identity].dtype == torch.uint8
+    assert list(memory.tensors) == MEMORY
+    assert memory.spec == attn.spec and memory.spec.layers[0].key.startswith(
+        "window=4 compressed=3 ratio="
+    )
+    assert memory.layers == 1 and memory.batch_size == 3
+    assert memory.nbytes == sum(x.nbytes for x in memory.tensors.values())
     assert memory["seen"].tolist() == [0, 0, 0] and memory["seen"].dtype == torch.int64
     assert memory["window_keys"].shape == (3, 1, 4 + 4 + 2 - 1 + 8, 4)
     assert memory["compressed_keys"].shape == (3, 1, 3 + 4, 4)
@@ -463,7 +465,7 @@ class TestPlainData:
     def test_pytree(self):
         attn, memory, x = self.parts()
         leaves, spec = pytree.tree_flatten(memory)
-        assert len(leaves) == len(memory) == len(MEMORY) + 1
+        assert len(leaves) == len(memory.tensors) == len(MEMORY)
         assert all(isinstance(leaf, torch.Tensor) for leaf in leaves)
         copied = pytree.tree_unflatten([leaf.clone() for leaf in leaves], spec)
         self.assert_continues(attn, memory, attn, copied, x)

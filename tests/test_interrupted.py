@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import ctx
+from ctx.memory_rows import leaves
+from ctx.state import TENSORS
 
 SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 4}
 BEFORE = 17
@@ -60,9 +62,7 @@ def continued(built, tokens, memory):
 
 
 def same(first, second):
-    return all(
-        torch.equal(a[name], b[name]) for a, b in zip(first, second, strict=True) for name in a
-    )
+    return all(map(torch.equal, leaves(first), leaves(second)))
 
 
 # What is changed of the model, tokens of the call, its other arguments, and what is left of it.
@@ -155,78 +155,89 @@ def test_generation_that_is_interrupted_goes_on():
     with pytest.raises(ZeroDivisionError):
         next(stream)
     handle.remove()
-    assert [layer["seen"].item() for layer in memory] == [9 + 2] * 3
+    assert memory.seen.item() == 9 + 2
     rest = built.generate(drawn[-1][:, None], 5, temperature=0, memory=memory)
     assert torch.equal(torch.cat([*(one[:, None] for one in drawn), rest], 1), whole)
 
 
 @pytest.mark.parametrize("grad", [True, False])
 class TestRefused:
-    def call(self, grad, built, memory, message):
+    def call(self, grad, built, memory, message, error=ValueError):
         before = copy.deepcopy(memory)
-        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message) as caught:
+        with torch.set_grad_enabled(grad), pytest.raises(error, match=message) as caught:
             built(torch.zeros(2, 1, dtype=torch.int64), memory)
-        assert str(caught.value).startswith("ctx.CompressiveTransformer.forward: memory")
+        assert str(caught.value).startswith("ctx.CompressiveTransformer.forward: ")
         assert same(memory, before)
 
-    def test_one_dict_for_several_layers(self, grad):
-        built = model()
-        self.call(grad, built, [built.init_memory(2)[0]] * 3, "got one for layers 0 and 1")
-        memory = started(built)
-        memory[2] = memory[0]
-        self.call(grad, built, memory, "got one for layers 0 and 2")
+    def spoiled(self, memory, rings):
+        """The same with other tensors."""
+        return ctx.Memory(memory.spec, memory.seen, memory.rewindable, rings)
 
-    @pytest.mark.parametrize("name", ["window_values", "compressed_keys", "seen", "rewindable"])
+    def test_one_layer_for_several(self, grad):
+        built = model()
+        memory = started(built)
+        rings = [memory.rings[0], memory.rings[1], memory.rings[0]]
+        message = "got window_keys of layer 0 as window_keys of layer 2"
+        self.call(grad, built, self.spoiled(memory, rings), message)
+
+    @pytest.mark.parametrize("name", ["window_values", "compressed_keys"])
     def test_one_tensor_for_several_layers(self, grad, name):
         built = model()
         memory = started(built)
-        memory[2][name] = memory[1][name]
-        self.call(grad, built, memory, f"got {name} of layer 1 as {name} of layer 2")
-        memory[2][name] = memory[1][name].view_as(memory[1][name])  # another object, one storage
-        self.call(grad, built, memory, f"got {name} of layer 1 as {name} of layer 2")
+        for shared in (memory[1][name], memory[1][name].view_as(memory[1][name])):  # one storage
+            rings = [list(ring) for ring in memory.rings]
+            rings[2][TENSORS.index(name)] = shared
+            message = f"got {name} of layer 1 as {name} of layer 2"
+            self.call(grad, built, self.spoiled(memory, rings), message)
 
     def test_one_tensor_twice_in_a_layer(self, grad):
         built = model()
         memory = started(built)
-        memory[1]["window_values"] = memory[1]["window_keys"]
+        rings = [list(ring) for ring in memory.rings]
+        rings[1][1] = rings[1][0]
         message = "got window_keys of layer 1 as window_values of layer 1"
-        self.call(grad, built, memory, message)
+        self.call(grad, built, self.spoiled(memory, rings), message)
+
+    def test_one_tensor_as_both_counters(self, grad):
+        built = model()
+        memory = started(built)
+        twice = ctx.Memory(memory.spec, memory.seen, memory.seen, memory.rings)
+        self.call(grad, built, twice, "got seen.* as rewindable")
 
     def test_tensors_without_elements_may_be_shared(self, grad):
         built = model(compressed=0)
         memory = built.init_memory(2)
-        memory[1]["compressed_keys"] = memory[0]["compressed_keys"]
-        memory[1]["attention_received"] = memory[0]["attention_received"]
+        rings = [list(ring) for ring in memory.rings]
+        for name in ("compressed_keys", "attention_received"):
+            rings[1][TENSORS.index(name)] = rings[0][TENSORS.index(name)]
         with torch.set_grad_enabled(grad):
-            built(torch.zeros(2, 1, dtype=torch.int64), memory)
+            built(torch.zeros(2, 1, dtype=torch.int64), self.spoiled(memory, rings))
 
-    @pytest.mark.parametrize("layer", [0, 1, 2])
-    def test_layers_out_of_step(self, grad, layer):
+    def test_an_open_memory(self, grad):
+        """Until it is reset; rows are reset one by one."""
         built = model()
         memory = started(built)
-        memory[layer]["seen"][1] -= 1
-        memory[layer]["rewindable"][1] -= 1
-        other, at = max(layer, 1), [BEFORE, BEFORE - 1]
-        first, second = (at, [BEFORE] * 2) if layer == 0 else ([BEFORE] * 2, at)
-        message = rf"got \[{first[0]}, {first[1]}\] in layer 0 and \[{second[0]}, {second[1]}\] in"
-        self.call(grad, built, memory, f"{message} layer {other}, as an interrupted .*rewind")
-        ctx.rows.rewind([one for i, one in enumerate(memory) if i != layer], torch.tensor([0, 1]))
+        memory.rewindable[1] = -1
+        self.call(grad, built, memory, "memory must be what a call left that ended")
+        memory.reset(0)
+        self.call(grad, built, memory, "memory must be what a call left that ended")
+        with pytest.raises(ValueError, match="take back = -1"):
+            memory.rewind(torch.tensor([0, 1]))
+        memory.reset(1)
         with torch.set_grad_enabled(grad):
             built(torch.zeros(2, 1, dtype=torch.int64), memory)
 
-    def test_while_compiling(self, grad):
+    def test_a_list_of_memories(self, grad):
         built = model()
-        shared = [built.init_memory(2)[0]] * 3
-        compiled = torch.compile(built, backend="eager")
-        with torch.set_grad_enabled(grad), pytest.raises(Exception, match="a dict of its own"):
-            compiled(torch.zeros(2, 1, dtype=torch.int64), shared)
-        torch._dynamo.reset()
+        memory = started(built)
+        with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="must be a ctx.Memory"):
+            built(torch.zeros(2, 1, dtype=torch.int64), list(memory))
 
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
 def test_generation_refuses_at_once(method):
     built = model()
-    with pytest.raises(ValueError, match=f"{method}: memory must have a dict of its own"):
+    with pytest.raises(TypeError, match=f"{method}: memory must be a ctx.Memory or None, got list"):
         getattr(built, method)(
-            torch.zeros(1, 1, dtype=torch.int64), 2, memory=[built.init_memory(1)[0]] * 3
+            torch.zeros(1, 1, dtype=torch.int64), 2, memory=[built.init_memory(1)] * 3
         )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import ctx
 from ctx.padding import from_right_padded, to_right_padded
+from ctx.memory_rows import leaves
 from ctx.state import STATE
 from ragged import (
     GARBAGE,
@@ -51,13 +52,15 @@ def documents(total, starts):
     return [(a, b, a in starts) for a, b in itertools.pairwise(edges)]
 
 
-def snapshot(memory):
-    return {name: tensor.clone() for name, tensor in memory.items()}
-
-
 def assert_same_memory(got, want):
     for name in STATE:
         assert_same_bits(got[name], want[name])
+
+
+def assert_same_leaves(got, want):
+    assert got.spec == want.spec
+    for mine, yours in zip(leaves(got), leaves(want), strict=True):
+        assert_same_bits(mine, yours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,12 +238,12 @@ def test_rewind_is_exact(dtype, data):
 
 @cases(60)
 @given(st.data())
-def test_functions_on_dicts_equal_the_methods(data):
-    """ctx.rows on the tensors of a memory does what ctx.KVMemory does, bit for bit."""
+def test_a_memory_does_what_the_engine_does(data):
+    """ctx.Memory, and ctx.rows by its older names, do what ctx.KVMemory does, bit for bit."""
     setting, totals = data.draw(ragged())
     memory = setting.memory(ctx, F64)
     feed(memory, streams_of(setting, totals, F64), data.draw(cuttings(totals)))
-    held = memory.tensors
+    held = memory.memory
     rows = data.draw(st.lists(st.integers(0, setting.batch - 1), min_size=1, max_size=4))
     assert_same_memory(ctx.rows.select(held, rows), memory.select(rows).tensors)
     mask = marks(1, setting.batch, [(0, row) for row in rows])[0]
@@ -270,35 +273,60 @@ def kv_memory(max_rewind=4, dtype=torch.float32):
     return memory
 
 
-def filled(**options):
-    return kv_memory(**options).tensors
+def filled(layers=1, **options):
+    """Layers of nine tokens in three rows on one clock, of different sizes."""
+    parts = []
+    for i in range(layers):
+        law = ctx.Schedule(4, 3 + i, 2, 4, 1)
+        memory = ctx.KVMemory(law, 3, 1, 4, **{"max_rewind": 4, **options})
+        memory.step(*[torch.randn(3, 1, 9, 4, dtype=memory.tensors["window_keys"].dtype)] * 3)
+        parts.append(memory.memory)
+    spec = ctx.Spec(tuple(part.spec.layers[0] for part in parts))
+    return ctx.Memory(spec, *parts[0].clock, [part.rings[0] for part in parts])
 
 
-def test_nested_memories():
-    """Any nesting of lists and tuples, layers of different geometry; the nesting is kept."""
-    memory = [filled(), (filled(dtype=F64), [filled(max_rewind=2)])]
-    taken = ctx.rows.select(memory, [2, 0, 2])
-    assert type(taken) is list and type(taken[1]) is tuple and type(taken[1][1]) is list
-    for got, layer in zip(layers(taken), layers(memory), strict=True):
+def test_several_layers():
+    """Layers of different geometry on one clock: every row operation acts on all of them."""
+    memory = filled(3)
+    taken = memory.select([2, 0, 2])
+    for got, layer in zip(taken, memory, strict=True):
         for name in STATE:
             assert_same_bits(got[name], layer[name][[2, 0, 2]])
-    both = ctx.rows.merge([memory, taken])
-    assert [layer["seen"].tolist() for layer in layers(both)] == [[9] * 6] * 3
-    copied = ctx.rows.clone(memory)
-    ctx.rows.rewind(copied, torch.tensor([0, 1, 2]))
-    ctx.rows.reset(copied, 0)
-    for layer in layers(copied):
-        assert layer["seen"].tolist() == [0, 8, 7]
-    assert [x["rewindable"].tolist() for x in layers(copied)] == [[0, 3, 2], [0, 3, 2], [0, 1, 0]]
-    assert all(layer["seen"].tolist() == [9, 9, 9] for layer in layers(memory))
-    ctx.rows.reset(copied)
-    assert all(layer["seen"].tolist() == [0, 0, 0] for layer in layers(copied))
+    both = ctx.Memory.merge([memory, taken])
+    assert both.spec == memory.spec and both.seen.tolist() == [9] * 6
+    copied = memory.clone()
+    copied.rewind(torch.tensor([0, 1, 2]))
+    copied.reset(0)
+    assert copied.rewindable.tolist() == [0, 3, 2]
+    for layer in copied:
+        assert layer.seen is copied.seen and layer["seen"].tolist() == [0, 8, 7]
+        assert layer.rewindable is copied.rewindable
+    assert memory.seen.tolist() == [9, 9, 9] and memory.rewindable.tolist() == [4, 4, 4]
+    copied.reset()
+    assert copied.seen.tolist() == [0, 0, 0] == copied.rewindable.tolist()
 
 
-def layers(memory):
-    return (
-        [memory] if isinstance(memory, dict) else [one for part in memory for one in layers(part)]
-    )
+def test_one_layer_of_several():
+    """A layer is a view: its tensors and its clock are the memory's."""
+    memory = filled(2)
+    assert len(memory) == memory.layers == 2 and memory.batch_size == 3
+    for i, layer in enumerate(memory):
+        assert layer.spec.layers == (memory.spec.layers[i],)
+        assert layer["window_keys"] is memory.rings[i][0]
+    assert memory[-1]["sink_keys"] is memory[1]["sink_keys"]
+    assert memory["seen"] is memory.seen
+    for bad in (2, -3):
+        with pytest.raises(IndexError, match=rf"layer must be between 0 and 1, got {bad}"):
+            memory[bad]
+    with pytest.raises(KeyError, match="must be read from one layer"):
+        memory["window_keys"]
+    with pytest.raises(KeyError):
+        memory[0]["keys"]
+
+
+def test_rows_are_the_methods():
+    for name in ctx.rows.__all__:
+        assert getattr(ctx.rows, name) is getattr(ctx.Memory, name)
 
 
 ERRORS = {
@@ -308,9 +336,9 @@ ERRORS = {
     "float": (lambda m: ctx.rows.reset(m, torch.zeros(1)), TypeError, "rows must be int64"),
     "shape": (lambda m: ctx.rows.select(m, torch.zeros(1, 1, dtype=torch.int64)), ValueError, "N"),
     "none selected": (lambda m: ctx.rows.select(m, []), ValueError, "rows must be at least one"),
-    "too far": (lambda m: ctx.rows.rewind(m, 3), ValueError, "take back = 2, got 3"),
+    "too far": (lambda m: ctx.rows.rewind(m, 5), ValueError, "take back = 4, got 5"),
     "one row too far": (
-        lambda m: ctx.rows.rewind(m, torch.tensor([1, 4, 1])),
+        lambda m: ctx.rows.rewind(m, torch.tensor([1, 5, 1])),
         ValueError,
         "row 1 can take back",
     ),
@@ -318,24 +346,31 @@ ERRORS = {
     "counts": (lambda m: ctx.rows.rewind(m, torch.tensor([1, 1])), ValueError, "tokens must be"),
     "count type": (lambda m: ctx.rows.rewind(m, torch.ones(3)), TypeError, "int64"),
     "no memory": (lambda m: ctx.rows.merge([]), ValueError, "at least one"),
-    "layers": (lambda m: ctx.rows.merge([m, m[:1]]), ValueError, "as many layers"),
-    "geometry": (lambda m: ctx.rows.merge([m, [m[1], m[0]]]), ValueError, "window_keys must be"),
-    "not a memory": (lambda m: ctx.rows.reset([m[0], {"seen": 1}]), ValueError, "dict of"),
+    "layers": (lambda m: ctx.rows.merge([m, m[0]]), ValueError, "must have 2 layers, got 1"),
+    "sizes": (
+        lambda m: ctx.rows.merge([m[0], m[1]]),
+        ValueError,
+        "made for compressed=3, got one made for compressed=4",
+    ),
+    "geometry": (
+        lambda m: ctx.rows.merge([m, m.to(dtype=F64)]),
+        ValueError,
+        "window_keys must be .*float32 .*float64",
+    ),
+    "not a memory": (lambda m: ctx.rows.reset(m[0].tensors), TypeError, "memory must be a ctx.M"),
     "word": (lambda m: ctx.rows.select(m, "0"), TypeError, "rows must be an index"),
-    "nothing": (lambda m: ctx.rows.reset([*m, None]), TypeError, "NoneType"),
+    "nothing": (lambda m: ctx.rows.merge([m, None]), TypeError, "NoneType"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_touch_nothing(name):
-    """The second layer can take back less than the first: neither is changed."""
-    memory = [filled(max_rewind=4), filled(max_rewind=2)]
-    before = [snapshot(layer) for layer in memory]
+    memory = filled(2)
+    before = memory.clone()
     call, kind, words = ERRORS[name]
     with pytest.raises(kind, match=words):
         call(memory)
-    for layer, old in zip(memory, before, strict=True):
-        assert_same_memory(layer, old)
+    assert_same_leaves(memory, before)
 
 
 def test_a_memory_s_own_counters_as_arguments():
@@ -344,19 +379,19 @@ def test_a_memory_s_own_counters_as_arguments():
     memory.rewind(9 - lengths)
     tensors = [torch.randn(3, 1, 9, 4)] * 3
     for name in ("seen", "rewindable"):
-        used, held = memory.clone(), [memory.clone().tensors, memory.clone().tensors]
+        used, held = memory.clone(), memory.clone().memory
         used.step(*tensors, lengths=used.tensors[name])
         assert used.seen.tolist() == used.rewindable.tolist() == [18, 8, 0]
         used.rewind(used.tensors[name])
-        ctx.rows.rewind(held, held[0][name])
-        for counters in (used.tensors, *held):
+        ctx.rows.rewind(held, held[name])
+        for counters in (used.tensors, held):
             assert counters["seen"].tolist() == counters["rewindable"].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("tokens", [1.5, True, None, "1", [1, 1, 1]])
 def test_rewind_takes_integers_only(tokens):
     memory = kv_memory()
-    for call in (memory.rewind, lambda n: ctx.rows.rewind(memory.tensors, n)):
+    for call in (memory.rewind, lambda n: ctx.rows.rewind(memory.memory, n)):
         with pytest.raises(TypeError, match="tokens must be an int"):
             call(tokens)
         with pytest.raises(ValueError, match="tokens must fit into 64 bits"):
@@ -377,13 +412,13 @@ def test_to(dtype, slots, name):
     with torch.no_grad():
         _, memory = attn(x[:, :21], attn.init_memory(2, compressed_dtype=slots))
     before = ctx.rows.clone(memory)
-    (moved,) = ctx.rows.to([memory], dtype=dtype)
-    assert list(moved) == list(memory)
+    moved = ctx.rows.to(memory, dtype=dtype)
+    assert moved.spec == memory.spec
     pairs = dtype or torch.float32
     stored = pairs if slots is None or pairs == torch.float64 else slots
-    for key, tensor in moved.items():
+    for key, tensor in moved.tensors.items():
         assert_same_bits(memory[key], before[key])
-        want = {torch.int64: torch.int64, torch.uint8: torch.uint8}.get(tensor.dtype, pairs)
+        want = {torch.int64: torch.int64}.get(tensor.dtype, pairs)
         if key.startswith("compressed"):
             want = stored
         if key == "attention_received":
@@ -391,7 +426,7 @@ def test_to(dtype, slots, name):
         assert tensor.dtype == want, key
         assert tensor.numel() == 0 or tensor.data_ptr() != memory[key].data_ptr()
     want = attn.init_memory(2, dtype=pairs, compressed_dtype=None if stored == pairs else stored)
-    assert [x.shape for x in moved.values()] == [x.shape for x in want.values()]
+    assert [x.shape for x in leaves(moved)] == [x.shape for x in leaves(want)]
     with torch.no_grad():
         expected, _ = attn(x[:, 21:], before)
         got, _ = attn(x[:, 21:], moved)
@@ -409,6 +444,6 @@ def test_to(dtype, slots, name):
 )
 def test_to_refuses(options, error, argument):
     attn = ctx.CompressiveAttention(8, 2, window=4, compressed=3, ratio=2)
-    with pytest.raises(error, match=rf"ctx.rows.to: {argument} must be .*got"):
+    with pytest.raises(error, match=rf"ctx.Memory.to: {argument} must be .*got"):
         ctx.rows.to(attn.init_memory(1), **options)
     assert ctx.rows.to(attn.init_memory(1), device="meta")["seen"].is_meta

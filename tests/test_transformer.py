@@ -85,7 +85,7 @@ def test_under_grad_the_memory_passed_is_untouched():
     before = copy.deepcopy(memory)
     _, after = built(text, memory)
     for old, same, new in zip(before, memory, after, strict=True):
-        for name in old:
+        for name in old.tensors:
             assert torch.equal(old[name], same[name])
             assert not new[name].requires_grad
         assert new["seen"].tolist() == [40, 40]
@@ -123,7 +123,8 @@ def test_memory_is_plain_tensors(tmp_path):
     built, text = model(), tokens(2, 33)
     with torch.no_grad():
         _, memory = built(text)
-        assert isinstance(memory, list) and all(type(layer) is dict for layer in memory)
+        assert isinstance(memory, ctx.Memory) and memory.spec == built.spec
+        assert all(layer.spec == own.spec for layer, own in zip(memory, built.layers, strict=True))
         torch.save(memory, tmp_path / "memory.pt")
         loaded = torch.load(tmp_path / "memory.pt", weights_only=True)
         copied = copy.deepcopy(memory)
@@ -289,7 +290,7 @@ class TestGenerate:
             built(text[:, 64:], wanted)
         for mine, layer in zip(memory, wanted, strict=True):
             assert mine["seen"].tolist() == [70, 70]
-            assert all(torch.equal(mine[name], layer[name]) for name in layer)
+            assert all(torch.equal(mine[name], layer[name]) for name in layer.tensors)
 
     @pytest.mark.parametrize(
         "changed, error, message",
@@ -393,15 +394,17 @@ class TestForwardErrors:
 
     def test_memory(self):
         built, text = model(), tokens(2, 3)
-        for bad in (built.init_memory(2)[:1], built.init_memory(2)[0], 3):
-            with pytest.raises(ValueError, match="memory must be a list of 2 dicts"):
+        with pytest.raises(ValueError, match="memory must have 2 layers, got 1"):
+            built(text, built.init_memory(2)[0])
+        for bad in ([built.init_memory(2)], built.init_memory(2)[0].tensors, 3):
+            with pytest.raises(TypeError, match="memory must be a ctx.Memory or None"):
                 built(text, bad)
 
     @pytest.mark.parametrize("grad", [True, False])
     def test_a_wrong_layer_is_found_before_another_is_written(self, grad):
         built, text = model(), tokens(2, 3)
         memory = built.init_memory(2)
-        memory[1] = built.with_memory(window=16).init_memory(2)[1]
+        memory.rings[1] = built.with_memory(window=16).init_memory(2).rings[1]
         before = copy.deepcopy(memory)
         with torch.set_grad_enabled(grad), pytest.raises((ValueError, TypeError)):
             built(text, memory)
@@ -448,19 +451,19 @@ class TestConfig:
             (
                 {"position": "sinusoid"},
                 ValueError,
-                "position must be one of 'rotary', 'relative', 'alibi', None, got 'sinusoid'",
+                "position must be \"rotary\", \"relative\", \"alibi\" or None, got 'sinusoid'",
             ),
-            ({"relative_dim": 0}, ValueError, "relative_dim must be at least 1, got 0"),
+            ({"relative_dim": 0}, ValueError, "relative_dim must be even and positive, got 0"),
             (
                 {"position": "relative", "relative_dim": 5},
                 ValueError,
-                "relative_dim must be even, got 5",
+                "relative_dim must be even and positive, got 5",
             ),
             ({"window": -1}, ValueError, "window"),
             ({"ratio": 0}, ValueError, "ratio"),
             ({"segment": 0}, ValueError, "segment"),
-            ({"compressor": "zip"}, ValueError, "compressor must be one of 'mean'.* got 'zip'"),
-            ({"mlp": "relu"}, ValueError, "mlp must be one of 'swiglu', 'gelu', got 'relu'"),
+            ({"compressor": "zip"}, ValueError, "compressor must be one of \"mean\".* got 'zip'"),
+            ({"mlp": "relu"}, ValueError, 'mlp must be one of "swiglu", "gelu", got .relu.'),
             ({"norm": None}, ValueError, "norm must be one of"),
             ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
             ({"dropout": math.nan}, ValueError, "dropout"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,10 @@ class Memory:
         self._one_layer("tensors")
         return {name: self[name] for name in STATE}
 
+    # Without __iter__: code that looks for tensors in any iterable would not end at a one-layer
+    # memory, whose layer is such a memory. `for layer in memory` works by __getitem__.
     def __len__(self) -> int:
         return len(self.rings)
-
-    def __iter__(self) -> Iterator[Memory]:
-        return (self[layer] for layer in range(len(self.rings)))
 
     def __getitem__(self, key: int | str) -> Any:
         """Layer `key` as a memory on the same clock; by name, a tensor of a one-layer memory.
