@@ -461,8 +461,8 @@ class CompressiveAttention(nn.Module):
                 scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
-            return_region_weights: also return what share of its attention every query gives to sinks,
-                compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
+            return_region_weights: also return the share of its attention that every query gives to
+                sinks, compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
                 padding, constant, in float32 (float64 for float64).
 
         Returns:
@@ -627,7 +627,7 @@ class CompressiveAttention(nn.Module):
     def _scores(
         self, with_region_weights: bool = False, device: torch.device | None = None
     ) -> tuple[Any, ...]:
-        """What operators that attend take last: operands of the scores, settings, scale, region_weights.
+        """What operators that attend take last: operands, settings, scale, region weights.
 
         Args:
             with_region_weights: the last of them.

@@ -180,8 +180,8 @@ class KVMemory:
             v: [B, Hkv, T, Dv].
             lengths: of the rows; what comes behind is padding, and its output zero.
             reset_at: bool [B, T], true where a token is the first of a new stream.
-            return_region_weights: also return the share of attention that sinks, compressed slots and window
-                get, [B, H, T, 3].
+            return_region_weights: also return the share of attention that sinks, compressed slots
+                and window get, [B, H, T, 3].
         """
         out = q.new_zeros(*q.shape[:3], self.value_dim)
         region_weights = q.new_zeros(*q.shape[:3], 3, dtype=self.work)
