@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from ctx.cli.ablation import measure
-from ctx.cli.ablation_results import Results, table
-from ctx.cli.ablation_settings import NOTHING, WINDOW_ONLY, AblationSettings
-from ctx.cli.data import load_corpus
-from ctx.cli.errors import CliError
 from ctx.cli.main import main
 from ctx.compression import COMPRESSORS
+from ctx.recipes.ablation import measure
+from ctx.recipes.ablation_results import Results, table
+from ctx.recipes.ablation_settings import NOTHING, WINDOW_ONLY, AblationSettings
+from ctx.recipes.data import load_corpus
+from ctx.recipes.errors import RecipeError
 from test_cli import SOURCE, run
 
 TINY = ["--steps", "2", "--batch", "2", "--length", "48", "--held-out", "2000"]
@@ -74,10 +74,10 @@ def test_results_are_kept_and_belong_to_their_settings(tmp_path):
     assert again.runs == first.runs and again.has("conv", "aux", 1)
     assert not again.has("conv", "task", 1) and not again.has("conv", "aux", 0)
     for changed in ((AblationSettings(**{**SMALL, "steps": 3}), "d"), (settings, "other")):
-        with pytest.raises(CliError, match="of other settings or texts"):
+        with pytest.raises(RecipeError, match="of other settings or texts"):
             Results(tmp_path, *changed)
     (tmp_path / "ablation.json").write_text("[]")
-    with pytest.raises(CliError, match="must be written by ctx ablation"):
+    with pytest.raises(RecipeError, match="must be written by ctx ablation"):
         Results(tmp_path, settings, "d")
 
 

@@ -225,7 +225,7 @@ def test_imports_of_the_package():
         ("memory.py", "import numpy as np"),
         ("memory.py", "from ctx import reference"),
         ("memory.py", "from .reference.memory import KVMemory"),
-        ("memory.py", "def late(): from ctx.cli.data import read_text"),
+        ("memory.py", "def late(): from ctx.recipes.data import read_text"),
         ("memory.py", "torch.ops.other.attend(q)"),
         ("cli/curves.py", "from matplotlib.figure import Figure"),
         ("cli/curves.py", "from ..reference import mean"),

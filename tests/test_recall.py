@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 
-from ctx.cli.errors import CliError
-from ctx.cli.recall import compete
-from ctx.cli.recall_results import RecallResult, as_json, table
-from ctx.cli.recall_settings import RecallSettings
-from ctx.cli.recall_task import CHANCE, KEYS, VALUES, RecallTask, Tally, bins
-from ctx.cli.recall_training import measure
 from ctx.compression import COMPRESSORS, Compressor, register
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.recall import compete
+from ctx.recipes.recall_results import RecallResult, as_json, table
+from ctx.recipes.recall_settings import RecallSettings
+from ctx.recipes.recall_task import CHANCE, KEYS, VALUES, RecallTask, Tally, bins
+from ctx.recipes.recall_training import measure
 from ctx.transformer import CompressiveTransformer
 from test_cli import run
 
@@ -221,7 +221,7 @@ def test_every_compressor_competes():
 
 def test_a_length_that_is_just_enough():
     RecallSettings(length=18)
-    with pytest.raises(CliError, match="--length must be at least 18"):
+    with pytest.raises(RecipeError, match="`length` must be at least 18"):
         RecallSettings(length=17)
 
 
