@@ -182,8 +182,6 @@ def test_one_update_takes_the_mean_of_its_gradients():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    from ctx.recipes.errors import RecipeError
-
     files = [Path(sysconfig.get_path("stdlib"), "argparse.py")]
     trainer = Trainer(model_config(SMALL), TrainSettings(batch=2), load_corpus(files, 100))
     with torch.no_grad():
