@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from command_line import SOURCE, here
 from ctx.cli.main import main
 from ctx.compression import COMPRESSORS
 from ctx.recipes.ablation import measure
@@ -11,7 +12,6 @@ from ctx.recipes.ablation_results import Results, table
 from ctx.recipes.ablation_settings import NOTHING, WINDOW_ONLY, AblationSettings
 from ctx.recipes.data import load_corpus
 from ctx.recipes.errors import RecipeError
-from test_cli import SOURCE, run
 
 TINY = ["--steps", "2", "--batch", "2", "--length", "48", "--held-out", "2000"]
 SMALL = {"steps": 2, "batch": 2, "length": 48, "held_out": 2000}
@@ -84,12 +84,12 @@ def test_results_are_kept_and_belong_to_their_settings(tmp_path):
 class TestCommand:
     def test_goes_on_where_it_was_stopped(self, text):
         args = ["ablation", "text.py", *TINY, "--seeds", "1", "--run", "out"]
-        code, out, err = run(*args, "--compressor", "mean", cwd=text.parent)
+        code, out, err = here(*args, "--compressor", "mean", cwd=text.parent)
         assert code == 0, err
         assert "2 of 2 models" in out and "| mean | - (no parameters) |" in out
         assert "2/2 " in err and "Traceback" not in err
         before = json.loads((text.parent / "out" / "ablation.json").read_text())["runs"]
-        code, out, err = run(*args, "--compressor", "mean,conv", "--jobs", 1, cwd=text.parent)
+        code, out, err = here(*args, "--compressor", "mean,conv", "--jobs", 1, cwd=text.parent)
         assert code == 0, err
         assert "2 of 4 models" in out
         after = json.loads((text.parent / "out" / "ablation.json").read_text())["runs"]

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from command_line import SOURCE, TINY, lines_of, run
 from ctx.cli.main import main, plain
 from ctx.recipes import checkpoint, compare
 from ctx.recipes.data import load_corpus
@@ -16,7 +17,6 @@ from ctx.recipes.evaluation import stream
 from ctx.recipes.loading import load_model
 from ctx.recipes.settings import TrainSettings, model_config
 from ctx.recipes.trainer import Trainer
-from test_cli import SOURCE, TINY, lines_of, run
 
 NAMES = [
     "window 8 + 8 slots",
