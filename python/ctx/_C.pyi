@@ -93,5 +93,14 @@ class KVMemory:
     @property
     def nbytes(self) -> int: ...
 
+def first_values(
+    name: str,
+    kv_heads: int,
+    ratio: int,
+    head_dim: int,
+    value_dim: int,
+    kernel: int,
+    device: torch.device,
+) -> list[Tensor]: ...
 def cpu_capabilities() -> list[str]: ...
 def cpu_capability() -> str: ...

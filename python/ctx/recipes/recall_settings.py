@@ -1,6 +1,6 @@
-"""What `ctx recall` is made of; every default of it is written here, once.
+"""Sizes of the recall task and of its models; the only place where their defaults stand.
 
-Chosen for less than ten minutes on two cores.
+The defaults take less than ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import dataclasses
 import math
 from typing import Any
 
-from ctx.cli.errors import CliError
-from ctx.cli.limits import check_fits
-from ctx.cli.recall_task import KEYS, VALUES, RecallTask
-from ctx.cli.settings import in_options
 from ctx.compression import COMPRESSORS
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.limits import check_fits
+from ctx.recipes.recall_task import KEYS, VALUES, RecallTask
+from ctx.recipes.settings import config_error
 from ctx.transformer import CompressiveTransformerConfig
 
-__all__ = ["OPTIONS", "Contestant", "RecallSettings"]
+__all__ = ["Contestant", "RecallSettings"]
 
 _MODEL: dict[str, Any] = {
     "vocab_size": KEYS + VALUES,
@@ -26,21 +26,6 @@ _MODEL: dict[str, Any] = {
     "rotary_base": 100.0,  # for hundreds of tokens, not thousands
     "tied": False,  # keys are asked and values answered: two alphabets, and they learn faster apart
 }
-
-# name in RecallSettings (the option is --name), type, meaning
-OPTIONS: list[tuple[str, Any, str]] = [
-    ("steps", int, "optimiser steps, at most, of each model"),
-    ("seed", int, "of the weights and of the data"),
-    ("threads", int, "0: torch's choice"),
-    ("compressor", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
-    ("pairs", int, "pairs that a sequence begins with"),
-    ("length", int, "queries behind them"),
-    ("window", int, "exact tokens behind every query"),
-    ("slots", int, "of the compressive memory; the model without has as many more exact tokens"),
-    ("ratio", int, "tokens per slot"),
-    ("batch", int, "sequences per step"),
-    ("lr", float, "learning rate"),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +57,16 @@ class RecallSettings:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "threads", "window"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
-        for name, kind, _ in OPTIONS:
-            if kind is int:
-                self._check(name, getattr(self, name) < 2**62, "below 2**62")
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int):
+                self._check(name, value < 2**62, "below 2**62")
         self._check("pairs", self.pairs <= KEYS, f"at most {KEYS}, the number of keys")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "positive and finite")
         for name in self.compressors:
             if name not in COMPRESSORS or self.compressors.count(name) > 1:
                 choice = ", ".join(COMPRESSORS)
-                raise CliError(
-                    f"--compressor must be all or some of {choice}, separated by commas, "
+                raise RecipeError(
+                    f"`compressor` must be all or some of {choice}, separated by commas, "
                     f"got {self.compressor!r}"
                 )
         for contestant in self.contestants():
@@ -96,7 +81,7 @@ class RecallSettings:
 
     def _check(self, name: str, good: bool, what: str) -> None:
         if not good:
-            raise CliError(f"--{name} must be {what}, got {getattr(self, name)}")
+            raise RecipeError(f"`{name}` must be {what}, got {getattr(self, name)}")
 
     @property
     def compressors(self) -> list[str]:
@@ -134,4 +119,4 @@ class RecallSettings:
                 for name, size in sizes
             ]
         except (TypeError, ValueError) as error:
-            raise in_options(error) from None
+            raise config_error(error) from None

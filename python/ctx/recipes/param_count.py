@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ctx.cli.presets import Preset
+from ctx.recipes.presets import Preset
 from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig
 
 __all__ = ["count", "report"]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctx.cli.data import unigram_entropy
-from ctx.cli.errors import CliError
+from ctx.recipes.data import unigram_entropy
+from ctx.recipes.errors import RecipeError
 from ctx.transformer import CompressiveTransformer, ModelMemory
 
 __all__ = ["Result", "evaluate", "side_by_side", "stream", "table"]
@@ -60,7 +60,7 @@ def stream(
     that starting with an empty memory does not show. `forget` empties the memory at every segment.
     """
     if len(text) < 2:
-        raise CliError(f"the text must have at least 2 bytes, got {len(text)}")
+        raise RecipeError(f"the text must have at least 2 bytes, got {len(text)}")
     segment = max(schedule.segment for schedule in model.schedules)
     reach = max(schedule.reach for schedule in model.schedules)
     lines = side_by_side(text, reach + segment)

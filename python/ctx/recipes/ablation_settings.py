@@ -1,6 +1,6 @@
-"""What `ctx ablation` is made of; every default of it is written here, once.
+"""What the ablation is made of; the only place where its defaults stand.
 
-Chosen so that three seeds of every compressor take about half an hour on two cores.
+With these, three seeds of every compressor take about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ctx.cli.errors import CliError
-from ctx.cli.settings import MODEL, TrainSettings, model_config
 from ctx.compression import COMPRESSORS, make_compressor
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.settings import MODEL, TrainSettings, model_config
 from ctx.transformer import CompressiveTransformerConfig
 
-__all__ = ["NOTHING", "OPTIONS", "WINDOW_ONLY", "AblationSettings", "Variant"]
+__all__ = ["NOTHING", "WINDOW_ONLY", "AblationSettings", "Variant"]
 
 WINDOW_ONLY = "window only"
 NOTHING = "nothing"  # what trains a compressor that has no parameters
@@ -22,17 +22,6 @@ _MODEL: dict[str, Any] = {
     "embed_dim": 96, "num_layers": 2, "num_heads": 4, "ratio": 4, "segment": 32,
 }  # fmt: skip
 _SLOTS = 32  # in the window, and as many in CMem; all in the window where there is no CMem
-
-# name in AblationSettings (the option is --name), type, meaning
-OPTIONS: list[tuple[str, Any, str]] = [
-    ("compressor", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
-    ("seeds", int, "models of each kind, of seeds 0, 1, ..."),
-    ("steps", int, "training steps of each model"),
-    ("batch", int, "streams side by side"),
-    ("length", int, "tokens per stream and step"),
-    ("compressed_bias_init", float, "where the learned bias of slots starts"),
-    ("held_out", int, "bytes at the end of the text kept for the evaluation"),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +47,11 @@ class AblationSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.seeds <= 1000:
-            raise CliError(f"--seeds must be at least 1 and at most 1000, got {self.seeds}")
+            raise RecipeError(f"`seeds` must be at least 1 and at most 1000, got {self.seeds}")
         for name in self.compressors:
             if name not in COMPRESSORS or self.compressors.count(name) > 1:
-                raise CliError(
-                    f"--compressor must be all or some of {', '.join(COMPRESSORS)}, separated by "
+                raise RecipeError(
+                    f"`compressor` must be all or some of {', '.join(COMPRESSORS)}, separated by "
                     f"commas, got {self.compressor!r}"
                 )
         self.training(0)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctx.cli.data import Corpus, Streams
-from ctx.cli.errors import CliError
-from ctx.cli.settings import TrainSettings
+from ctx.recipes.data import Corpus, Streams
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.settings import TrainSettings
 from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig, ModelMemory
 
 __all__ = ["Trainer"]
@@ -46,7 +46,7 @@ class Trainer:
         a larger batch (section 5.5.1 of the paper). Steps between have no `grad_norm`.
 
         Raises:
-            CliError: the loss is not finite; the model is as it was before the step.
+            RecipeError: the loss is not finite; the model is as it was before the step.
         """
         began = time.perf_counter()
         tokens, targets = self.streams.chunk(self.step)
@@ -91,8 +91,8 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm
 
-    def _not_finite(self) -> CliError:
-        return CliError(f"the loss is not finite at step {self.step + 1}: lower --lr")
+    def _not_finite(self) -> RecipeError:
+        return RecipeError(f"the loss is not finite at step {self.step + 1}: lower `lr`")
 
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint that the trainer knows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ctx.cli.errors import CliError
+from ctx.recipes.errors import RecipeError
 from ctx.transformer import CompressiveTransformerConfig
 
 __all__ = ["check_fits"]
@@ -32,7 +32,7 @@ def check_fits(
         pair = 2 * kv_heads * (width // config.num_heads)
         needed += 4 * rows * slots * (width if config.memory_content == "hidden" else pair)
     if needed > present:
-        raise CliError(
+        raise RecipeError(
             f"these sizes do not fit: they need at least {needed / 2**30:,.0f} GiB of memory, "
             f"this machine has {present / 2**30:,.0f}"
         )

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ctx.cli.recall_settings import RecallSettings
-from ctx.cli.recall_task import CHANCE, Tally, bins
+from ctx.recipes.recall_settings import RecallSettings
+from ctx.recipes.recall_task import CHANCE, Tally, bins
 
 __all__ = ["RecallResult", "as_json", "table"]
 

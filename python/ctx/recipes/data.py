@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ctx.cli.errors import CliError
+from ctx.recipes.errors import RecipeError
 
 __all__ = ["Corpus", "Streams", "load_corpus", "read_text", "standard_library", "unigram_entropy"]
 
@@ -43,7 +43,7 @@ def standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     paths = [p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts)]
     if not paths:
-        raise CliError(f"no sources of the standard library in {root}: name the FILES to read")
+        raise RecipeError(f"no sources of the standard library in {root}: name the FILES to read")
     return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -52,16 +52,16 @@ def read_text(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CliError(f"cannot read {path}: {error.strerror or error}") from None
+        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from None
     if not data:
-        raise CliError(f"{path} must be a text file, got an empty one")
+        raise RecipeError(f"{path} must be a text file, got an empty one")
     try:
         data.decode("utf-8")
         where = data.find(b"\0")  # valid UTF-8, yet no text has one
     except UnicodeDecodeError as error:
         where = error.start
     if where >= 0:
-        raise CliError(f"{path} must be UTF-8 text, got byte 0x{data[where]:02x} at {where:,}")
+        raise RecipeError(f"{path} must be UTF-8 text, got byte 0x{data[where]:02x} at {where:,}")
     return data
 
 
@@ -92,7 +92,7 @@ def _standard_texts() -> list[bytes]:
     for path in standard_library():
         try:
             texts.append(read_text(path))
-        except CliError:  # empty packages, and the few files that are not UTF-8 by intent
+        except RecipeError:  # empty packages, and the few files that are not UTF-8 by intent
             continue
     return texts
 
@@ -111,7 +111,7 @@ class Streams:
         self.length = length
         self.chunks = (size - 1) // length  # the last chunk still needs a next token to predict
         if self.chunks < 1:
-            raise CliError(
+            raise RecipeError(
                 f"the text must have at least {rows * (length + 1):,} bytes, that is "
                 f"{rows} rows of {length} + 1, got {len(text):,}"
             )

@@ -1,4 +1,4 @@
-"""What `ctx train --compare` trains besides: the same model with a window alone, in the same way.
+"""What a run with `compare` also trains: the same model with a window alone, in the same way.
 
 Switching CMem off in a model that was trained with it says what these weights lose, not what the
 memory is worth: they have come to rely on their slots. Models that are trained for a window say
@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ctx.cli.errors import CliError
-from ctx.cli.evaluation import Result
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.evaluation import Result
 from ctx.schedule import Sizes
 from ctx.transformer import CompressiveTransformerConfig
 
@@ -31,11 +31,11 @@ def rivals(config: CompressiveTransformerConfig) -> list[Rival]:
     """The model with its window alone, and with a window of as many slots as it has in all.
 
     Raises:
-        CliError: the model has no slots to compare with.
+        RecipeError: the model has no slots to compare with.
     """
     schedules = config.schedules()
     if not any(schedule.compressed for schedule in schedules):
-        raise CliError(f"--compare must go with --compressed above 0, got {config.compressed}")
+        raise RecipeError(f"`compare` must go with `compressed` above 0, got {config.compressed}")
     same = tuple(schedule.window for schedule in schedules)
     equal = tuple(schedule.window + schedule.compressed for schedule in schedules)
     found = []
@@ -54,7 +54,7 @@ def rivals(config: CompressiveTransformerConfig) -> list[Rival]:
 
 
 def named(config: CompressiveTransformerConfig, results: Sequence[Result]) -> list[Result]:
-    """What `evaluate` found of one model's weights, by names that say so beside other models."""
+    """The results of `evaluate`, named so that other models can stand in the same table."""
     schedules = config.schedules()
     window, slots = (
         _text([getattr(schedule, name) for schedule in schedules])

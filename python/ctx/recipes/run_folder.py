@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ctx.cli import checkpoint
-from ctx.cli.errors import CliError
-from ctx.cli.evaluation import Result
+from ctx.recipes import checkpoint
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.evaluation import Result
 
 __all__ = ["RunFolder", "next_run"]
 
@@ -33,7 +33,7 @@ class RunFolder:
             are dropped. None: a new run.
 
     Raises:
-        CliError: the folder cannot be written, or a new run would overwrite another.
+        RecipeError: the folder cannot be written, or a new run would overwrite another.
     """
 
     def __init__(self, path: Path, resumed: int | None = None) -> None:
@@ -43,7 +43,7 @@ class RunFolder:
         self.evaluation = path / "evaluation.json"
         self.curves = path / "curves.png"
         if resumed is None and self.checkpoint.exists():
-            raise CliError(f"{path} already holds a run: continue it with --resume {path}")
+            raise RecipeError(f"{path} already holds a run: continue it with `resume` {path}")
         try:
             path.mkdir(parents=True, exist_ok=True)
             kept = [line for line in self.history() if line["step"] <= (resumed or 0)]
@@ -52,7 +52,7 @@ class RunFolder:
             os.replace(part, self.metrics)
             self._file = open(self.metrics, "a", buffering=1)  # noqa: SIM115  a line is a write
         except OSError as error:
-            raise CliError(f"cannot write {path}: {error.strerror or error}") from None
+            raise RecipeError(f"cannot write {path}: {error.strerror or error}") from None
 
     def history(self) -> list[dict[str, Any]]:
         """The metrics written so far, without a last line that a crash cut off."""

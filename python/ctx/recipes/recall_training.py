@@ -1,4 +1,4 @@
-"""One model of `ctx recall`: trained in parallel calls, measured as a stream."""
+"""One model of the recall task: trained in parallel calls, measured as a stream."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ctx.cli.errors import CliError
-from ctx.cli.recall_task import RecallTask, Tally
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.recall_task import RecallTask, Tally
 from ctx.transformer import CompressiveTransformer, ModelMemory
 
 __all__ = ["measure", "train"]
@@ -39,7 +39,7 @@ def train(
     data never seen. Returns the steps done; `advance` is told of each.
 
     Raises:
-        CliError: the loss is not finite.
+        RecipeError: the loss is not finite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     step, reach = 0, spans[-1][1]
@@ -58,7 +58,7 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(loss.item()):
-                raise CliError(f"the loss is not finite at step {step}: lower --lr")
+                raise RecipeError(f"the loss is not finite at step {step}: lower `lr`")
             optimizer.step()
             tally = Tally(task.farthest)
             tally.add(logits.argmax(-1) == drawn.answers, drawn.distances)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctx.cli.recall_results import RecallResult
-from ctx.cli.recall_settings import RecallSettings
-from ctx.cli.recall_task import CHANCE, bins
+from ctx.recipes.recall_results import RecallResult
+from ctx.recipes.recall_settings import RecallSettings
+from ctx.recipes.recall_task import CHANCE, bins
 
 __all__ = ["draw"]
 

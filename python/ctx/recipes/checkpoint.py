@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ctx.cli.errors import CliError
+from ctx.recipes.errors import RecipeError
 
 __all__ = ["FILE_NAME", "VERSION", "find", "load", "save"]
 
@@ -23,7 +23,7 @@ _PARTS: dict[str, Any] = {
     "settings": dict,  # TrainSettings
     "files": list,  # absolute paths of the texts; empty: the standard library
     "digest": str,  # of the texts
-    "compare": bool,  # whether models with a window alone are trained besides
+    "compare": bool,  # whether models with a window alone are trained, too
     "step": int,  # steps done = index of the next chunk of the streams
     "weights": dict,
     "optimizer": dict,
@@ -50,14 +50,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
             finally:
                 os.close(folder)
     except OSError as error:
-        raise CliError(f"cannot write {path}: {error.strerror or error}") from None
+        raise RecipeError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def find(run: Path) -> Path:
     """The checkpoint of a run folder, or the file itself."""
     path = run / FILE_NAME if run.is_dir() else run
     if not path.is_file():
-        raise CliError(f"{run} must be a run folder with a {FILE_NAME}, found none")
+        raise RecipeError(f"{run} must be a run folder with a {FILE_NAME}, found none")
     return path
 
 
@@ -66,24 +66,24 @@ def load(path: Path) -> dict[str, Any]:
     try:
         file = io.BytesIO(path.read_bytes())
     except OSError as error:
-        raise CliError(f"cannot read {path}: {error.strerror or error}") from None
+        raise RecipeError(f"cannot read {path}: {error.strerror or error}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other people's pickles
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:
-        raise CliError(
+        raise RecipeError(
             f"{path} must be a checkpoint of ctx, got a damaged or foreign file"
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CliError(f"{path} must be a checkpoint of ctx, got another kind of file")
+        raise RecipeError(f"{path} must be a checkpoint of ctx, got another kind of file")
     if state.get("version") != VERSION:
-        raise CliError(
+        raise RecipeError(
             f"{path} must be a checkpoint of version {VERSION}, got version {state.get('version')}"
         )
     state.setdefault("gradients", {})  # before updates could wait, none ever did
-    state.setdefault("compare", False)  # before there was --compare
+    state.setdefault("compare", False)  # before there was `compare`
     for name, kind in _PARTS.items():
         if name not in state or not isinstance(state[name], kind):
-            raise CliError(f"{path} must be a checkpoint of ctx, got one without {name}")
+            raise RecipeError(f"{path} must be a checkpoint of ctx, got one without {name}")
     return state

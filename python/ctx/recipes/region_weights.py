@@ -1,4 +1,4 @@
-"""What share of its attention each layer of a model gives to sinks, compressed slots and window."""
+"""The attention that each layer of a model gives to sinks, compressed slots and window."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ctx.cli.evaluation import side_by_side
+from ctx.recipes.evaluation import side_by_side
 from ctx.transformer import CompressiveTransformer, ModelMemory
 
-__all__ = ["shares", "usage_table"]
+__all__ = ["region_weights", "region_weights_table"]
 
 
-def shares(
+def region_weights(
     model: CompressiveTransformer,
     text: Tensor,  # uint8 [N]
     advance: Callable[[int], None],
 ) -> Tensor:
     """Averages over all tokens of a text and all query heads, float64 [layers, 3].
 
-    The text is streamed as `ctx.cli.evaluation.stream` does it; `advance` is told the number of
+    The text is streamed as `ctx.recipes.evaluation.stream` does it; `advance` is told the number of
     bytes read.
     """
     segment = max(schedule.segment for schedule in model.schedules)
@@ -34,14 +34,14 @@ def shares(
             if memory is None:
                 memory = model.init_memory(len(lines))
             chunk = lines[:, start : start + segment].long()
-            _, memory, usage = model(chunk, memory, return_region_weights=True)
-            total += usage.double().mean(2).sum((1, 2)).cpu()  # [layers, B, H, T, 3]
+            _, memory, weights = model(chunk, memory, return_region_weights=True)
+            total += weights.double().mean(2).sum((1, 2)).cpu()  # [layers, B, H, T, 3]
             advance(chunk.numel())
     model.train(was_training)
     return total / lines.numel()
 
 
-def usage_table(found: Tensor) -> str:
+def region_weights_table(found: Tensor) -> str:
     """The shares as lines of text, a line per layer."""
     lines = ["share of attention  sinks  compressed  window"]
     lines.append("-" * len(lines[0]))

@@ -1,4 +1,4 @@
-"""What `ctx ablation` has measured so far: ablation.json, and the table of it."""
+"""What the ablation has measured so far: ablation.json, and the table of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ctx.cli.ablation_settings import NOTHING, WINDOW_ONLY, AblationSettings
-from ctx.cli.errors import CliError
+from ctx.recipes.ablation_settings import NOTHING, WINDOW_ONLY, AblationSettings
+from ctx.recipes.errors import RecipeError
 
 __all__ = ["Results", "table"]
 
@@ -24,7 +24,7 @@ class Results:
         settings, digest: of the training and of the text; those in the folder must be the same.
 
     Raises:
-        CliError: the folder cannot be written, or holds an ablation of other settings or texts.
+        RecipeError: the folder cannot be written, or holds an ablation of other settings or texts.
     """
 
     def __init__(self, folder: Path, settings: AblationSettings, digest: str) -> None:
@@ -39,7 +39,7 @@ class Results:
             text = self.path.read_text() if self.path.exists() else None
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise CliError(f"cannot write {folder}: {reason}") from None
+            raise RecipeError(f"cannot write {folder}: {reason}") from None
         if text is not None:
             self.runs = self._read(text)
 
@@ -49,11 +49,11 @@ class Results:
             runs: list[dict[str, Any]] = held["runs"]
             head = {name: held[name] for name in self.head}
         except (ValueError, KeyError, TypeError):
-            raise CliError(f"{self.path} must be written by ctx ablation, got another") from None
+            raise RecipeError(f"{self.path} must be written by ctx ablation, got another") from None
         if head != self.head:
-            raise CliError(
+            raise RecipeError(
                 f"{self.path.parent} already holds an ablation of other settings or texts: name "
-                "another with --run"
+                "another with `run`"
             )
         return runs
 
@@ -70,7 +70,7 @@ class Results:
             part.write_text(json.dumps({**self.head, "runs": self.runs}, indent=1) + "\n")
             os.replace(part, self.path)
         except OSError as error:
-            raise CliError(f"cannot write {self.path}: {error.strerror or error}") from None
+            raise RecipeError(f"cannot write {self.path}: {error.strerror or error}") from None
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:

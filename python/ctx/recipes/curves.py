@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ctx.cli.evaluation import Result
+from ctx.recipes.evaluation import Result
 
 __all__ = ["draw"]
 
