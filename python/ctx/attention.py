@@ -462,8 +462,8 @@ class CompressiveAttention(nn.Module):
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
             return_region_weights: also return the share of its attention that every query gives to
-                sinks, compressed slots and window, for inspection: [B, H, T, 3], adding up to one, zero at
-                padding, constant, in float32 (float64 for float64).
+                sinks, compressed slots and window, for inspection: [B, H, T, 3], adding up to one,
+                zero at padding, constant, in float32 (float64 for float64).
 
         Returns:
             The output [B, T, E], zero at padding, and the memory after these tokens: a new one

@@ -291,8 +291,9 @@ class KVMemory:
                 sinks, compressed slots and window.
 
         Returns:
-            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_region_weights`` the shares,
-            too: [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
+            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_region_weights`` also
+            the shares: [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at
+            padding.
 
         Raises:
             ValueError, TypeError: an argument does not fit the memory; nothing has been written

@@ -401,7 +401,8 @@ class CompressiveTransformer(nn.Module):
             return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
                 layers; not together with `reset_at`.
             return_region_weights: also return the share of its attention that every query gives to
-                sinks, compressed slots and window in every layer, for inspection: [layers, B, H, T, 3],
+                sinks, compressed slots and window in every layer, for inspection:
+                [layers, B, H, T, 3],
                 adding up to one, zero at padding, constant.
             last_only: logits of every row's last token only, [B, vocab_size], zero for a row
                 without tokens; what generation needs of a long prompt.
@@ -411,8 +412,8 @@ class CompressiveTransformer(nn.Module):
             after the last: a new one under grad, the one passed (streamed into in place) without,
             and with `update=False`; then the loss with `return_aux`, then the shares with
             `return_region_weights`. Where a call without grad is interrupted (an exception in a
-            hook, Ctrl-C), the memory passed is as it was before the call, or refused from then on where
-            the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
+            hook, Ctrl-C), the memory passed is as it was before the call, or refused from then on
+            where the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
             before the call: go on with the one returned then.
 
         Raises:

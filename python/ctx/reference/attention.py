@@ -59,8 +59,8 @@ def attend(
     they and the slots made by then are constants, as the carried memory of Transformer-XL is (Dai
     et al. 2019, arXiv:1901.02860, section 3.2). With `compressor_grad="aux"` every slot is a
     constant. Where the most used tokens stay, q must be that of the whole stream, T = L. With
-    `return_region_weights` also the share of its attention that each of them gives to sinks, compressed
-    slots and window, [B, H, L - carried, 3], a constant.
+    `return_region_weights` also the share of its attention that each of them gives to sinks,
+    compressed slots and window, [B, H, L - carried, 3], a constant.
     """
     work = working_dtype(k.dtype)
     kv_heads, length, width = k.shape[1:]
