@@ -164,9 +164,7 @@ def walk(
         content = rotary.rotate(scores.content_query(query), 0)  # attention_factor, no angle
         products = products_of(content, rotated)
         weights = scores.weights(query, products, distances, among_keys, mass)
-        of_kv_heads = (
-            weights.detach().reshape(*keys[0].shape[:2], -1, weights.shape[2]).mean(2)
-        )  # [B, Hkv, n]
+        by_kv_head = weights.detach().reshape(*keys[0].shape[:2], -1, weights.shape[2])
         usage[:, :, list(tokens)] += by_kv_head.mean(2)[:, :, among_keys.stop :]
         if t < carried:
             continue
