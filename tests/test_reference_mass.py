@@ -181,25 +181,25 @@ def test_mass_stands_beside_the_slot():
 
 
 def test_reconstruction_counts_mass():
-    """Slots of equal tokens reconstruct a boundary exactly, and a mixed one only with mass."""
+    """Slots of pairs of equal tokens: no error with equal masses, and by hand with others."""
     law = reference.Schedule(0, 4, 2, 6)
     k, v = (repeated(torch.randn(1, 1, 3, 4, dtype=F64), 2)[0] for _ in range(2))
     q = torch.randn(2, 6, 4, dtype=F64)
     loss = partial(reference.attention_reconstruction, q, k, v, law)
-    weighed = partial(
+    gated = partial(
         reference.gated,
         key_gate=torch.zeros(1, 4, dtype=F64),
         key_position=torch.zeros(1, 2, dtype=F64),
         value_gate=torch.zeros(1, 4, dtype=F64),
         value_position=torch.zeros(1, 2, dtype=F64),
     )
-    assert loss(weighed, slot_mass=True)[0] < 1e-24
+    assert loss(gated, slot_mass=True)[0] < 1e-24
 
-    def doubled(keys, values):  # the first two groups in one slot each, with another mass
+    def other_mass(keys, values):
         key, value = reference.mean(keys, values)
         return key, value, torch.log(1 + keys[..., 0, 0].abs())
 
-    with_mass, without = loss(doubled, slot_mass=True)[0], loss(doubled)[0]
+    with_mass, without = loss(other_mass, slot_mass=True)[0], loss(other_mass)[0]
     assert without < 1e-24 < with_mass
     by_hand = []
     for t in range(6):

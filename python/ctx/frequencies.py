@@ -66,8 +66,18 @@ def scaled_inv_freq(
     if kind == "llama3":
         low = _needed(values, "low_freq_factor", kind, where)
         high = _needed(values, "high_freq_factor", kind, where)
+        if not high > low:
+            raise ValueError(
+                f"{where}: high_freq_factor must be more than low_freq_factor = {low}, got {high}"
+            )
         return tuple(_llama3(f, factor, low, high, original) for f in plain), 1.0
-    return _yarn(plain, base, factor, original, values), _yarn_attention_factor(factor, values)
+    if not base > 1:
+        raise ValueError(f"{where}: rope_theta must be more than 1 for 'yarn', got {base}")
+    if values.get("attention_factor") is not None:
+        attention_factor = _needed(values, "attention_factor", kind, where)
+    else:
+        attention_factor = _yarn_attention_factor(factor, values)
+    return _yarn(plain, base, factor, original, values), attention_factor
 
 
 def _needed(values: Mapping[str, Any], name: str, kind: str, where: str) -> float:
@@ -126,9 +136,6 @@ def _yarn(
 
 def _yarn_attention_factor(factor: float, values: Mapping[str, Any]) -> float:
     """Source: Peng et al. 2023 (arXiv:2309.00071), section 3.4; ``mscale`` as in DeepSeek-V2."""
-    given = values.get("attention_factor")
-    if given is not None:
-        return float(given)
 
     def growth(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
