@@ -85,8 +85,8 @@ class Chooser {
     };
     load_row(window(m_.window_keys, m_.head_dim), row_.data(), m_.head_dim);
     if (!m_.clock.token_distance && m_.rotary.dim > 0) {
-      turn(static_cast<double>(token), A(-1));
-      turn(static_cast<double>(g), A(1));
+      rotate(static_cast<double>(token), Rotation::kBack);
+      rotate(static_cast<double>(g), Rotation::kTo);
     }
     store(m_.compressed_keys, m_.head_dim, b, h, to);
     load_row(window(m_.window_values, m_.value_dim), row_.data(), m_.value_dim);
@@ -103,9 +103,9 @@ class Chooser {
     });
   }
 
-  void turn(double position, A direction) {
+  void rotate(double position, Rotation rotation) {
     const RotaryTable<A> table = make_rotary_table(m_.rotary, position, table_.data());
-    rotate_row(m_.rotary, table, direction, row_.data());
+    rotate_row(m_.rotary, table, rotation, row_.data());
   }
 
   const CompressArgs& args_;

@@ -87,7 +87,7 @@ class GroupCompressor {
     make(b, h, first, count, 0);
     for (int64_t g = 0; g < count; ++g) {
       A* slot = slots_ + g * row_width<A>(m_.head_dim);
-      rotate_row(m_.rotary, angles_.at(b, number + g, read_), A(1), slot);
+      rotate_row(m_.rotary, angles_.at(b, number + g, read_), Rotation::kTo, slot);
       store(slot, m_.compressed_keys, m_.head_dim, b, h, first + g);
     }
     make(b, h, first, count, 1);
@@ -129,7 +129,7 @@ class GroupCompressor {
         return ring_row<T>(rows, m_.kv_heads, capacity, width, b, h, index);
       };
       load_row(ring(sink ? m_.sink_keys : m_.window_keys, m_.head_dim), key, m_.head_dim);
-      rotate_row(m_.rotary, angles_.at(b, number, i), A(-1), key);
+      rotate_row(m_.rotary, angles_.at(b, number, i), Rotation::kBack, key);
       load_row(ring(sink ? m_.sink_values : m_.window_values, m_.value_dim), value, m_.value_dim);
     }
   }

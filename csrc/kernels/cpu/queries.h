@@ -11,25 +11,25 @@
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
-// [regions, B, Hkv, tokens, share, row_width of D]: the rows that a kv head's slots are read for lie
+// [regions, B, Hkv, tokens, q_per_kv, row_width of D]: the rows that a kv head's slots are read for lie
 // together, in the order of the region's slots (load_as). Tokens before the stream or past a row's length are not filled in.
 template <typename A>
 class RotatedQueries {
  public:
   RotatedQueries(const AttendArgs& args, std::vector<A>& storage)
       : args_(args),
-        share_(args.heads / args.memory.kv_heads),
+        q_per_kv_(args.heads / args.memory.kv_heads),
         width_(row_width<A>(args.memory.head_dim)),
         storage_(storage) {
     const int64_t size = kRegions * args.memory.batch * args.block.tokens * args.heads * width_;
     if (static_cast<int64_t>(storage.size()) < size) storage.resize(size);
   }
 
-  // `share` rows for every token from i on.
+  // `q_per_kv` rows for every token from i on.
   A* rows(int64_t region, int64_t b, int64_t kv, int64_t i) const {
     const MemoryView& m = args_.memory;
     const int64_t head = (region * m.batch + b) * m.kv_heads + kv;
-    return storage_.data() + (head * args_.block.tokens + i) * share_ * width_;
+    return storage_.data() + (head * args_.block.tokens + i) * q_per_kv_ * width_;
   }
 
   template <typename T>
@@ -58,10 +58,10 @@ class RotatedQueries {
       const bool splits = storage == Storage::kBFloat16;
       const auto table = rotary_table<A>(m.rotary, static_cast<double>(clocks[region]));
       for (int64_t h = 0; h < args_.heads; ++h) {
-        A* query = rows(region, b, h / share_, i) + h % share_ * width_;
+        A* query = rows(region, b, h / q_per_kv_, i) + h % q_per_kv_ * width_;
         load_row(row<T>(args_.queries, b, h, args_.block.offset + i), query, m.head_dim);
         std::fill(query + m.head_dim, query + width_, A(0));
-        rotate_row(m.rotary, table, A(1), query);
+        rotate_row(m.rotary, table, Rotation::kTo, query);
         scale_row(static_cast<A>(args_.scale), query, m.head_dim);
         if (splits) split_row(query);
       }
@@ -79,7 +79,7 @@ class RotatedQueries {
   }
 
   const AttendArgs& args_;
-  int64_t share_;
+  int64_t q_per_kv_;
   int64_t width_;
   std::vector<A>& storage_;
 };

@@ -78,18 +78,18 @@ inline double distance(
 }
 
 // The rows that attend together: all query heads of kv head `kv` for each of some tokens.
-struct Rows {
+struct QueryRows {
   int64_t b = 0;
   int64_t kv = 0;
-  int64_t share = 1;
+  int64_t q_per_kv = 1;
   Range tokens;  // of the block
-  int64_t count() const { return tokens.size() * share; }
+  int64_t count() const { return tokens.size() * q_per_kv; }
 };
 
 template <typename A>
 inline void add_biases(const AttendArgs& args,
                        Region region,
-                       const Rows& rows,
+                       const QueryRows& rows,
                        int64_t first,
                        int64_t count,
                        A* scores) {
@@ -97,16 +97,16 @@ inline void add_biases(const AttendArgs& args,
   const auto* slopes = static_cast<const A*>(args.slopes);
   if (bias == nullptr && slopes == nullptr) return;
   for (int64_t r = 0; r < rows.count(); ++r) {
-    const int64_t head = rows.kv * rows.share + r % rows.share;
+    const int64_t head = rows.kv * rows.q_per_kv + r % rows.q_per_kv;
     A* score = scores + r * kBlock;
     if (bias != nullptr) {
       for (int64_t j = 0; j < count; ++j) score[j] += bias[head];
     }
     if (slopes == nullptr) continue;
-    const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.share;
+    const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;
     for (int64_t j = 0; j < count; ++j) {
-      const double far = distance(args.memory, region, rows.b, rows.kv, t, first + j);
-      score[j] -= slopes[head] * static_cast<A>(far);
+      const double apart = distance(args.memory, region, rows.b, rows.kv, t, first + j);
+      score[j] -= slopes[head] * static_cast<A>(apart);
     }
   }
 }
@@ -133,7 +133,7 @@ template <typename T>
 inline void score_piece(const AttendArgs& args,
                         const RotatedQueries<Acc<T>>& queries,
                         Region region,
-                        const Rows& rows,
+                        const QueryRows& rows,
                         const Piece<T>& piece,
                         Acc<T>* scores) {
   const int64_t width = args.memory.head_dim;

@@ -1,4 +1,4 @@
-// What the forward and the backward of the differentiable path share: a block of queries, one per
+// What the forward and the backward of the differentiable path q_per_kv: a block of queries, one per
 // vector lane, and its scores against a block of keys, [keys, lanes]. With queries in the lanes,
 // keys and values are read where they lie, rows of both are left operands of `multiply`, and a
 // softmax over keys never crosses lanes.
@@ -65,9 +65,9 @@ class QueryBlock {
 
   explicit QueryBlock(const SpansArgs& args)
       : args_(args),
-        share_(args.heads / args.kv_heads),
+        q_per_kv_(args.heads / args.kv_heads),
         most_tokens_(tokens_per_block(args)),
-        most_lanes_(round_up(share_ * most_tokens_, kLanes<A>)),
+        most_lanes_(round_up(q_per_kv_ * most_tokens_, kLanes<A>)),
         width_(round_up(args.head_dim, kSpanWidthStep)) {
     scores_ = scratch_.take(kBlockKeys * most_lanes_);
     rows_ = scratch_.take(most_lanes_ * width_);
@@ -81,14 +81,14 @@ class QueryBlock {
   }
 
   static int64_t tokens_per_block(const SpansArgs& args) {
-    const int64_t share = args.heads / args.kv_heads;
-    return std::clamp<int64_t>(kBlockLanes / share, 1, std::max<int64_t>(1, args.tokens));
+    const int64_t q_per_kv = args.heads / args.kv_heads;
+    return std::clamp<int64_t>(kBlockLanes / q_per_kv, 1, std::max<int64_t>(1, args.tokens));
   }
 
   // Tokens first ... of row b, as many as a block has.
   void place(int64_t b, int64_t kv, int64_t first) {
     b_ = b, kv_ = kv, first_ = first;
-    turned_ = false;
+    rotated_ = false;
     tokens_ = std::min(most_tokens_, args_.tokens - first);
     lanes_ = round_up(used(), kLanes<A>);
     std::fill(states_.begin(), states_.end(), Lane::kWhole);
@@ -100,7 +100,7 @@ class QueryBlock {
   // nothing, either.
   enum class Lane : uint8_t { kWhole, kBlank, kAbsent };
 
-  // For all used lanes, after place() and before turn_to().
+  // For all used lanes, after place() and before rotate_to().
   template <typename F>
   void set_lanes(const F& state) {
     bool absent = false;
@@ -121,11 +121,11 @@ class QueryBlock {
   int64_t b() const { return b_; }
   int64_t kv() const { return kv_; }
   int64_t tokens() const { return tokens_; }
-  int64_t used() const { return share_ * tokens_; }
+  int64_t used() const { return q_per_kv_ * tokens_; }
   int64_t lanes() const { return lanes_; }
   int64_t most_lanes() const { return most_lanes_; }
   int64_t width() const { return width_; }
-  int64_t head(int64_t lane) const { return kv_ * share_ + lane / tokens_; }
+  int64_t head(int64_t lane) const { return kv_ * q_per_kv_ + lane / tokens_; }
   int64_t token(int64_t lane) const { return first_ + lane % tokens_; }
   int64_t index(int64_t lane) const {  // in [B, H, T]
     return (b_ * args_.heads + head(lane)) * args_.tokens + token(lane);
@@ -151,7 +151,7 @@ class QueryBlock {
   }
   bool sees(int64_t span) const { return seen_by_some_[span].size() > 0; }
 
-  // Whether the query in a lane sees a key of the span that turn_to() chose.
+  // Whether the query in a lane sees a key of the span that rotate_to() chose.
   bool sees(int64_t lane, int64_t key) const {
     const Integer* begin = numbers_.data() + span_ * 2 * most_lanes_ + lane;
     return key >= begin[0] && key < begin[most_lanes_];
@@ -159,12 +159,12 @@ class QueryBlock {
 
   // Rotates the queries to the clock of a span, and scales them: rows [used, width], and columns
   // [D, lanes].
-  void turn_to(int64_t span) {
+  void rotate_to(int64_t span) {
     span_ = span;
     make_offsets(span);
     const bool same = args_.rotary.dim == 0 || args_.clock.token_distance;
-    if (turned_ && same) return;  // as for the span before
-    turned_ = true;
+    if (rotated_ && same) return;  // as for the span before
+    rotated_ = true;
     make_table(span);
     for (int64_t lane = 0; lane < used(); ++lane) {
       A* query = rows_ + lane * width_;
@@ -173,20 +173,20 @@ class QueryBlock {
         continue;
       }
       load_row(row<T>(args_.queries, b_, head(lane), token(lane)), query, args_.head_dim);
-      turn(lane, A(1), query);
+      rotate(lane, Rotation::kTo, query);
       scale_row(static_cast<A>(args_.scale), query, args_.head_dim);
     }
     transpose(rows_, width_, used(), args_.head_dim, columns_, lanes_);
   }
 
-  // Rotates a row of the width D by the clock that turn_to() chose; direction -1 takes it back.
-  void turn(int64_t lane, A direction, A* query) const {
+  // Rotates a row of the width D to the clock that rotate_to() chose.
+  void rotate(int64_t lane, Rotation rotation, A* query) const {
     const int64_t half = args_.rotary.dim / 2;
     const A* cosine = table_ + lane % tokens_ * args_.rotary.dim;
-    rotate_row(args_.rotary, RotaryTable<A>{cosine, cosine + half}, direction, query);
+    rotate_row(args_.rotary, RotaryTable<A>{cosine, cosine + half}, rotation, query);
   }
 
-  // Keys or values of a block of the span that turn_to() chose; `buffer` is room for them.
+  // Keys or values of a block of the span that rotate_to() chose; `buffer` is room for them.
   SpanRows<A> keys(const KeyBlock& block, A* buffer) const {
     const Span& s = args_.spans[span_];
     return rows_of(block, s.keys, s.past.keys, args_.head_dim, buffer);
@@ -222,7 +222,7 @@ class QueryBlock {
     return keys.begin < seen_by_all_[span_].begin || keys.end > seen_by_all_[span_].end;
   }
 
-  // The lanes of the vector at `v` that see a key of the span that turn_to() chose: all bits set.
+  // The lanes of the vector at `v` that see a key of the span that rotate_to() chose: all bits set.
   struct Seers {
     typename VectorOf<Integer>::type begin, end;
     auto of(Integer key) const { return (key >= begin) & (key < end); }
@@ -281,7 +281,7 @@ class QueryBlock {
         keys.end = std::clamp<int64_t>(numbers.end - first, keys.begin, size);
       }
       count_seen(span, keys);
-      for (int64_t r = 0; r < share_; ++r) {
+      for (int64_t r = 0; r < q_per_kv_; ++r) {
         begins(span)[r * tokens_ + i] = static_cast<Integer>(keys.begin);
         ends(span)[r * tokens_ + i] = static_cast<Integer>(keys.end);
       }
@@ -302,10 +302,10 @@ class QueryBlock {
   }
 
   double clock(int64_t span, int64_t t) const {
-    const int64_t turned = span == kSinks        ? args_.clock.sink_query(t)
-                           : span == kCompressed ? args_.clock.group_query(t)
-                                                 : t;
-    return static_cast<double>(turned);
+    const int64_t query = span == kSinks        ? args_.clock.sink_query(t)
+                          : span == kCompressed ? args_.clock.group_query(t)
+                                                : t;
+    return static_cast<double>(query);
   }
 
   // Cosines and sines of all tokens, [tokens, 2, dim / 2].
@@ -350,7 +350,7 @@ class QueryBlock {
   }
 
   const SpansArgs& args_;
-  int64_t share_;  // query heads of a kv head
+  int64_t q_per_kv_;  // query heads of a kv head
   int64_t most_tokens_;
   int64_t most_lanes_;
   int64_t width_;
@@ -360,7 +360,7 @@ class QueryBlock {
   int64_t tokens_ = 0;
   int64_t lanes_ = 0;
   int64_t span_ = 0;
-  bool turned_ = false;
+  bool rotated_ = false;
   Range seen_by_some_[kRegions];
   Range seen_by_all_[kRegions];
   Scratch<A> scratch_;

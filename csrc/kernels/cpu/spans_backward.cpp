@@ -53,7 +53,7 @@ class SpansBackward {
     load_block();
     for (int64_t span = 0; span < kRegions; ++span) {
       if (!block_.sees(span)) continue;
-      block_.turn_to(span);
+      block_.rotate_to(span);
       std::fill_n(query_columns_, forward_.head_dim * block_.lanes(), A(0));
       block_.for_each_key_block(span, [&](const KeyBlock& keys) { attend(span, keys); });
       add_query_grads();
@@ -206,7 +206,7 @@ class SpansBackward {
     transpose(query_columns_, block_.lanes(), dim, block_.used(), query_rows_, dim);
     for (int64_t lane = 0; lane < block_.used(); ++lane) {
       A* grad = query_rows_ + lane * dim;
-      block_.turn(lane, A(-1), grad);
+      block_.rotate(lane, Rotation::kTransposed, grad);
       axpy(static_cast<A>(forward_.scale), grad, query_sums_ + lane * dim, dim);
     }
   }
