@@ -37,6 +37,15 @@ CTX_HOST_DEVICE inline Ranges visible(const Schedule& schedule, int64_t t) {
   return {{{0, schedule.visible_sinks(t)}, {n - schedule.slots(t), n}, {schedule.edge(t), t + 1}}};
 }
 
+// Where the query of token t and key `number` of a region are rotated to: their difference is the
+// distance between them.
+CTX_HOST_DEVICE inline int64_t query_clock(const Clock& clock, int64_t region, int64_t t) {
+  return region == kSinks ? clock.sink_query(t) : region == kCompressed ? clock.group_query(t) : t;
+}
+CTX_HOST_DEVICE inline double key_clock(const Clock& clock, int64_t region, int64_t number) {
+  return region == kCompressed ? clock.group_key(number) : static_cast<double>(number);
+}
+
 // A [B, heads, T, width] tensor whose last dimension is contiguous; strides count elements.
 struct Strided {
   void* data = nullptr;

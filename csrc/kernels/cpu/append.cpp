@@ -51,7 +51,8 @@ void append(const AppendArgs& args) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / tokens;
         const int64_t i = task % tokens;
-        if (i < args.block.count(b)) append_token<T>(args, b, i, key.data());
+        if (i < args.block.count(b) && args.block.first(b) + i >= 0)
+          append_token<T>(args, b, i, key.data());
       }
     });
   });

@@ -91,6 +91,8 @@ class Chooser {
     store(m_.compressed_keys, m_.head_dim, b, h, to);
     load_row(window(m_.window_values, m_.value_dim), row_.data(), m_.value_dim);
     store(m_.compressed_values, m_.value_dim, b, h, to);
+    if (m_.slot_mass != nullptr)  // one token stands for itself
+      *ring_row<float>(m_.slot_mass, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = 0.0f;
     *ring_row<int64_t>(m_.slot_positions, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = token;
   }
 

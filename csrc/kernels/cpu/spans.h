@@ -8,52 +8,12 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/lanes.h"
+#include "kernels/cpu/relative_block.h"
 #include "kernels/cpu/rotary.h"
-#include "kernels/cpu/slots.h"
+#include "kernels/cpu/softcap.h"
+#include "kernels/cpu/span_rows.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
-
-constexpr int64_t kBlockLanes = 64;  // queries of a block, where so many belong together
-constexpr int64_t kBlockKeys = 120;  // scores of both fit the first-level cache
-
-// out [columns, rows] = in [rows, columns]
-template <typename A>
-inline void transpose(
-    const A* in, int64_t in_stride, int64_t rows, int64_t columns, A* out, int64_t out_stride) {
-  constexpr int64_t kSide = 8;  // lines of both that are touched at once
-  for (int64_t r = 0; r < rows; r += kSide) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t count = std::min(kSide, rows - r);
-      for (int64_t i = 0; i < count; ++i) out[c * out_stride + r + i] = in[(r + i) * in_stride + c];
-    }
-  }
-}
-
-// Keys of a span that lie together: rows from `row` on of the past's ring, or of the call's tensors.
-struct KeyBlock {
-  Range keys;  // of the span
-  bool past = false;
-  int64_t row = 0;
-  int64_t size() const { return keys.size(); }
-};
-
-// Their rows in the arithmetic's type: where they lie, or widened copies.
-template <typename A>
-struct SpanRows {
-  const A* data;
-  int64_t stride;
-};
-template <typename S, typename A>
-inline SpanRows<A> widened(const S* rows, int64_t stride, int64_t count, int64_t width, A* buffer) {
-  if constexpr (std::is_same_v<S, A>) {
-    return {rows, stride};
-  } else {
-    for (int64_t j = 0; j < count; ++j) load_slot(rows + j * stride, buffer + j * width, width);
-    return {buffer, width};
-  }
-}
 
 // The query heads of a kv head at some neighbouring tokens of a row: head r at token i is lane
 // r * tokens() + i. Lanes past used() are there to fill vectors; what they hold is never read.
@@ -63,12 +23,14 @@ class QueryBlock {
   using A = Acc<T>;
   using Integer = LaneInteger<A>;
 
-  explicit QueryBlock(const SpansArgs& args)
+  // `derivatives`: score() also keeps those of capped scores.
+  explicit QueryBlock(const SpansArgs& args, bool derivatives = false)
       : args_(args),
         q_per_kv_(args.heads / args.kv_heads),
         most_tokens_(tokens_per_block(args)),
         most_lanes_(round_up(q_per_kv_ * most_tokens_, kLanes<A>)),
-        width_(round_up(args.head_dim, kSpanWidthStep)) {
+        width_(round_up(args.head_dim, kSpanWidthStep)),
+        relative_(args, most_tokens_, most_lanes_) {
     scores_ = scratch_.take(kBlockKeys * most_lanes_);
     rows_ = scratch_.take(most_lanes_ * width_);
     columns_ = scratch_.take(args.head_dim * most_lanes_);
@@ -76,6 +38,8 @@ class QueryBlock {
     slope_ = scratch_.take(most_lanes_);
     distance_ = scratch_.take(most_lanes_);
     table_ = scratch_.take(most_tokens_ * std::max<int64_t>(1, args.rotary.dim));
+    if (derivatives && args.logit_softcap > 0)
+      slopes_of_cap_ = scratch_.take(kBlockKeys * most_lanes_);
     numbers_.resize(kRegions * 2 * most_lanes_);
     states_.resize(most_lanes_);
   }
@@ -162,6 +126,7 @@ class QueryBlock {
   void rotate_to(int64_t span) {
     span_ = span;
     make_offsets(span);
+    if (args_.relative.dim > 0) rotate_relative(span);
     const bool same = args_.rotary.dim == 0 || args_.clock.token_distance;
     if (rotated_ && same) return;  // as for the span before
     rotated_ = true;
@@ -200,10 +165,10 @@ class QueryBlock {
   // Added to every score of a lane; the caller adds it, to a sum that it makes anyhow.
   const A* shift() const { return shift_; }
 
-  // Scores of every lane against the given keys, `shift` apart. What a lane does not see has a
+  // Scores of every lane against the given keys, but for `shift`. What a lane does not see has a
   // score, too, be it NaN: the caller masks it, by hide() or by visible().
-  A* score(Range keys, SpanRows<A> rows) {
-    multiply<Left::kRows>(keys.size(),
+  A* score(const KeyBlock& block, SpanRows<A> rows) {
+    multiply<Left::kRows>(block.size(),
                           lanes_,
                           args_.head_dim,
                           rows.data,
@@ -213,9 +178,21 @@ class QueryBlock {
                           scores_,
                           lanes_,
                           false);
-    if (args_.slopes != nullptr) take_distances(keys);
+    if (args_.relative.dim > 0) relative_.add_scores(block.keys, lanes_, scores_);
+    if (args_.logit_softcap > 0) cap_scores(block.size());
+    if (has_mass()) add_mass(block);
+    if (args_.slopes != nullptr) take_distances(block.keys);
     return scores_;
   }
+  // d capped / d score of the keys last scored; null: scores are not capped.
+  const A* slopes_of_cap() const { return slopes_of_cap_; }
+  bool has_mass() const {
+    const Span& s = args_.spans[span_];
+    return s.mass != nullptr || s.past.mass != nullptr;
+  }
+
+  // Gradients of the relative queries; RelativeBlock says how.
+  RelativeBlock<T>& relative() { return relative_; }
 
   // Whether some query does not see some of these keys.
   bool hides(Range keys) const {
@@ -245,6 +222,48 @@ class QueryBlock {
   }
 
  private:
+  void cap_scores(int64_t count) {
+    const A softcap = static_cast<A>(args_.logit_softcap);
+    for (int64_t i = 0; i < count * lanes_; i += kLanes<A>) {
+      const auto score = capped<A>(load(scores_ + i), softcap);
+      store(scores_ + i, score);
+      if (slopes_of_cap_ == nullptr) continue;
+      const auto part = score * (A(1) / softcap);
+      store(slopes_of_cap_ + i, A(1) - part * part);
+    }
+  }
+
+  void add_mass(const KeyBlock& block) {
+    const Span& s = args_.spans[span_];
+    const int64_t head = b_ * args_.kv_heads + kv_;
+    const auto add = [&](const auto* mass) {
+      if (mass == nullptr) return;
+      for (int64_t j = 0; j < block.size(); ++j) {
+        const auto m = broadcast(static_cast<A>(mass[j]));
+        A* scores = scores_ + j * lanes_;
+        for (int64_t v = 0; v < lanes_; v += kLanes<A>) store(scores + v, load(scores + v) + m);
+      }
+    };
+    if (block.past) {
+      add(s.past.mass == nullptr ? nullptr : s.past.mass + head * s.past.capacity + block.row);
+    } else {
+      const auto* mass = static_cast<const A*>(s.mass);
+      add(mass == nullptr ? nullptr : mass + head * (s.size - s.past.size) + block.row);
+    }
+  }
+
+  void rotate_relative(int64_t span) {
+    relative_.rotate_to(
+        span,
+        b_,
+        kv_,
+        first_,
+        tokens_,
+        lanes_,
+        [&](int64_t lane) { return states_[lane] == Lane::kWhole; },
+        [&](int64_t i) { return key_distance(span, i); });
+  }
+
   SpanRows<A> rows_of(
       const KeyBlock& block, const Strided& x, void* ring, int64_t width, A* buffer) const {
     if (!block.past)
@@ -302,10 +321,11 @@ class QueryBlock {
   }
 
   double clock(int64_t span, int64_t t) const {
-    const int64_t query = span == kSinks        ? args_.clock.sink_query(t)
-                          : span == kCompressed ? args_.clock.group_query(t)
-                                                : t;
-    return static_cast<double>(query);
+    return static_cast<double>(query_clock(args_.clock, span, t));
+  }
+  // From token i of the block to key 0 of the span.
+  double key_distance(int64_t span, int64_t i) const {
+    return clock(span, position(i)) - key_clock(args_.clock, span, first_number(span, i));
   }
 
   // Cosines and sines of all tokens, [tokens, 2, dim / 2].
@@ -327,19 +347,14 @@ class QueryBlock {
     for (int64_t lane = 0; lane < used(); ++lane) {
       if (span == kCompressed) shift_[lane] = per_head(args_.bias, lane);
       if (args_.slopes == nullptr) continue;
-      const int64_t i = lane % tokens_;
-      const int64_t first = first_number(span, i);
-      const double key =
-          span == kCompressed ? args_.clock.group_key(first) : static_cast<double>(first);
       slope_[lane] = per_head(args_.slopes, lane);
-      distance_[lane] = static_cast<A>(clock(span, position(i)) - key);
+      distance_[lane] = static_cast<A>(key_distance(span, lane % tokens_));
     }
   }
 
   // ALiBi: a key is `step` nearer than the one before it.
   void take_distances(Range keys) {
-    const bool tokens = span_ == kCompressed && args_.clock.token_distance;
-    const A step = static_cast<A>(tokens ? args_.clock.schedule.ratio : 1);
+    const A step = static_cast<A>(key_step(args_.clock, span_));
     for (int64_t j = 0; j < keys.size(); ++j) {
       A* scores = scores_ + j * lanes_;
       const A nearer = step * static_cast<A>(keys.begin + j);
@@ -364,7 +379,9 @@ class QueryBlock {
   Range seen_by_some_[kRegions];
   Range seen_by_all_[kRegions];
   Scratch<A> scratch_;
+  RelativeBlock<T> relative_;
   A* scores_;
+  A* slopes_of_cap_ = nullptr;
   A* rows_;
   A* columns_;
   A* shift_;

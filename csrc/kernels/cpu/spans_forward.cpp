@@ -40,7 +40,7 @@ class SpansForward {
 
  private:
   void attend(int64_t span, const KeyBlock& keys) {
-    A* weights = block_.score(keys.keys, block_.keys(keys, wide_));
+    A* weights = block_.score(keys, block_.keys(keys, wide_));
     if (block_.hides(keys.keys)) block_.hide(keys.keys);
     if (weigh(span, keys.size(), weights)) shrink_sums();
     SpanRows<A> values = block_.values(keys, wide_);
