@@ -1,14 +1,13 @@
 // The CPU kernels of a streamed memory, compiled into this program, against double loops: rotary
 // with given frequencies, mass, capped logits, relative positions.
 #define CTX_CPU_CAPABILITY DEFAULT
+#include "check.h"
+#include "kernel_reference.h"
 #include "kernels/cpu/append.cpp"
 #include "kernels/cpu/attend.cpp"
 #include "kernels/cpu/choose.cpp"
 #include "kernels/cpu/compress.cpp"
 #include "kernels/cpu/rotary.cpp"
-
-#include "check.h"
-#include "kernel_reference.h"
 
 namespace ctx::test {
 namespace {
@@ -136,7 +135,8 @@ class Stream {
     return worst;
   }
 
-  const double* raw(const std::vector<double>& x, int64_t b, int64_t h, int64_t t, int64_t w) const {
+  const double* raw(
+      const std::vector<double>& x, int64_t b, int64_t h, int64_t t, int64_t w) const {
     return &x[((b * law_.kv_heads + h / law_.q_per_kv()) * kTokens + t + b * kLate) * w];
   }
 
