@@ -71,7 +71,7 @@ struct Softmax {
     totals[r * kRegions + region] += sum_lanes<A>(total);
   }
 
-  // Adds row r's final weights of `count` scores to `usage`, as the row's q_per_kv of a mean over the
+  // Adds row r's final weights of `count` scores to `usage`, as the row's part of a mean over the
   // rows of its token.
   void add_weights(int64_t r, const A* scores, int64_t count, A* usage) const {
     const A factor = A(1) / (total(r) * static_cast<A>(q_per_kv));

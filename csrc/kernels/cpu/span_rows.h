@@ -49,4 +49,49 @@ inline SpanRows<A> widened(const S* rows, int64_t stride, int64_t count, int64_t
   }
 }
 
+// Rows of a block of a span's keys or values: `x` are the call's, `ring` the past's.
+template <typename T>
+inline SpanRows<Acc<T>> rows_of(const SpansArgs& args,
+                                const PastSpan& past,
+                                int64_t b,
+                                int64_t kv,
+                                const KeyBlock& block,
+                                const Strided& x,
+                                void* ring,
+                                int64_t width,
+                                Acc<T>* buffer) {
+  if (!block.past)
+    return widened(row<T>(x, b, kv, block.row), x.token, block.size(), width, buffer);
+  SpanRows<Acc<T>> found{};
+  dispatch_slots<T>(past.storage, [&](auto type) {
+    using S = decltype(type);
+    const int64_t stride = stored_width<S>(width);
+    const S* rows = ring_row<S>(ring, args.kv_heads, past.capacity, stride, b, kv, block.row);
+    found = widened(rows, stride, block.size(), width, buffer);
+  });
+  return found;
+}
+
+template <typename T>
+inline SpanRows<Acc<T>> key_rows(const SpansArgs& args,
+                                 int64_t span,
+                                 int64_t b,
+                                 int64_t kv,
+                                 const KeyBlock& block,
+                                 Acc<T>* buffer) {
+  const Span& s = args.spans[span];
+  return rows_of<T>(args, s.past, b, kv, block, s.keys, s.past.keys, args.head_dim, buffer);
+}
+
+template <typename T>
+inline SpanRows<Acc<T>> value_rows(const SpansArgs& args,
+                                   int64_t span,
+                                   int64_t b,
+                                   int64_t kv,
+                                   const KeyBlock& block,
+                                   Acc<T>* buffer) {
+  const Span& s = args.spans[span];
+  return rows_of<T>(args, s.past, b, kv, block, s.values, s.past.values, args.value_dim, buffer);
+}
+
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY

@@ -1,4 +1,4 @@
-// What the forward and the backward of the differentiable path q_per_kv: a block of queries, one per
+// What the forward and the backward of the differentiable path share: a block of queries, one per
 // vector lane, and its scores against a block of keys, [keys, lanes]. With queries in the lanes,
 // keys and values are read where they lie, rows of both are left operands of `multiply`, and a
 // softmax over keys never crosses lanes.
@@ -12,6 +12,7 @@
 #include "kernels/cpu/rotary.h"
 #include "kernels/cpu/softcap.h"
 #include "kernels/cpu/span_rows.h"
+#include "kernels/cpu/visible_keys.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
@@ -21,7 +22,7 @@ template <typename T>
 class QueryBlock {
  public:
   using A = Acc<T>;
-  using Integer = LaneInteger<A>;
+  using Integer = typename VisibleKeys<A>::Integer;
 
   // `derivatives`: score() also keeps those of capped scores.
   explicit QueryBlock(const SpansArgs& args, bool derivatives = false)
@@ -30,6 +31,7 @@ class QueryBlock {
         most_tokens_(tokens_per_block(args)),
         most_lanes_(round_up(q_per_kv_ * most_tokens_, kLanes<A>)),
         width_(round_up(args.head_dim, kSpanWidthStep)),
+        visible_(most_lanes_),
         relative_(args, most_tokens_, most_lanes_) {
     scores_ = scratch_.take(kBlockKeys * most_lanes_);
     rows_ = scratch_.take(most_lanes_ * width_);
@@ -40,7 +42,6 @@ class QueryBlock {
     table_ = scratch_.take(most_tokens_ * std::max<int64_t>(1, args.rotary.dim));
     if (derivatives && args.logit_softcap > 0)
       slopes_of_cap_ = scratch_.take(kBlockKeys * most_lanes_);
-    numbers_.resize(kRegions * 2 * most_lanes_);
     states_.resize(most_lanes_);
   }
 
@@ -72,14 +73,7 @@ class QueryBlock {
       states_[lane] = state(lane);
       absent = absent || states_[lane] == Lane::kAbsent;
     }
-    if (!absent) return;
-    for (int64_t span = 0; span < kRegions; ++span) {
-      seen_by_some_[span] = {}, seen_by_all_[span] = {0, args_.spans[span].size};
-      for (int64_t lane = 0; lane < used(); ++lane) {
-        if (states_[lane] == Lane::kAbsent) begins(span)[lane] = ends(span)[lane] = 0;
-        count_seen(span, {begins(span)[lane], ends(span)[lane]});
-      }
-    }
+    for (int64_t span = 0; absent && span < kRegions; ++span) find_visible(span);
   }
 
   int64_t b() const { return b_; }
@@ -99,7 +93,7 @@ class QueryBlock {
   template <typename F>
   void for_each_key_block(int64_t span, const F& run) {
     const PastSpan& past = args_.spans[span].past;
-    const Range seen = seen_by_some_[span];
+    const Range seen = visible_.by_some(span);
     for (int64_t begin = seen.begin; begin < seen.end;) {
       KeyBlock all{{begin, seen.end}, begin < past.size, begin - past.size};
       if (all.past) {
@@ -113,12 +107,12 @@ class QueryBlock {
       begin = all.keys.end;
     }
   }
-  bool sees(int64_t span) const { return seen_by_some_[span].size() > 0; }
+  bool sees(int64_t span) const { return visible_.by_some(span).size() > 0; }
 
   // Whether the query in a lane sees a key of the span that rotate_to() chose.
   bool sees(int64_t lane, int64_t key) const {
-    const Integer* begin = numbers_.data() + span_ * 2 * most_lanes_ + lane;
-    return key >= begin[0] && key < begin[most_lanes_];
+    const Range seen = visible_.of(span_, lane);
+    return key >= seen.begin && key < seen.end;
   }
 
   // Rotates the queries to the clock of a span, and scales them: rows [used, width], and columns
@@ -153,12 +147,10 @@ class QueryBlock {
 
   // Keys or values of a block of the span that rotate_to() chose; `buffer` is room for them.
   SpanRows<A> keys(const KeyBlock& block, A* buffer) const {
-    const Span& s = args_.spans[span_];
-    return rows_of(block, s.keys, s.past.keys, args_.head_dim, buffer);
+    return key_rows<T>(args_, span_, b_, kv_, block, buffer);
   }
   SpanRows<A> values(const KeyBlock& block, A* buffer) const {
-    const Span& s = args_.spans[span_];
-    return rows_of(block, s.values, s.past.values, args_.value_dim, buffer);
+    return value_rows<T>(args_, span_, b_, kv_, block, buffer);
   }
 
   const A* rows() const { return rows_; }
@@ -196,24 +188,17 @@ class QueryBlock {
 
   // Whether some query does not see some of these keys.
   bool hides(Range keys) const {
-    return keys.begin < seen_by_all_[span_].begin || keys.end > seen_by_all_[span_].end;
+    return keys.begin < visible_.by_all(span_).begin || keys.end > visible_.by_all(span_).end;
   }
 
   // The lanes of the vector at `v` that see a key of the span that rotate_to() chose: all bits set.
-  struct Seers {
-    typename VectorOf<Integer>::type begin, end;
-    auto of(Integer key) const { return (key >= begin) & (key < end); }
-  };
-  Seers seers(int64_t v) const {
-    const Integer* begin = numbers_.data() + span_ * 2 * most_lanes_ + v;
-    return {load_integers<A>(begin), load_integers<A>(begin + most_lanes_)};
-  }
+  auto seers(int64_t v) const { return visible_.seers(span_, v); }
 
   // Scores of what a lane does not see become minus infinity.
   void hide(Range keys) {
     const auto nothing = broadcast(-std::numeric_limits<A>::infinity());
     for (int64_t v = 0; v < lanes_; v += kLanes<A>) {
-      const Seers see = seers(v);
+      const auto see = seers(v);
       for (int64_t j = 0; j < keys.size(); ++j) {
         A* scores = scores_ + j * lanes_ + v;
         store(scores, see.of(static_cast<Integer>(keys.begin + j)) ? load(scores) : nothing);
@@ -264,32 +249,14 @@ class QueryBlock {
         [&](int64_t i) { return key_distance(span, i); });
   }
 
-  SpanRows<A> rows_of(
-      const KeyBlock& block, const Strided& x, void* ring, int64_t width, A* buffer) const {
-    if (!block.past)
-      return widened(row<T>(x, b_, kv_, block.row), x.token, block.size(), width, buffer);
-    SpanRows<A> found{};
-    const PastSpan& past = args_.spans[span_].past;
-    dispatch_slots<T>(past.storage, [&](auto type) {
-      using S = decltype(type);
-      const int64_t stride = stored_width<S>(width);
-      const S* rows = ring_row<S>(ring, args_.kv_heads, past.capacity, stride, b_, kv_, block.row);
-      found = widened(rows, stride, block.size(), width, buffer);
-    });
-    return found;
-  }
-
-  Integer* begins(int64_t span) { return numbers_.data() + span * 2 * most_lanes_; }
-  Integer* ends(int64_t span) { return begins(span) + most_lanes_; }
   int64_t position(int64_t i) const { return args_.position[b_ * args_.tokens + first_ + i]; }
   int64_t first_number(int64_t span, int64_t i) const {
     return args_.spans[span].first[b_ * args_.tokens + first_ + i];
   }
 
-  // Which keys each lane sees, and the block as a whole.
   void find_visible(int64_t span) {
     const int64_t size = args_.spans[span].size;
-    seen_by_some_[span] = {}, seen_by_all_[span] = {0, size};
+    visible_.clear(span, size);
     for (int64_t i = 0; i < tokens_; ++i) {
       Range keys;
       if (size > 0) {
@@ -299,25 +266,9 @@ class QueryBlock {
         keys.begin = std::clamp<int64_t>(numbers.begin - first, 0, size);
         keys.end = std::clamp<int64_t>(numbers.end - first, keys.begin, size);
       }
-      count_seen(span, keys);
-      for (int64_t r = 0; r < q_per_kv_; ++r) {
-        begins(span)[r * tokens_ + i] = static_cast<Integer>(keys.begin);
-        ends(span)[r * tokens_ + i] = static_cast<Integer>(keys.end);
-      }
+      for (int64_t lane = i; lane < used(); lane += tokens_)
+        visible_.set(span, lane, states_[lane] == Lane::kAbsent ? Range{} : keys);
     }
-    for (int64_t lane = used(); lane < lanes_; ++lane) begins(span)[lane] = ends(span)[lane] = 0;
-  }
-
-  void count_seen(int64_t span, Range keys) {
-    Range& some = seen_by_some_[span];
-    Range& all = seen_by_all_[span];
-    if (keys.size() > 0) {
-      const bool none = some.size() == 0;
-      some.begin = none ? keys.begin : std::min(some.begin, keys.begin);
-      some.end = none ? keys.end : std::max(some.end, keys.end);
-    }
-    all.begin = std::max(all.begin, keys.begin);
-    all.end = std::min(all.end, keys.end);
   }
 
   double clock(int64_t span, int64_t t) const {
@@ -376,9 +327,8 @@ class QueryBlock {
   int64_t lanes_ = 0;
   int64_t span_ = 0;
   bool rotated_ = false;
-  Range seen_by_some_[kRegions];
-  Range seen_by_all_[kRegions];
   Scratch<A> scratch_;
+  VisibleKeys<A> visible_;
   RelativeBlock<T> relative_;
   A* scores_;
   A* slopes_of_cap_ = nullptr;
@@ -388,7 +338,6 @@ class QueryBlock {
   A* slope_;
   A* distance_;
   A* table_;
-  std::vector<Integer> numbers_;
   std::vector<Lane> states_;
 };
 
