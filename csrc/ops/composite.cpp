@@ -8,11 +8,14 @@
 #include "ops/derivatives.h"
 #include "ops/finite.h"
 #include "ops/rotary.h"
+#include "ops/settings.h"
 
 namespace ctx::ops {
 namespace {
 
-Rotary sinusoids(int64_t width) { return {width, 10000.0, false}; }
+BasedRotary sinusoids(int64_t width) {
+  return parse_rotary(width, 10000.0, false, width, "ctx.attend");
+}
 
 // Rows of x [..., width] that are not finite, bool [...].
 at::Tensor bad_rows(const at::Tensor& x) { return at::isfinite(x).all(-1).logical_not(); }
@@ -36,7 +39,7 @@ Composite::Composite(const at::Tensor& q,
                      const Spans& spans,
                      const Scores& operands,
                      const Clock& clock,
-                     const Rotary& rotary,
+                     const BasedRotary& rotary,
                      double scale,
                      bool recorded)
     : type_(arithmetic_type(q.scalar_type())),

@@ -188,7 +188,7 @@ class Reader {
                                     spans,
                                     operands_,
                                     clock,
-                                    memory_.view.rotary,
+                                    memory_.rotary,
                                     args_.scale,
                                     with_region_weights,
                                     args_.count_usage);

@@ -15,7 +15,7 @@ inline constexpr int64_t kFewestSlots = 256;  // of a part that a thread takes
 inline constexpr int64_t kParts = 64;  // of a row's kv heads together: enough for most threads
 
 // Tokens of one row that attend together, for one kv head.
-struct Tile {
+struct TokenTile {
   int64_t b = 0;
   int64_t kv = 0;
   int64_t begin = 0;  // tokens of the block
@@ -24,25 +24,25 @@ struct Tile {
 };
 
 // Cuts a block's work into tiles, and a tile's slots into parts.
-class Plan {
+class Tiling {
  public:
-  explicit Plan(const AttendArgs& args)
+  explicit Tiling(const AttendArgs& args)
       : args_(args),
         m_(args.memory),
-        share_(args.heads / m_.kv_heads),
-        tile_tokens_(std::clamp<int64_t>(kTileRows / share_, 1, args.block.tokens)),
+        q_per_kv_(args.heads / m_.kv_heads),
+        tile_tokens_(std::clamp<int64_t>(kTileRows / q_per_kv_, 1, args.block.tokens)),
         tiles_((args.block.tokens + tile_tokens_ - 1) / tile_tokens_) {
     const int64_t slots = m_.clock.schedule.sinks + m_.compressed_capacity + m_.window_capacity;
     parts_ = parts(slots);
-    work_ = slots * share_ * tile_tokens_ * (m_.head_dim + m_.value_dim) / parts_;
+    work_ = slots * q_per_kv_ * tile_tokens_ * (m_.head_dim + m_.value_dim) / parts_;
   }
 
   int64_t tiles() const { return m_.batch * m_.kv_heads * tiles_; }
   int64_t most_parts() const { return parts_; }
   int64_t work() const { return work_; }  // multiply-adds of a part
-  int64_t most_rows() const { return tile_tokens_ * share_; }
+  int64_t most_rows() const { return tile_tokens_ * q_per_kv_; }
 
-  Tile tile(int64_t index) const {
+  TokenTile tile(int64_t index) const {
     const int64_t begin = index % tiles_ * tile_tokens_;
     const int64_t head = index / tiles_;
     return {head / m_.kv_heads,
@@ -53,24 +53,24 @@ class Plan {
   }
 
   // The rows of a tile's tokens that are the stream's.
-  Rows rows(const Tile& tile) const {
+  QueryRows rows(const TokenTile& tile) const {
     const int64_t begin = std::max(tile.begin, -args_.block.first(tile.b));
     const int64_t end = std::min(tile.end, args_.block.count(tile.b));
-    return {tile.b, tile.kv, share_, {begin, std::max(begin, end)}};
+    return {tile.b, tile.kv, q_per_kv_, {begin, std::max(begin, end)}};
   }
 
-  Rows token(Rows rows, int64_t i) const {
+  QueryRows token(QueryRows rows, int64_t i) const {
     rows.tokens = {i, i + 1};
     return rows;
   }
 
   // What the first of the rows' tokens sees.
-  Ranges visible(const Rows& rows) const {
+  Ranges visible(const QueryRows& rows) const {
     return ctx::visible(m_.clock.schedule, args_.block.first(rows.b) + rows.tokens.begin);
   }
 
   // What all tokens see: what the last one still sees of what the first one saw.
-  Ranges common(const Rows& rows) const {
+  Ranges common(const QueryRows& rows) const {
     const Ranges first = visible(rows);
     Ranges both = visible(token(rows, rows.tokens.end - 1));
     for (int64_t region = 0; region < kRegions; ++region)
@@ -91,7 +91,7 @@ class Plan {
  private:
   const AttendArgs& args_;
   const MemoryView& m_;
-  int64_t share_;
+  int64_t q_per_kv_;
   int64_t tile_tokens_;
   int64_t tiles_;
   int64_t parts_;
