@@ -125,7 +125,7 @@ def test_all_models_may_hold_as_many_slots():
 def test_marks_are_those_of_the_schedules(window, ratio):
     settings = RecallSettings(window=window, ratio=ratio, length=200, compressor="conv")
     without, conv = (one.config.schedule() for one in settings.contestants())
-    seen = [t - without.edge(t) for t in range(300)]
+    seen = [t - without.window_begin(t) for t in range(300)]
     assert settings.marks == (without.reach, max(seen), conv.reach)
     assert min(seen[200:]) >= without.reach
 

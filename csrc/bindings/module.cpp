@@ -142,7 +142,7 @@ PYBIND11_MODULE(_C, m) {
            "segment"_a,
            "sinks"_a)
       .def("groups", &Schedule::groups, "t"_a)
-      .def("edge", &Schedule::edge, "t"_a)
+      .def("window_begin", &Schedule::window_begin, "t"_a)
       .def("slots", &Schedule::slots, "t"_a)
       .def("visible_sinks", &Schedule::visible_sinks, "t"_a)
       .def("max_new_groups", &Schedule::max_new_groups<int64_t>, "tokens"_a)

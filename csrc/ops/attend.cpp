@@ -181,7 +181,8 @@ AttendCall check_call(CTX_ATTEND_PARAMETERS) {
   check_spans(q, position, spans, scores, parse_schedule(schedule, where));
   const Clock clock{parse_schedule(schedule, where),
                     parse_token_distance({distance.data(), distance.size()}, where)};
-  const BasedRotary turned = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
+  const BasedRotary turned =
+      parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
   return {q, position, spans, bias, slopes, clock, turned, scale};
 }
 

@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "ops/kernels.h"
-#include "ops/settings.h"
 #include "ops/past.h"
 #include "ops/settings.h"
 #include "ops/state.h"

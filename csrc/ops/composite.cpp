@@ -62,7 +62,7 @@ Composite::Composite(const at::Tensor& q,
   if (operands.bias) bias_ = operands.bias->to(type_);
   const Schedule& s = clock.schedule;
   groups_ = groups_of(s, t_);
-  edge_ = edge_of(s, groups_);
+  edge_ = window_begin_of(s, groups_);
   held_ = groups_.clamp_max(s.compressed);
   clocks_ = {clock.token_distance ? t_ : t_ - edge_ + held_ + s.sinks,
              clock.token_distance ? t_ : t_ - edge_ + groups_,

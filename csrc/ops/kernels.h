@@ -34,7 +34,9 @@ struct Ranges {
 // What the query of token t sees of each region.
 CTX_HOST_DEVICE inline Ranges visible(const Schedule& schedule, int64_t t) {
   const int64_t n = schedule.groups(t);
-  return {{{0, schedule.visible_sinks(t)}, {n - schedule.slots(t), n}, {schedule.edge(t), t + 1}}};
+  return {{{0, schedule.visible_sinks(t)},
+           {n - schedule.slots(t), n},
+           {schedule.window_begin(t), t + 1}}};
 }
 
 // Where the query of token t and key `number` of a region are rotated to: their difference is the

@@ -187,12 +187,13 @@ class Sequence {
       const Tensor x = memory_[index].contiguous();
       return x.is_inference() && at::GradMode::is_enabled() ? x.clone() : x;
     };
-    return {
-        ring(kWindowKeys),
-        ring(kWindowValues),
-        ring(kCompressedKeys),
-        ring(kCompressedValues),
-        at::stack({seen_ - behind(), edge_of(law(), begun_), begun_ - slots_behind(), oldest}, 1)};
+    return {ring(kWindowKeys),
+            ring(kWindowValues),
+            ring(kCompressedKeys),
+            ring(kCompressedValues),
+            at::stack(
+                {seen_ - behind(), window_begin_of(law(), begun_), begun_ - slots_behind(), oldest},
+                1)};
   }
 
   // New tokens, and those of the past that can still be compressed or read left of a group, which
@@ -201,7 +202,7 @@ class Sequence {
                      StateIndex ring,
                      StateIndex sinks,
                      const Tensor& place) const {
-    const Tensor oldest = edge_of(law(), begun_).sub(law().overlap);
+    const Tensor oldest = window_begin_of(law(), begun_).sub(law().overlap);
     return take_tokens(x, memory_[ring], memory_[sinks], seen_, oldest, place);
   }
 

@@ -1,8 +1,8 @@
 #include "ops/settings.h"
 
+#include <cmath>
 #include <map>
 #include <mutex>
-#include <cmath>
 
 #include "core/check.h"
 
@@ -221,7 +221,7 @@ at::Tensor groups_of(const Schedule& s, const at::Tensor& t) {
   return boundary.sub(s.sinks + s.window).clamp_min(0).div(s.ratio, "floor");
 }
 
-at::Tensor edge_of(const Schedule& s, const at::Tensor& groups) {
+at::Tensor window_begin_of(const Schedule& s, const at::Tensor& groups) {
   return groups.mul(s.ratio).add(s.sinks);
 }
 

@@ -76,6 +76,6 @@ c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens, int6
 
 // n(t) and w(t) of semantics.md for a tensor of positions.
 at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);
-at::Tensor edge_of(const Schedule& schedule, const at::Tensor& groups);
+at::Tensor window_begin_of(const Schedule& schedule, const at::Tensor& groups);
 
 }  // namespace ctx::ops
