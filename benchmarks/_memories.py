@@ -47,7 +47,7 @@ def full_memory(
 
 def visible(schedule: ctx.Schedule, t: int) -> int:
     """Slots and tokens that the query of token t sees."""
-    return min(schedule.sinks, t + 1) + schedule.slots(t) + t - schedule.edge(t) + 1
+    return min(schedule.sinks, t + 1) + schedule.slots(t) + t - schedule.window_begin(t) + 1
 
 
 def sdpa_ways(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -41,7 +41,8 @@ set(CTX_CUDA_SOURCES)
 set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp)
 
 # One program each, named after the file.
-set(CTX_TEST_SOURCES tests/cpp/test_attention.cpp tests/cpp/test_memory.cpp
+set(CTX_TEST_SOURCES tests/cpp/test_attention.cpp tests/cpp/test_kernels.cpp
+                     tests/cpp/test_kernels_spans.cpp tests/cpp/test_memory.cpp
                      tests/cpp/test_schedule.cpp tests/cpp/test_snapshot.cpp)
 
 set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>

@@ -116,7 +116,7 @@ def held(law: Any, seen: int, back: int) -> dict[str, range]:
     first = seen - back
     groups = range(law.groups(first) - law.slots(first), law.groups(seen - 1))
     return {
-        "window": range(law.edge(first - 1), seen),
+        "window": range(law.window_begin(first - 1), seen),
         "compressed": groups if law.compressed else range(0),
         "sink": range(min(law.sinks, seen)),
     }

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from ctx.cli.ablation import measure
-from ctx.cli.ablation_results import Results, table
-from ctx.cli.ablation_settings import NOTHING, WINDOW_ONLY, AblationSettings
-from ctx.cli.data import load_corpus
-from ctx.cli.errors import CliError
+from command_line import SOURCE, here
 from ctx.cli.main import main
 from ctx.compression import COMPRESSORS
-from test_cli import SOURCE, run
+from ctx.recipes.ablation import measure
+from ctx.recipes.ablation_results import Results, table
+from ctx.recipes.ablation_settings import NOTHING, WINDOW_ONLY, AblationSettings
+from ctx.recipes.data import load_corpus
+from ctx.recipes.errors import RecipeError
 
 TINY = ["--steps", "2", "--batch", "2", "--length", "48", "--held-out", "2000"]
 SMALL = {"steps": 2, "batch": 2, "length": 48, "held_out": 2000}
@@ -74,22 +74,22 @@ def test_results_are_kept_and_belong_to_their_settings(tmp_path):
     assert again.runs == first.runs and again.has("conv", "aux", 1)
     assert not again.has("conv", "task", 1) and not again.has("conv", "aux", 0)
     for changed in ((AblationSettings(**{**SMALL, "steps": 3}), "d"), (settings, "other")):
-        with pytest.raises(CliError, match="of other settings or texts"):
+        with pytest.raises(RecipeError, match="of other settings or texts"):
             Results(tmp_path, *changed)
     (tmp_path / "ablation.json").write_text("[]")
-    with pytest.raises(CliError, match="must be written by ctx ablation"):
+    with pytest.raises(RecipeError, match="must be written by ctx ablation"):
         Results(tmp_path, settings, "d")
 
 
 class TestCommand:
     def test_goes_on_where_it_was_stopped(self, text):
         args = ["ablation", "text.py", *TINY, "--seeds", "1", "--run", "out"]
-        code, out, err = run(*args, "--compressor", "mean", cwd=text.parent)
+        code, out, err = here(*args, "--compressor", "mean", cwd=text.parent)
         assert code == 0, err
         assert "2 of 2 models" in out and "| mean | - (no parameters) |" in out
         assert "2/2 " in err and "Traceback" not in err
         before = json.loads((text.parent / "out" / "ablation.json").read_text())["runs"]
-        code, out, err = run(*args, "--compressor", "mean,conv", "--jobs", 1, cwd=text.parent)
+        code, out, err = here(*args, "--compressor", "mean,conv", "--jobs", 1, cwd=text.parent)
         assert code == 0, err
         assert "2 of 4 models" in out
         after = json.loads((text.parent / "out" / "ablation.json").read_text())["runs"]

@@ -179,7 +179,7 @@ def test_segment_computes_what_sdpa_does():
     segment = _segment.Segment(16, heads=2, head_dim=8, batch=2, rotary=False)
     names = dict(zip(ctx.state.STATE, segment.state, strict=True))
     seen, schedule = int(names["seen"][0]), segment.schedule
-    n, w = schedule.groups(seen), schedule.edge(seen)
+    n, w = schedule.groups(seen), schedule.window_begin(seen)
     due = n - schedule.groups(seen - 1)
     assert due == segment.slots[0].shape[2] > 0
     segment.requires_grad()

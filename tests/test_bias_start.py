@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import ctx
-from ctx.cli import checkpoint
-from ctx.cli.ablation_settings import AblationSettings
-from ctx.cli.data import Corpus
-from ctx.cli.errors import CliError
-from ctx.cli.loading import load_model
-from ctx.cli.presets import PRESETS
-from ctx.cli.recall_settings import RecallSettings
-from ctx.cli.settings import TrainSettings, model_config
-from ctx.cli.trainer import Trainer
+from ctx.recipes import checkpoint
+from ctx.recipes.ablation_settings import AblationSettings
+from ctx.recipes.data import Corpus
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.loading import load_model
+from ctx.recipes.presets import PRESETS
+from ctx.recipes.recall_settings import RecallSettings
+from ctx.recipes.settings import TrainSettings, model_config
+from ctx.recipes.trainer import Trainer
 
 SIZES = {"window": 4, "compressed": 3, "ratio": 4}
 
@@ -93,14 +93,14 @@ def test_the_commands_start_closed():
     assert model_config({"compressed_bias_init": 1.0}).compressed_bias_init == 1.0
     for kind in ("none", "log_ratio"):
         assert model_config({"compressed_bias": kind}).compressed_bias_init is None
-    with pytest.raises(CliError, match="--compressed-bias-init must be None"):
+    with pytest.raises(RecipeError, match="`compressed_bias_init` must be None"):
         model_config({"compressed_bias": "none", "compressed_bias_init": -4.0})
     for preset in PRESETS.values():
         assert model_config(preset.model).compressed_bias_init is None
     assert {v.config.compressed_bias_init for v in AblationSettings().variants()} == {-4.0}
     changed = AblationSettings(compressed_bias_init=1.5).variants()
     assert {v.config.compressed_bias_init for v in changed} == {1.5}
-    with pytest.raises(CliError, match="--compressed-bias-init must be finite, got nan"):
+    with pytest.raises(RecipeError, match="`compressed_bias_init` must be finite, got nan"):
         AblationSettings(compressed_bias_init=math.nan)
     assert {c.config.compressed_bias_init for c in RecallSettings().contestants()} == {None}
 

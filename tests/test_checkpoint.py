@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from ctx.cli import checkpoint
-from ctx.cli.data import Corpus
-from ctx.cli.errors import CliError
-from ctx.cli.loading import load_model
-from ctx.cli.run_folder import RunFolder
-from ctx.cli.settings import TrainSettings, model_config
-from ctx.cli.trainer import Trainer
+from ctx.recipes import checkpoint
+from ctx.recipes.data import Corpus
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.loading import load_model
+from ctx.recipes.run_folder import RunFolder
+from ctx.recipes.settings import TrainSettings, model_config
+from ctx.recipes.trainer import Trainer
 
 PARTS = {"files": [], "digest": "d"}
 
@@ -140,7 +140,7 @@ class TestAtomic:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(torch, "save", full_disk)
-        with pytest.raises(CliError, match=r"cannot write .*: No space left on device"):
+        with pytest.raises(RecipeError, match=r"cannot write .*: No space left on device"):
             checkpoint.save(path, state)
         assert path.read_bytes() == before
 
@@ -169,38 +169,38 @@ class TestRefused:
 
     def test_none(self, tmp_path):
         for path in (tmp_path, tmp_path / "none"):
-            with pytest.raises(CliError, match=r"must be a run folder with a checkpoint.pt"):
+            with pytest.raises(RecipeError, match=r"must be a run folder with a checkpoint.pt"):
                 checkpoint.find(path)
 
     def test_another_version(self, path):
         self.rewrite(path, version=2)
-        with pytest.raises(CliError, match=r"must be a checkpoint of version 1, got version 2"):
+        with pytest.raises(RecipeError, match=r"must be a checkpoint of version 1, got version 2"):
             checkpoint.load(path)
 
     def test_another_kind_of_file(self, path):
         self.rewrite(path, format="something")
-        with pytest.raises(CliError, match=r"got another kind of file"):
+        with pytest.raises(RecipeError, match=r"got another kind of file"):
             checkpoint.load(path)
         torch.save([1, 2], path)
-        with pytest.raises(CliError, match=r"got another kind of file"):
+        with pytest.raises(RecipeError, match=r"got another kind of file"):
             checkpoint.load(path)
 
     @pytest.mark.parametrize("part", ["config", "weights", "memory", "rng", "step"])
     def test_a_missing_part(self, path, part):
         self.rewrite(path, **{part: ...})
-        with pytest.raises(CliError, match=f"got one without {part}"):
+        with pytest.raises(RecipeError, match=f"got one without {part}"):
             checkpoint.load(path)
 
     @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
     def test_truncated(self, path, share):
         data = path.read_bytes()
         path.write_bytes(data[: int(share * len(data))])
-        with pytest.raises(CliError, match=r"damaged or foreign"):
+        with pytest.raises(RecipeError, match=r"damaged or foreign"):
             checkpoint.load(path)
 
     def test_text(self, path):
         path.write_text("not a checkpoint\n")
-        with pytest.raises(CliError, match=r"damaged or foreign"):
+        with pytest.raises(RecipeError, match=r"damaged or foreign"):
             checkpoint.load(path)
 
     def test_code_is_never_run(self, path, tmp_path):
@@ -209,26 +209,26 @@ class TestRefused:
                 return os.mkdir, (str(tmp_path / "evil"),)
 
         torch.save({"format": "ctx-checkpoint", "version": 1, "config": Evil()}, path)
-        with pytest.raises(CliError, match=r"damaged or foreign"):
+        with pytest.raises(RecipeError, match=r"damaged or foreign"):
             checkpoint.load(path)
         path.write_bytes(pickle.dumps(Evil()))
-        with pytest.raises(CliError, match=r"damaged or foreign"):
+        with pytest.raises(RecipeError, match=r"damaged or foreign"):
             checkpoint.load(path)
         assert not (tmp_path / "evil").exists()
 
     def test_a_foreign_archive(self, path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme", "hello")
-        with pytest.raises(CliError, match=r"damaged or foreign"):
+        with pytest.raises(RecipeError, match=r"damaged or foreign"):
             checkpoint.load(path)
 
     def test_settings_or_weights_that_do_not_fit(self, path):
         state = torch.load(path, weights_only=True)
         self.rewrite(path, config={**state["config"], "unheard_of": 1})
-        with pytest.raises(CliError, match=r"settings are not of this version.*unheard_of"):
+        with pytest.raises(RecipeError, match=r"settings are not of this version.*unheard_of"):
             load_model(path)
         self.rewrite(path, config={**state["config"], "num_layers": 3})
-        with pytest.raises(CliError, match=r"weights .* are not those of its configuration"):
+        with pytest.raises(RecipeError, match=r"weights .* are not those of its configuration"):
             load_model(path)
 
 
@@ -250,10 +250,10 @@ class TestRunFolder:
     def test_another_run_is_never_overwritten(self, tmp_path):
         RunFolder(tmp_path).close()
         (tmp_path / checkpoint.FILE_NAME).touch()
-        with pytest.raises(CliError, match=r"already holds a run: continue it with --resume"):
+        with pytest.raises(RecipeError, match=r"already holds a run: continue it with `resume`"):
             RunFolder(tmp_path)
 
     def test_cannot_be_made(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(CliError, match=r"cannot write"):
+        with pytest.raises(RecipeError, match=r"cannot write"):
             RunFolder(tmp_path / "file" / "run")

@@ -1,72 +1,17 @@
-"""`python -m ctx` as a user runs it: subprocesses, their output and their exit codes."""
+"""`python -m ctx` as a user runs it: its output, its exit codes, its signals."""
 
-import functools
 import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
-import sysconfig
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import ctx
-from ctx.cli.main import main
-
-MODEL = [
-    "--width",
-    "16",
-    "--layers",
-    "1",
-    "--heads",
-    "2",
-    "--window",
-    "8",
-    "--compressed",
-    "8",
-    "--segment",
-    "8",
-]
-TINY = [
-    *MODEL,
-    *["--batch", "4", "--length", "16", "--warmup", "2", "--threads", "1", "--held-out", "2000"],
-    *["--update-every", "3", "--update-every-after", "20"],
-]
-SOURCE = Path(sysconfig.get_path("stdlib"), "argparse.py").read_bytes()
-
-
-def environment(**changed):
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **changed}
-
-
-def start(*args, cwd, **changed):
-    # A shell that runs tests in the background has them ignore SIGINT, and children inherit that.
-    listening = {"preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ctx", *map(str, args)],
-        cwd=cwd,
-        env=environment(**changed),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **listening,
-    )
-
-
-def run(*args, cwd, **changed):
-    process = start(*args, cwd=cwd, **changed)
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, out.decode(), err.decode()
-
-
-def lines_of(path):
-    return path.read_text().splitlines() if path.exists() else []
+from command_line import SOURCE, TINY, here, lines_of, run, start
 
 
 def wait_for_steps(process, metrics, count):
@@ -116,7 +61,7 @@ class TestTrain:
     def test_numbers_its_runs(self, tmp_path):
         (tmp_path / "text.py").write_bytes(SOURCE[:5_000])
         (tmp_path / "runs" / "1").mkdir(parents=True)
-        code, out, _ = run("train", "text.py", *TINY, "--steps", 2, cwd=tmp_path)
+        code, out, _ = here("train", "text.py", *TINY, "--steps", 2, cwd=tmp_path)
         assert code == 0
         assert "runs/2" in out and (tmp_path / "runs" / "2" / "checkpoint.pt").exists()
 
@@ -154,7 +99,7 @@ class TestInterrupted:
             assert f"continue with: python -m ctx train --resume {name}" in err.decode()
         assert b"Traceback" not in err and b"both memories" not in out
 
-        code, out, err = run("train", "--resume", name, cwd=folder)
+        code, out, err = here("train", "--resume", name, cwd=folder)
         assert code == 0, err
         ours, theirs = (
             torch.load(folder / run_name / "checkpoint.pt", weights_only=True)
@@ -176,7 +121,7 @@ class TestInterrupted:
 
     def test_resume_of_a_finished_run_evaluates_again(self, folder):
         before = (folder / "run" / "metrics.jsonl").read_text()
-        code, out, _ = run("train", "--resume", "run", cwd=folder)
+        code, out, _ = here("train", "--resume", "run", cwd=folder)
         assert code == 0
         assert (folder / "run" / "metrics.jsonl").read_text() == before
         old = (folder / "stdout.txt").read_text()
@@ -184,19 +129,19 @@ class TestInterrupted:
         assert len(figure) == 2 and figure[0] == figure[1]
 
     def test_resume_from_another_folder(self, folder, tmp_path):
-        code, _, err = run("train", "--resume", folder / "run", cwd=tmp_path)
+        code, _, err = here("train", "--resume", folder / "run", cwd=tmp_path)
         assert code == 0, err
 
 
 class TestEval:
     def test_table(self, folder):
         (folder / "other.txt").write_bytes(SOURCE[30_000:40_000])
-        code, out, _ = run("eval", "run", "other.txt", cwd=folder)
+        code, out, _ = here("eval", "run", "other.txt", cwd=folder)
         assert code == 0
         assert "both memories" in out and "10,000 bytes of text" in out
 
     def test_other_sizes(self, folder):
-        code, out, _ = run("eval", "run", "text.py", "--window", 16, "--compressed", 0, cwd=folder)
+        code, out, _ = here("eval", "run", "text.py", "--window", 16, "--compressed", 0, cwd=folder)
         assert code == 0
         both, off = (line.split() for line in out.splitlines() if line[:4] in ("both", "CMem"))
         assert both[2] == off[2] and "16 tokens" in out
@@ -204,16 +149,16 @@ class TestEval:
     def test_sizes_per_layer(self, folder):
         two = [*TINY, "--layers", 2, "--compressed", "8,0", "--ratio", "4,2"]
         two += ["--memory-content", "hidden", "--compressor-grad", "aux"]
-        code, out, err = run("train", "text.py", *two, "--steps", 3, "--run", "layers", cwd=folder)
+        code, out, err = here("train", "text.py", *two, "--steps", 3, "--run", "layers", cwd=folder)
         assert code == 0, err
         assert "reach 40 tokens" in out
-        code, out, err = run("eval", "layers", "text.py", "--compressed", "2,1", cwd=folder)
+        code, out, err = here("eval", "layers", "text.py", "--compressed", "2,1", cwd=folder)
         assert code == 0 and "16 tokens" in out, err
-        assert run("generate", "layers", "--tokens", 5, cwd=folder)[0] == 0
+        assert here("generate", "layers", "--tokens", 5, cwd=folder)[0] == 0
 
     def test_usage(self, folder):
         """A line per layer; the shares add up to one."""
-        code, out, _ = run("eval", "run", "text.py", "--usage", cwd=folder)
+        code, out, _ = here("eval", "run", "text.py", "--usage", cwd=folder)
         assert code == 0
         lines = [line.split() for line in out.splitlines() if line.startswith("layer ")]
         state = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
@@ -228,11 +173,11 @@ class TestEval:
 class TestGenerate:
     def test_streams_the_prompt_and_its_continuation(self, folder):
         args = ("generate", "run", "--prompt", "def é(", "--tokens", 30, "--seed", 3)
-        code, out, err = run(*args, cwd=folder)
+        code, out, err = here(*args, cwd=folder)
         assert (code, err) == (0, "")
         assert out.startswith("def é(") and out.endswith("\n")
-        assert run(*args, cwd=folder)[1] == out
-        assert run(*args[:-1], 4, cwd=folder)[1] != out
+        assert here(*args, cwd=folder)[1] == out
+        assert here(*args[:-1], 4, cwd=folder)[1] != out
 
     def test_comes_as_it_is_drawn_and_may_be_cut_off(self, folder):
         process = start("generate", "run", "--tokens", 10**7, cwd=folder)
@@ -348,16 +293,8 @@ def check_error(name, code, out, err):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_errors_are_one_line_and_exit_code_2(wrong, name, monkeypatch, capsys):
-    monkeypatch.chdir(wrong)
-    threads = torch.get_num_threads()
-    try:
-        code = main([*WRONG[name][0]])
-    except SystemExit as stop:  # the parser's own way out
-        code = stop.code
-    torch.set_num_threads(threads)
-    out, err = capsys.readouterr()
-    check_error(name, code, out, err)
+def test_errors_are_one_line_and_exit_code_2(wrong, name):
+    check_error(name, *here(*WRONG[name][0], cwd=wrong))
     assert not (wrong / "runs").exists()
 
 

@@ -8,15 +8,15 @@ import signal
 import pytest
 import torch
 
-from ctx.cli import checkpoint, compare
-from ctx.cli.data import load_corpus
-from ctx.cli.errors import CliError
-from ctx.cli.evaluation import stream
-from ctx.cli.loading import load_model
+from command_line import SOURCE, TINY, lines_of, run
 from ctx.cli.main import main, plain
-from ctx.cli.settings import TrainSettings, model_config
-from ctx.cli.trainer import Trainer
-from test_cli import SOURCE, TINY, lines_of, run
+from ctx.recipes import checkpoint, compare
+from ctx.recipes.data import load_corpus
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.evaluation import stream
+from ctx.recipes.loading import load_model
+from ctx.recipes.settings import TrainSettings, model_config
+from ctx.recipes.trainer import Trainer
 
 NAMES = [
     "window 8 + 8 slots",
@@ -122,7 +122,7 @@ class TestCompare:
         assert (first.folder, second.folder) == ("window-8-4-0", "window-12-4-4")
         assert (first.config.window, first.config.compressed) == ((8, 4, 0), 0)
         assert second.config.window == (12, 4, 4) and second.config.aux_loss is None
-        with pytest.raises(CliError, match="--compare must go with"):
+        with pytest.raises(RecipeError, match="`compare` must go with"):
             compare.rivals(first.config)
 
 

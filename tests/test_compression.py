@@ -141,7 +141,7 @@ def test_values(name, dtype, data):
     keys = setting.random((*shape, setting.head_dim), dtype, 2)
     values = setting.random((*shape, setting.value_dim), dtype, 3)
     parameters = {key: x.to(F64) for key, x in module.named_parameters()}
-    want = reference.COMPRESSORS[name](keys.to(F64), values.to(F64), **parameters)
+    want = reference.COMPRESSORS[name](keys.to(F64), values.to(F64), **parameters)[:2]
     close = {F64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
     for got, slot in zip(module(keys, values), want, strict=True):
         assert got.dtype == dtype
@@ -167,7 +167,7 @@ def test_gradients(name, kernel):
         return torch.autograd.grad(loss, wanted)
 
     ours = gradients(module(keys, values))
-    theirs = gradients(reference.COMPRESSORS[name](keys, values, **named))
+    theirs = gradients(reference.COMPRESSORS[name](keys, values, **named)[:2])
     for mine, yours in zip(ours, theirs, strict=True):
         assert_close(mine, yours, 1e-12)
 
@@ -188,3 +188,42 @@ def test_is_an_ordinary_module(name):
     for other in (twin, again):
         for got, want in zip(other(keys, keys), module(keys, keys), strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["conv", "dilated", "gated"])
+def test_first_values(name):
+    """They come from the engine, also without values; on meta they have shapes alone."""
+    sizes = (2, 3, 4)
+    first = ctx._C.first_values(name, *sizes, 0, 0, torch.device("cpu"))
+    assert {value.dtype for value in first} == {F64}
+    alone = made(name, *sizes, 0, dtype=F64)
+    assert all(key.startswith("key_") for key, _ in alone.named_parameters())
+    full = dict(zip(alone.operand_names, first, strict=True))
+    for key, parameter in alone.named_parameters():
+        assert torch.equal(parameter, full[key])
+    for operand, value in zip(alone.operands(), first, strict=True):
+        assert operand.shape == value.shape
+    shapes = ctx._C.first_values(name, *sizes, 5, 0, torch.device("meta"))
+    assert all(value.is_meta for value in shapes)
+    with pytest.raises(ValueError, match=r"Compressor\.make: ratio must be at least 1, got 0"):
+        ctx._C.first_values(name, 2, 0, 4, 4, 0, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("name", ["conv", "dilated", "gated"])
+def test_first_values_of_shards(name):
+    """A module made on meta, sharded and filled starts as one that was made at once."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        with torch.device("meta"):
+            late = made(name, 2, 3, 4)
+        fully_shard(late, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        late.to_empty(device="cpu").reset_parameters()
+        for key, parameter in made(name, 2, 3, 4).named_parameters():
+            assert torch.equal(late.get_parameter(key).full_tensor(), parameter)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from ctx.cli.data import Streams, load_corpus, read_text, standard_library, unigram_entropy
-from ctx.cli.errors import CliError
+from ctx.recipes.data import Streams, load_corpus, read_text, standard_library, unigram_entropy
+from ctx.recipes.errors import RecipeError
 
 
 def write(folder, name, data):
@@ -73,7 +73,7 @@ class TestStreams:
 
     def test_one_chunk_is_enough_and_less_is_not(self):
         assert Streams(self.text[:22], 2, 10).chunks == 1
-        with pytest.raises(CliError, match=r"must have at least 22 bytes.* got 21"):
+        with pytest.raises(RecipeError, match=r"must have at least 22 bytes.* got 21"):
             Streams(self.text[:21], 2, 10)
 
 
@@ -88,13 +88,13 @@ class TestRefused:
         ],
     )
     def test_content(self, tmp_path, data, message):
-        with pytest.raises(CliError, match=message):
+        with pytest.raises(RecipeError, match=message):
             read_text(write(tmp_path, "a", data))
 
     def test_paths(self, tmp_path):
-        with pytest.raises(CliError, match=r"No such file"):
+        with pytest.raises(RecipeError, match=r"No such file"):
             load_corpus([tmp_path / "none"], 10)
-        with pytest.raises(CliError, match=r"directory"):
+        with pytest.raises(RecipeError, match=r"directory"):
             load_corpus([tmp_path], 10)
 
 

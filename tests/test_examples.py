@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import environment
 from ctx.compression import COMPRESSORS
 from strategies import assert_close
-from test_cli import environment
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "python"
 

@@ -7,9 +7,10 @@ import torch
 
 import ctx
 import test_transformer
-from ctx.cli.errors import CliError
-from ctx.cli.limits import check_fits
-from ctx.cli.settings import model_config, sizes
+from ctx.cli.options import sizes
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.limits import check_fits
+from ctx.recipes.settings import model_config
 from test_transformer import tokens
 
 PER_LAYER = {
@@ -133,11 +134,13 @@ def test_sizes_of_the_command_line():
             sizes(wrong)
     made = model_config({"num_layers": 2, "compressed": sizes("8,0")})
     assert [one.compressed for one in made.schedules()] == [8, 0]
-    with pytest.raises(CliError, match=r"^--compressed must be one int or --layers = 3 of them"):
+    with pytest.raises(
+        RecipeError, match=r"^`compressed` must be one int or `num_layers` = 3 of them"
+    ):
         model_config({"compressed": (8, 0)})
 
 
 def test_what_fits_counts_every_layer():
     check_fits(config(), 2, 16, training=True)
-    with pytest.raises(CliError, match="do not fit"):
+    with pytest.raises(RecipeError, match="do not fit"):
         check_fits(config(compressed=[0, 0, 2**30]), 64, 16, training=True)

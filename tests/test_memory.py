@@ -44,7 +44,7 @@ def held(setting, name, tensor, seen):
     if name.startswith("sink"):
         return tensor[:, :, : min(law.sinks, seen)]
     if name.startswith("window"):
-        positions = range(law.edge(last), seen)
+        positions = range(law.window_begin(last), seen)
     else:
         positions = range(law.groups(last) - law.slots(last), law.groups(last))
     return tensor[:, :, [p % capacity for p in positions]]
@@ -209,7 +209,7 @@ def test_no_slots_is_a_masked_window(dtype, data):
     q, k, v = setting.inputs(length, dtype, data.draw(KINDS))
     mask = torch.tensor(
         [
-            [j <= t and (j < law.sinks or j >= law.edge(t)) for j in range(length)]
+            [j <= t and (j < law.sinks or j >= law.window_begin(t)) for j in range(length)]
             for t in range(length)
         ]
     )

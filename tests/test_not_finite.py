@@ -189,8 +189,8 @@ def test_a_bad_token_is_felt_from_where_it_stands(position, compressor, distance
 @pytest.mark.parametrize("position", ["rotary", "relative", "alibi", None])
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_operators_alone(position, compressor):
-    """ctx::attend_sequence and ctx::evicted_groups: NaN at padding of q, k and v reaches no gradient,
-    of the bias and of the compressor neither."""
+    """ctx::attend_sequence and ctx::evicted_groups: NaN at padding of q, k and v reaches no
+    gradient, of the bias and of the compressor neither."""
     attention = ctx.CompressiveAttention(
         8, 2, 1, window=2, compressed=2, ratio=2, position=position, compressor=compressor
     ).double()

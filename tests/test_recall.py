@@ -6,15 +6,15 @@ import json
 import pytest
 import torch
 
-from ctx.cli.errors import CliError
-from ctx.cli.recall import compete
-from ctx.cli.recall_results import RecallResult, as_json, table
-from ctx.cli.recall_settings import RecallSettings
-from ctx.cli.recall_task import CHANCE, KEYS, VALUES, RecallTask, Tally, bins
-from ctx.cli.recall_training import measure
+from command_line import here, run
 from ctx.compression import COMPRESSORS, Compressor, register
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.recall import compete
+from ctx.recipes.recall_results import RecallResult, as_json, table
+from ctx.recipes.recall_settings import RecallSettings
+from ctx.recipes.recall_task import CHANCE, KEYS, VALUES, RecallTask, Tally, bins
+from ctx.recipes.recall_training import measure
 from ctx.transformer import CompressiveTransformer
-from test_cli import run
 
 TINY = [
     *["--pairs", "4", "--length", "24", "--window", "4", "--slots", "4", "--ratio", "2"],
@@ -125,7 +125,7 @@ def test_all_models_may_hold_as_many_slots():
 def test_marks_are_those_of_the_schedules(window, ratio):
     settings = RecallSettings(window=window, ratio=ratio, length=200, compressor="conv")
     without, conv = (one.config.schedule() for one in settings.contestants())
-    seen = [t - without.edge(t) for t in range(300)]
+    seen = [t - without.window_begin(t) for t in range(300)]
     assert settings.marks == (without.reach, max(seen), conv.reach)
     assert min(seen[200:]) >= without.reach
 
@@ -169,7 +169,7 @@ class TestCommand:
     def test_keeps_an_older_run(self, tmp_path):
         (tmp_path / "old").mkdir()
         (tmp_path / "old" / "recall.json").write_text("{}")
-        code, _, err = run("recall", *TINY, "--run", "old", cwd=tmp_path)
+        code, _, err = here("recall", *TINY, "--run", "old", cwd=tmp_path)
         assert (code, err) == (2, "ctx recall: old already holds a run: name another with --run\n")
 
     @pytest.mark.parametrize(
@@ -188,14 +188,14 @@ class TestCommand:
         ],
     )
     def test_errors_are_one_line(self, tmp_path, given, message):
-        code, out, err = run("recall", *given, cwd=tmp_path)
+        code, out, err = here("recall", *given, cwd=tmp_path)
         assert code == 2 and out == ""
         assert err.startswith(f"ctx recall: {message}") and err.count("\n") == 1
         assert not (tmp_path / "runs").exists()
 
     def test_a_file_in_the_way(self, tmp_path):
         (tmp_path / "file").write_text("")
-        code, _, err = run("recall", *TINY, "--run", "file/run", cwd=tmp_path)
+        code, _, err = here("recall", *TINY, "--run", "file/run", cwd=tmp_path)
         assert code == 2 and err.startswith("ctx recall: cannot write file/run: ")
 
 
@@ -221,7 +221,7 @@ def test_every_compressor_competes():
 
 def test_a_length_that_is_just_enough():
     RecallSettings(length=18)
-    with pytest.raises(CliError, match="--length must be at least 18"):
+    with pytest.raises(RecipeError, match="`length` must be at least 18"):
         RecallSettings(length=17)
 
 

@@ -29,13 +29,13 @@ DISTANCES = ["slot", "token"]
 
 
 def rotated(x, options):
-    """x [B, heads, T, D] with token t turned to t."""
+    """x [B, heads, T, D] with token t rotated to t."""
     if options["position"] != "rotary":
         return x
-    turn = reference.Rotary(
+    rotary = reference.Rotary(
         options["rotary_base"], options["rotary_dim"], options["rotary_interleaved"]
     )
-    return turn.rotate(x, list(range(x.shape[2])))
+    return rotary.rotate(x, list(range(x.shape[2])))
 
 
 def masked_attention(setting, q, k, v, sees):
@@ -50,14 +50,14 @@ def masked_attention(setting, q, k, v, sees):
 @cases(100)
 @given(st.data())
 def test_whole_stream_equals_streaming(data):
-    """attend() measures distances, KVMemory turns to clocks: two readings of one law."""
+    """attend() rotates keys by distances, KVMemory rotates to clocks: one law, computed twice."""
     setting = data.draw(memories())
     length = data.draw(lengths(setting).filter(lambda n: n > 0))
     tensors = setting.inputs(length, F64)
     memory = setting.memory(reference, F64)
     sizes = data.draw(cuts(length))
     options = {**setting.options, **setting.scheme(reference, F64)}
-    options["compressed_bias"] = memory.compressed_bias
+    options["compressed_bias"] = memory.settings.compressed_bias
     whole = reference.attend(*tensors, setting.law(), compressor=memory.compress, **options)
     assert_close(stream(memory, tensors, sizes), whole, 1e-12)
 
@@ -87,7 +87,7 @@ def test_no_slots_is_a_sliding_window(data):
     tensors = setting.inputs(length, F64)
 
     def sees(t, j):
-        return j <= t and (j < law.sinks or j >= law.edge(t))
+        return j <= t and (j < law.sinks or j >= law.window_begin(t))
 
     out = stream(setting.memory(reference, F64), tensors, [length])
     assert_close(out, masked_attention(setting, *tensors, sees), 1e-12)
@@ -146,15 +146,15 @@ def test_fresh_after_reset_and_rows_independent():
 
 
 def test_what_is_stored_is_rounded():
-    """bfloat16 memory holds turned keys in bfloat16, and slots made of the rounded keys."""
+    """bfloat16 memory holds rotated keys in bfloat16, and slots made of the rounded keys."""
     schedule = reference.Schedule(0, 2, 2, 2)
     memory = reference.KVMemory(schedule, 1, 1, 4, dtype=torch.bfloat16, max_rewind=1)
     k, v = torch.randn(2, 1, 1, 5, 4).bfloat16()
     memory.append(k, v)
-    turn = reference.Rotary().rotate
-    stored = [turn(k[0, 0, t].float(), t).bfloat16() for t in range(5)]
-    back = [turn(stored[t].float(), -t) for t in range(5)]
-    slot = turn((back[2] + back[3]) / 2, 1.0).bfloat16()  # group 1
+    rotate = reference.Rotary().rotate
+    stored = [rotate(k[0, 0, t].float(), t).bfloat16() for t in range(5)]
+    back = [rotate(stored[t].float(), -t) for t in range(5)]
+    slot = rotate((back[2] + back[3]) / 2, 1.0).bfloat16()  # group 1
     rings = memory.tensors
     assert_same_bits(rings["window_keys"][0, 0, 4 % 4], stored[4])
     assert_same_bits(rings["window_values"][0, 0, 3], v[0, 0, 3])
@@ -185,7 +185,7 @@ class TestCompressors:
         slots = compressor(
             torch.cat([before[0], self.keys], 3), torch.cat([before[1], self.values], 3)
         )
-        for slot, mean in zip(slots, reference.mean(self.keys, self.values), strict=True):
+        for slot, mean in zip(slots[:2], reference.mean(self.keys, self.values), strict=True):
             assert_close(slot, mean, 1e-14)
 
     def test_conv_is_torch_conv(self):
@@ -228,7 +228,9 @@ class TestCompressors:
         """exp(x . u + p), normalised, one token at a time; values are weighed by their keys."""
         gates = [torch.randn(3, 6, dtype=F64) for _ in range(2)]
         places = [torch.randn(3, 5, dtype=F64) for _ in range(2)]
-        slots = reference.gated(self.keys, self.values, gates[0], places[0], gates[1], places[1])
+        *slots, mass = reference.gated(
+            self.keys, self.values, gates[0], places[0], gates[1], places[1]
+        )
         for x, slot, gate, place in zip(
             (self.keys, self.values), slots, gates, places, strict=True
         ):
@@ -238,6 +240,9 @@ class TestCompressors:
                 ]
                 mixed = sum(share * x[b, h, g, i] for i, share in enumerate(shares))
                 assert_close(slot[b, h, g], mixed / sum(shares), 1e-12)
+                if x is self.keys:
+                    entropy = -sum(s * math.log(s / sum(shares)) for s in shares) / sum(shares)
+                    assert math.isclose(mass[b, h, g], entropy, rel_tol=1e-12)
 
     def test_max_by_hand(self):
         key, value = reference.maximum(self.keys, self.values)
@@ -250,11 +255,11 @@ class TestRotary:
     @given(st.floats(-50, 50), st.floats(-50, 50), st.booleans(), st.sampled_from([None, 2, 4, 6]))
     def test_product_depends_on_distance(self, p, r, interleaved, dim):
         q, k = torch.randn(2, 8, dtype=F64)
-        turn = reference.Rotary(100.0, dim, interleaved).rotate
-        assert torch.isclose(turn(q, p) @ turn(k, r), turn(q, p - r) @ k, atol=1e-10)
+        rotate = reference.Rotary(100.0, dim, interleaved).rotate
+        assert torch.isclose(rotate(q, p) @ rotate(k, r), rotate(q, p - r) @ k, atol=1e-10)
 
     def test_pairs(self):
-        """Turning the first pair by one radian, in both pairings, leaves the rest still."""
+        """Rotating the first pair by one radian, in both pairings, leaves the rest unchanged."""
         x = torch.arange(1.0, 7.0, dtype=F64)
         cos, sin = math.cos(1), math.sin(1)
         halves = reference.Rotary(dim=2).rotate(x, 1)

@@ -80,7 +80,7 @@ def test_ctx_equals_reference(window):
         assert (ours.reach, ours.max_slots) == (theirs.reach, theirs.max_slots)
         for t in [*range(80), *far]:
             assert ours.groups(t) == theirs.groups(t)
-            assert ours.edge(t) == theirs.edge(t)
+            assert ours.window_begin(t) == theirs.window_begin(t)
             assert ours.slots(t) == theirs.slots(t)
             assert ours.visible(t) == theirs.visible(t)
 
@@ -115,7 +115,7 @@ def test_evicting_leaves_the_remainder(window):
             evicted = guaranteed - max(law.sinks, boundary - law.segment - law.window)
             assert new - old == (carried + evicted) // law.ratio
             carried = (carried + evicted) % law.ratio
-            assert law.edge(boundary) + carried == guaranteed
+            assert law.window_begin(boundary) + carried == guaranteed
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctx.cli.data import load_corpus, unigram_entropy
-from ctx.cli.errors import CliError
-from ctx.cli.evaluation import evaluate, stream, table
-from ctx.cli.settings import TrainSettings, model_config
-from ctx.cli.trainer import Trainer
-from ctx.cli.usage import shares, usage_table
+from ctx.recipes.data import load_corpus, unigram_entropy
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.evaluation import evaluate, stream, table
+from ctx.recipes.region_weights import region_weights, region_weights_table
+from ctx.recipes.settings import TrainSettings, model_config
+from ctx.recipes.trainer import Trainer
 
 SMALL = {"embed_dim": 48, "num_layers": 2, "num_heads": 4, "window": 16, "compressed": 16,
          "segment": 16}  # fmt: skip
@@ -68,13 +68,13 @@ def test_shares_are_those_of_one_call(trained):
     """What `ctx eval --usage` prints: averages over tokens and heads of one long parallel call."""
     model, text = trained[0].model, trained[0].corpus.held_out[:1000]
     counts = []
-    found = shares(model, text, counts.append)
+    found = region_weights(model, text, counts.append)
     with torch.no_grad():
         usage = model(text.long()[None], return_region_weights=True)[2]
     want = usage.double().mean((1, 2, 3))
     assert found.shape == (2, 3) and sum(counts) == 1000
     torch.testing.assert_close(found, want, atol=1e-6, rtol=0)
-    first, *_, last = usage_table(found).splitlines()
+    first, *_, last = region_weights_table(found).splitlines()
     assert first.split()[-3:] == ["sinks", "compressed", "window"]
     assert last.split() == ["layer", "1", *(f"{share:.3f}" for share in want[1])]
 
@@ -96,7 +96,7 @@ def test_relative_positions_decay_like_the_rest():
 
 
 def test_wrong_position():
-    with pytest.raises(CliError, match=r"--position must be one of .* got 'far'"):
+    with pytest.raises(RecipeError, match=r"`position` must be one of .* got 'far'"):
         model_config({**SMALL, "position": "far"})
 
 
@@ -182,13 +182,11 @@ def test_one_update_takes_the_mean_of_its_gradients():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    from ctx.cli.errors import CliError
-
     files = [Path(sysconfig.get_path("stdlib"), "argparse.py")]
     trainer = Trainer(model_config(SMALL), TrainSettings(batch=2), load_corpus(files, 100))
     with torch.no_grad():
         trainer.model.embedding.weight.fill_(float("nan"))
-    with pytest.raises(CliError, match="not finite at step 1: lower --lr"):
+    with pytest.raises(RecipeError, match="not finite at step 1: lower `lr`"):
         trainer.train_step()
     assert trainer.step == 0
 

@@ -90,6 +90,19 @@ Memory to(const ctx::KVMemory& memory, at::ScalarType dtype, const at::Device& d
   return share(memory.to(dtype, device));
 }
 
+// Parameters of a compressor in the engine's order, float64; on the meta device their shapes alone.
+std::vector<at::Tensor> first_values(const std::string& name,
+                                     int64_t kv_heads,
+                                     int64_t ratio,
+                                     int64_t head_dim,
+                                     int64_t value_dim,
+                                     int64_t kernel,
+                                     const at::Device& device) {
+  const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
+  return ctx::Compressor::make(name, kv_heads, ratio, head_dim, value_dim, options, kernel)
+      .parameters;
+}
+
 // What the system refuses becomes the OSError that Python's own open() would raise.
 template <typename F>
 void with_os_errors(const std::string& path, const F& run) {
@@ -129,7 +142,7 @@ PYBIND11_MODULE(_C, m) {
            "segment"_a,
            "sinks"_a)
       .def("groups", &Schedule::groups, "t"_a)
-      .def("edge", &Schedule::edge, "t"_a)
+      .def("window_begin", &Schedule::window_begin, "t"_a)
       .def("slots", &Schedule::slots, "t"_a)
       .def("visible_sinks", &Schedule::visible_sinks, "t"_a)
       .def("max_new_groups", &Schedule::max_new_groups<int64_t>, "tokens"_a)
@@ -204,6 +217,15 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("tensors", [](const KVMemory& memory) { return memory.tensors(); })
       .def_property_readonly("nbytes", &KVMemory::nbytes);
 
+  m.def("first_values",
+        wrap_pybind_function(first_values),
+        "name"_a,
+        "kv_heads"_a,
+        "ratio"_a,
+        "head_dim"_a,
+        "value_dim"_a,
+        "kernel"_a,
+        "device"_a);
   m.def("cpu_capabilities", &ctx::cpu_capabilities);
   m.def("cpu_capability", wrap_pybind_function(ctx::cpu_capability));
 }

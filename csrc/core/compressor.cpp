@@ -16,13 +16,13 @@ Compressor Compressor::make(const std::string& name,
                             const at::TensorOptions& options,
                             int64_t kernel) {
   constexpr const char* where = "ctx.Compressor.make";
-  const auto positive = [&](const char* argument, int64_t value) {
-    CTX_CHECK_VALUE(value >= 1, where, argument, " must be at least 1, got ", value);
+  const auto at_least = [&](int64_t least, const char* argument, int64_t value) {
+    CTX_CHECK_VALUE(value >= least, where, argument, " must be at least ", least, ", got ", value);
   };
-  positive("kv_heads", kv_heads);
-  positive("ratio", ratio);
-  positive("head_dim", head_dim);
-  positive("value_dim", value_dim);
+  at_least(1, "kv_heads", kv_heads);
+  at_least(1, "ratio", ratio);
+  at_least(1, "head_dim", head_dim);
+  at_least(0, "value_dim", value_dim);
   const CompressorKind kind = ops::parse_compressor(name, where);
   CTX_CHECK_VALUE(kernel == 0 || (kind == CompressorKind::kConv && kernel >= ratio),
                   where,
@@ -30,14 +30,15 @@ Compressor Compressor::make(const std::string& name,
                   ratio,
                   " for the compressor \"conv\", and 0 for any other, got ",
                   kernel);
-  // Each of the c tokens passes through, divided by c, and none to the left of them: the mean.
+  // The mean: each of the c tokens has the weight 1 / c, those left of the group have none.
   const int64_t left = kernel == 0 ? 0 : kernel - ratio;
   const auto mean_weight = [&](int64_t width) {
     at::Tensor weight = at::zeros({kv_heads, left + ratio, width, width}, options);
     weight.narrow(1, left, ratio).copy_(at::eye(width, options).div(static_cast<double>(ratio)));
     return weight;
   };
-  // The later of two tokens passes through; a number and its negative, so that ReLU loses neither.
+  // Every layer copies the later of its two tokens. The 2 D channels hold x and -x, since ReLU keeps
+  // only what is positive; the last convolution takes the mean of their difference.
   const auto dilated = [&](int64_t width, std::vector<at::Tensor>& parameters) {
     const at::Tensor eye = at::eye(width, options);
     at::Tensor first = at::zeros({kv_heads, 2, width, 2 * width}, options);

@@ -181,7 +181,8 @@ AttendCall check_call(CTX_ATTEND_PARAMETERS) {
   check_spans(q, position, spans, scores, parse_schedule(schedule, where));
   const Clock clock{parse_schedule(schedule, where),
                     parse_token_distance({distance.data(), distance.size()}, where)};
-  const Rotary turned = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
+  const BasedRotary turned =
+      parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
   return {q, position, spans, bias, slopes, clock, turned, scale};
 }
 
@@ -500,7 +501,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q,
                                   const Spans& s,
                                   const ScoreOperands& operands,
                                   const Clock& clock,
-                                  const Rotary& rotary,
+                                  const BasedRotary& rotary,
                                   double scale,
                                   bool with_region_weights) {
   static const auto op = c10::Dispatcher::singleton()
@@ -541,7 +542,7 @@ Attended attend_now(const Tensor& q,
                     const Spans& spans,
                     const ScoreOperands& operands,
                     const Clock& clock,
-                    const Rotary& rotary,
+                    const BasedRotary& rotary,
                     double scale,
                     bool with_region_weights,
                     bool with_usage) {

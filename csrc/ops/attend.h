@@ -50,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q,
                                           const Spans& spans,
                                           const ScoreOperands& operands,
                                           const Clock& clock,
-                                          const Rotary& rotary,
+                                          const BasedRotary& rotary,
                                           double scale,
                                           bool with_region_weights);
 
@@ -67,7 +67,7 @@ Attended attend_now(const at::Tensor& q,
                     const Spans& spans,
                     const ScoreOperands& operands,
                     const Clock& clock,
-                    const Rotary& rotary,
+                    const BasedRotary& rotary,
                     double scale,
                     bool with_region_weights,
                     bool with_usage);

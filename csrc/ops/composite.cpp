@@ -8,11 +8,14 @@
 #include "ops/derivatives.h"
 #include "ops/finite.h"
 #include "ops/rotary.h"
+#include "ops/settings.h"
 
 namespace ctx::ops {
 namespace {
 
-Rotary sinusoids(int64_t width) { return {width, 10000.0, false}; }
+BasedRotary sinusoids(int64_t width) {
+  return parse_rotary(width, 10000.0, false, width, "ctx.attend");
+}
 
 // Rows of x [..., width] that are not finite, bool [...].
 at::Tensor bad_rows(const at::Tensor& x) { return at::isfinite(x).all(-1).logical_not(); }
@@ -36,7 +39,7 @@ Composite::Composite(const at::Tensor& q,
                      const Spans& spans,
                      const Scores& operands,
                      const Clock& clock,
-                     const Rotary& rotary,
+                     const BasedRotary& rotary,
                      double scale,
                      bool recorded)
     : type_(arithmetic_type(q.scalar_type())),
@@ -59,7 +62,7 @@ Composite::Composite(const at::Tensor& q,
   if (operands.bias) bias_ = operands.bias->to(type_);
   const Schedule& s = clock.schedule;
   groups_ = groups_of(s, t_);
-  edge_ = edge_of(s, groups_);
+  edge_ = window_begin_of(s, groups_);
   held_ = groups_.clamp_max(s.compressed);
   clocks_ = {clock.token_distance ? t_ : t_ - edge_ + held_ + s.sinks,
              clock.token_distance ? t_ : t_ - edge_ + groups_,

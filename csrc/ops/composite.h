@@ -48,7 +48,7 @@ class Composite {
             const Spans& spans,
             const Scores& operands,
             const Clock& clock,
-            const Rotary& rotary,
+            const BasedRotary& rotary,
             double scale,
             bool recorded = false);
 
@@ -119,7 +119,7 @@ class Composite {
   at::ScalarType type_;
   bool recorded_;
   Clock clock_;
-  Rotary rotary_;
+  BasedRotary rotary_;
   double scale_;
   int64_t batch_;
   int64_t heads_;

@@ -34,7 +34,18 @@ struct Ranges {
 // What the query of token t sees of each region.
 CTX_HOST_DEVICE inline Ranges visible(const Schedule& schedule, int64_t t) {
   const int64_t n = schedule.groups(t);
-  return {{{0, schedule.visible_sinks(t)}, {n - schedule.slots(t), n}, {schedule.edge(t), t + 1}}};
+  return {{{0, schedule.visible_sinks(t)},
+           {n - schedule.slots(t), n},
+           {schedule.window_begin(t), t + 1}}};
+}
+
+// Where the query of token t and key `number` of a region are rotated to: their difference is the
+// distance between them.
+CTX_HOST_DEVICE inline int64_t query_clock(const Clock& clock, int64_t region, int64_t t) {
+  return region == kSinks ? clock.sink_query(t) : region == kCompressed ? clock.group_query(t) : t;
+}
+CTX_HOST_DEVICE inline double key_clock(const Clock& clock, int64_t region, int64_t number) {
+  return region == kCompressed ? clock.group_key(number) : static_cast<double>(number);
 }
 
 // A [B, heads, T, width] tensor whose last dimension is contiguous; strides count elements.
@@ -45,11 +56,24 @@ struct Strided {
   int64_t token = 0;
 };
 
-// Angles are position * base^(-2i/dim), in float64; dim = 0 rotates nothing.
+// Rotary position. Angles are position * inv_freq[i], in float64; cosines and sines are multiplied by
+// attention_factor, and rotating back divides by it. dim = 0 rotates nothing.
 struct Rotary {
   int64_t dim = 0;
-  double base = 10000.0;
+  const double* inv_freq = nullptr;  // [dim / 2], the caller's; not null where dim > 0
+  double attention_factor = 1.0;
   bool interleaved = false;
+  bool keys_rotated = false;  // append is given keys that are rotated to their positions already
+};
+
+// Relative positions (Transformer-XL, arXiv:1901.02860): queries [B, H, T, dim] in the type of the
+// content queries, whose product with the sinusoids of a key's distance, sin(distance * w_i) and then
+// cos(distance * w_i) with w_i = 10000^(-2i/dim), is added to the score before it is scaled. dim = 0:
+// none.
+struct RelativeQueries {
+  int64_t dim = 0;     // even
+  Strided queries;     // for sinks and window
+  Strided compressed;  // for compressed slots
 };
 
 // The rings of one memory, all contiguous: keys [B, Hkv, capacity, D], values [B, Hkv, capacity,
@@ -72,6 +96,8 @@ struct MemoryView {
   void* compressed_values = nullptr;
   void* sink_keys = nullptr;
   void* sink_values = nullptr;
+  // Log-mass of every slot, added to its scores: [B, Hkv, compressed capacity]; null: none.
+  float* slot_mass = nullptr;
   // Of a memory whose compressor chooses by usage, else null: what every window token was attended
   // to, [B, Hkv, capacity] in the arithmetic's type, and the token that every slot is, [B, Hkv,
   // capacity].
@@ -132,6 +158,8 @@ struct CompressArgs {
   // kGiven: slots [B, Hkv, G, width] in the arithmetic's type, un-rotated.
   Strided slot_keys;
   Strided slot_values;
+  // kGiven: log-mass of these slots, [B, Hkv, G], contiguous; null: log c.
+  const float* given_mass = nullptr;
   // kMostUsed, null unless asked for: which token each slot is, as its place among the c G tokens
   // of the groups and as its number in its stream, both [B, Hkv, G], contiguous.
   int64_t* chosen = nullptr;
@@ -143,12 +171,17 @@ struct AttendArgs {
   Block block;
   int64_t heads = 0;
   double scale = 1.0;
+  // A scaled score s becomes logit_softcap * tanh(s / logit_softcap), before bias, mass and slopes;
+  // 0: it stays.
+  double logit_softcap = 0.0;
   // [heads] in the arithmetic's type, null: none. The bias is added to the scores of compressed
   // slots; slopes times the distance is taken from all (ALiBi, arXiv:2108.12409).
   const void* bias = nullptr;
   const void* slopes = nullptr;
   Strided queries;  // of the whole call, un-rotated
-  Strided out;      // of the whole call
+  // Of the whole call. Not for slots that are single tokens under the distance "token".
+  RelativeQueries relative;
+  Strided out;  // of the whole call
   // Weight that each region got: [B, heads, tokens of the call, 3] (sinks, compressed, window),
   // contiguous, in the arithmetic's type; null: not asked for. Zero at absent tokens.
   void* region_weights = nullptr;
@@ -160,6 +193,7 @@ struct AttendArgs {
 
 struct RotateArgs {
   Rotary rotary;
+  bool inverse = false;  // undo the rotation to these positions
   Storage storage = Storage::kFloat32;
   int device = 0;
   int64_t batch = 0;
@@ -180,6 +214,7 @@ struct PastSpan {
   void* keys = nullptr;
   void* values = nullptr;
   const int64_t* first = nullptr;  // [B]
+  const float* mass = nullptr;     // [B, Hkv, capacity]; null: none
 };
 
 // One of the three spans of the differentiable path: keys and values already rotated to their
@@ -190,6 +225,9 @@ struct Span {
   Strided keys;      // the others
   Strided values;
   const int64_t* first = nullptr;  // [B, T]
+  // Log-mass of the keys that are not of the past, added to their scores: [B, Hkv, keys] in the
+  // arithmetic's type, contiguous; null: none.
+  const void* mass = nullptr;
 };
 
 // Attention over three spans (sinks, compressed, window) of tensors that stay as they are; every
@@ -207,10 +245,12 @@ struct SpansArgs {
   int64_t head_dim = 0;
   int64_t value_dim = 0;
   double scale = 1.0;
+  double logit_softcap = 0.0;         // as in AttendArgs
   const void* bias = nullptr;         // as in AttendArgs
   const void* slopes = nullptr;       // as in AttendArgs
   const int64_t* position = nullptr;  // [B, T]
   Strided queries;                    // [B, H, T, D], un-rotated
+  RelativeQueries relative;           // not for slots that are single tokens, as in AttendArgs
   Span spans[3];
   Strided out;                // [B, H, T, Dv]; zero for a query that sees nothing
   void* logsumexp = nullptr;  // [B, H, T] in the arithmetic's type; minus infinity for such a query
@@ -222,6 +262,9 @@ struct SpansBackwardArgs {
   Strided grad_out;
   const void* grad_logsumexp = nullptr;  // [B, H, T] in the arithmetic's type
   Strided grad_queries;                  // written
+  // Written; needed where forward.relative.dim > 0.
+  Strided grad_relative;
+  Strided grad_compressed_relative;
   // Sums over queries, in the arithmetic's type: [B, Hkv, keys, width] of the keys that are not of
   // the past, rows padded to key_width and value_width (kSpanWidthStep), zero before. Their bits
   // follow from sizes alone, not from the number of threads.
@@ -229,7 +272,8 @@ struct SpansBackwardArgs {
   int64_t value_width = 0;
   void* grad_keys[3] = {nullptr};
   void* grad_values[3] = {nullptr};
-  void* grad_bias = nullptr;  // [B, H] in the arithmetic's type, zero before; null: none
+  void* grad_mass[3] = {nullptr};  // [B, Hkv, keys], where the span has a mass; null: not asked for
+  void* grad_bias = nullptr;       // [B, H] in the arithmetic's type, zero before; null: none
 };
 
 // Kernels write whole vectors of the sums above.
@@ -239,13 +283,14 @@ constexpr int64_t kSpanWidthStep = 16;
 // one. Arithmetic is float32, float64 for float64.
 struct Kernels {
   const char* name = "";  // what the kernels were built for: an instruction set, an architecture
-  // Rotates every row of [B, heads, T, D] to its token's position.
+  // Rotates every row of [B, heads, T, D] to its token's position, or back.
   void (*rotate)(const RotateArgs&) = nullptr;
   // Rotates the block's keys to their positions and writes pairs into the window ring, or the
   // sinks; what is new in the window has not been used.
   void (*append)(const AppendArgs&) = nullptr;
   // Makes every group due for the block's last token: read back, un-rotate, compress, rotate,
-  // write. kMostUsed: a block holds no segment's first token but as its own first.
+  // write, with its log-mass (log c for mean, max, conv and dilated; the entropy of the key gate's
+  // weights for gated; 0 for most_used). kMostUsed: a block holds no segment's first token but as its own first.
   void (*compress)(const CompressArgs&) = nullptr;
   // Attends over sinks, slots and window; outputs of absent tokens (past lengths, before the
   // stream) are zero.

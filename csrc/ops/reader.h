@@ -78,7 +78,7 @@ class Reader {
       const int64_t t = block.first(b);
       const int64_t begin = std::max<int64_t>(0, t);
       first_slot[b] = s.groups(begin) - s.compressed;
-      first_token[b] = s.edge(begin);
+      first_token[b] = s.window_begin(begin);
       for (int64_t i = 0; i < block.tokens; ++i) {
         const int64_t place = b * block.tokens + i;
         if (i < block.count(b) && t + i >= 0) position[place] = t + i;
@@ -150,7 +150,7 @@ class Reader {
       last = first + count - 1;
     }
     const at::Tensor begun = groups_of(s, first);
-    const at::Tensor tokens = count_from(edge_of(s, begun), s.max_window() + block.tokens);
+    const at::Tensor tokens = count_from(window_begin_of(s, begun), s.max_window() + block.tokens);
     const at::Tensor written = tokens.le(last.unsqueeze(1)).logical_and(last.unsqueeze(1).ge(0));
     const at::Tensor groups =
         count_from(begun - s.compressed, s.compressed + s.max_new_groups(block.tokens));
@@ -178,7 +178,7 @@ class Reader {
     const auto each = [&](const at::Tensor& x) { return x.unsqueeze(1).expand_as(position); };
     spans.first_sink = at::zeros_like(position);
     spans.first_slot = each(begun - s.compressed);
-    spans.first_token = each(edge_of(s, begun));
+    spans.first_token = each(window_begin_of(s, begun));
     const auto narrow = [&](const at::Tensor& x) {
       return x.narrow(2, block.offset, block.tokens);
     };
@@ -188,7 +188,7 @@ class Reader {
                                     spans,
                                     operands_,
                                     clock,
-                                    memory_.view.rotary,
+                                    memory_.rotary,
                                     args_.scale,
                                     with_region_weights,
                                     args_.count_usage);

@@ -126,7 +126,7 @@ Tensor rotary_autograd(
 
 }  // namespace
 
-Tensor rotate(const Tensor& x, const Tensor& position, const Rotary& rotary) {
+Tensor rotate(const Tensor& x, const Tensor& position, const BasedRotary& rotary) {
   return rotary.dim == 0 ? x : call(x, position, rotary.dim, rotary.base, rotary.interleaved);
 }
 

@@ -28,7 +28,7 @@ using c10::SymInt;
 using OptionalTensor = std::optional<Tensor>;
 
 // x [B, Hkv, n, D] rotated to positions [B, Hkv, n].
-Tensor rotate_heads(const Tensor& x, const Tensor& position, const Rotary& rotary) {
+Tensor rotate_heads(const Tensor& x, const Tensor& position, const BasedRotary& rotary) {
   const Tensor rows = x.flatten(0, 1).unsqueeze(1);
   return rotate(rows, position.flatten(0, 1), rotary).squeeze(1).view_as(x);
 }
@@ -91,7 +91,7 @@ class Sequence {
 
   const Schedule& law() const { return clock_.schedule; }
   const Clock& clock() const { return clock_; }
-  const Rotary& rotary() const { return rotary_; }
+  const BasedRotary& rotary() const { return rotary_; }
   const Tensor& position() const { return position_; }  // [B, T]
   const Tensor& padding() const { return padding_; }    // [B, T], undefined: none
   bool fresh() const { return memory_.empty(); }
@@ -187,12 +187,13 @@ class Sequence {
       const Tensor x = memory_[index].contiguous();
       return x.is_inference() && at::GradMode::is_enabled() ? x.clone() : x;
     };
-    return {
-        ring(kWindowKeys),
-        ring(kWindowValues),
-        ring(kCompressedKeys),
-        ring(kCompressedValues),
-        at::stack({seen_ - behind(), edge_of(law(), begun_), begun_ - slots_behind(), oldest}, 1)};
+    return {ring(kWindowKeys),
+            ring(kWindowValues),
+            ring(kCompressedKeys),
+            ring(kCompressedValues),
+            at::stack(
+                {seen_ - behind(), window_begin_of(law(), begun_), begun_ - slots_behind(), oldest},
+                1)};
   }
 
   // New tokens, and those of the past that can still be compressed or read left of a group, which
@@ -201,7 +202,7 @@ class Sequence {
                      StateIndex ring,
                      StateIndex sinks,
                      const Tensor& place) const {
-    const Tensor oldest = edge_of(law(), begun_).sub(law().overlap);
+    const Tensor oldest = window_begin_of(law(), begun_).sub(law().overlap);
     return take_tokens(x, memory_[ring], memory_[sinks], seen_, oldest, place);
   }
 
@@ -281,7 +282,7 @@ class Sequence {
   Tensor k_;
   Tensor v_;
   Clock clock_;
-  Rotary rotary_;
+  BasedRotary rotary_;
   SymInt tokens_;
   Tensor seen_;      // [B]
   Tensor begun_;     // [B]

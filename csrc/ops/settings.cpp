@@ -1,6 +1,8 @@
 #include "ops/settings.h"
 
 #include <cmath>
+#include <map>
+#include <mutex>
 
 #include "core/check.h"
 
@@ -84,7 +86,20 @@ bool parse_token_distance(std::string_view distance, const char* where) {
   return distance == "token";
 }
 
-Rotary parse_rotary(
+// Kept for as long as the program runs: there are few.
+static const double* inverse_frequencies(int64_t dim, double base) {
+  static std::mutex mutex;
+  static std::map<std::pair<int64_t, double>, std::vector<double>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::vector<double>& made = known[{dim, base}];
+  if (made.empty()) {
+    for (int64_t i = 0; i < dim / 2; ++i)
+      made.push_back(std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(dim)));
+  }
+  return made.data();
+}
+
+BasedRotary parse_rotary(
     int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where) {
   CTX_CHECK_VALUE(dim >= 0 && dim <= head_dim && dim % 2 == 0,
                   where,
@@ -96,7 +111,10 @@ Rotary parse_rotary(
                   where,
                   "rotary_base must be positive and finite, got ",
                   base);
-  return {dim, base, interleaved};
+  BasedRotary made;
+  made.dim = dim, made.interleaved = interleaved, made.base = base;
+  made.inv_freq = inverse_frequencies(dim, base);
+  return made;
 }
 
 CompressorKind parse_compressor(std::string_view name, const char* where) {
@@ -203,7 +221,7 @@ at::Tensor groups_of(const Schedule& s, const at::Tensor& t) {
   return boundary.sub(s.sinks + s.window).clamp_min(0).div(s.ratio, "floor");
 }
 
-at::Tensor edge_of(const Schedule& s, const at::Tensor& groups) {
+at::Tensor window_begin_of(const Schedule& s, const at::Tensor& groups) {
   return groups.mul(s.ratio).add(s.sinks);
 }
 

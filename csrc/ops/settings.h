@@ -42,8 +42,13 @@ Schedule parse_schedule(at::IntArrayRef values, const char* where);
 // "slot" or "token".
 bool parse_token_distance(std::string_view distance, const char* where);
 
+// With the base that the operators' schemas pass on.
+struct BasedRotary : Rotary {
+  double base = 10000.0;
+};
+
 // 0 <= dim <= head_dim and even, base positive and finite.
-Rotary parse_rotary(
+BasedRotary parse_rotary(
     int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where);
 
 CompressorKind parse_compressor(std::string_view name, const char* where);
@@ -71,6 +76,6 @@ c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens, int6
 
 // n(t) and w(t) of semantics.md for a tensor of positions.
 at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);
-at::Tensor edge_of(const Schedule& schedule, const at::Tensor& groups);
+at::Tensor window_begin_of(const Schedule& schedule, const at::Tensor& groups);
 
 }  // namespace ctx::ops

@@ -17,7 +17,7 @@ struct AttendCall {
   const std::optional<at::Tensor>& bias;    // [H] or [1]
   const std::optional<at::Tensor>& slopes;  // [H] or [1]; distances follow from numbers alone
   Clock clock;
-  Rotary rotary;
+  BasedRotary rotary;
   double scale;
 };
 

@@ -20,6 +20,7 @@ struct Memory {
   State state;
   MemoryView view;
   int64_t max_rewind;
+  BasedRotary rotary;
 
   Memory(State tensors,
          at::IntArrayRef schedule,
@@ -34,7 +35,8 @@ struct Memory {
     max_rewind = check_state(state, view.clock.schedule, where).expect_int();
     check_seen(state[kSeen], where);
     const at::Tensor& keys = state[kWindowKeys];
-    view.rotary = parse_rotary(rotary_dim, rotary_base, rotary_interleaved, keys.size(3), where);
+    view.rotary = rotary =
+        parse_rotary(rotary_dim, rotary_base, rotary_interleaved, keys.size(3), where);
     view.storage = storage_of(keys.scalar_type(), where, "window_keys");
     view.compressed_storage = slot_storage_of(
         state[kCompressedKeys].scalar_type(), keys.scalar_type(), where, "compressed_keys");

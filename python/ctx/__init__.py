@@ -1,8 +1,9 @@
 """Compressive Transformer memory: exact recent pairs, compressed older ones, at constant size.
 
-:class:`Schedule` is the law of what a memory holds, :class:`Memory` is what it holds,
-:class:`KVMemory` streams keys and values through it, :class:`CompressiveAttention` and :class:`CompressiveTransformer` train and stream with
-it, and :mod:`ctx.reference` is the same function in plain PyTorch.
+:class:`Schedule` decides what a memory holds, and :class:`AttentionSettings` how queries attend to
+it. :class:`Memory` is what it holds. :class:`KVMemory` streams keys and values through it,
+:class:`CompressiveAttention` and :class:`CompressiveTransformer` train and stream with it, and
+:mod:`ctx.reference` is the same function in plain PyTorch.
 """
 
 from ctx import (
@@ -19,12 +20,14 @@ from ctx.attention import CompressiveAttention
 from ctx.kv_memory import KVMemory
 from ctx.memory import Memory
 from ctx.schedule import Schedule
+from ctx.settings import AttentionSettings
 from ctx.spec import Spec
 from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig
 
 __version__ = _load.version
 
 __all__ = [
+    "AttentionSettings",
     "CompressiveAttention",
     "CompressiveTransformer",
     "CompressiveTransformerConfig",

@@ -413,7 +413,7 @@ class CompressiveAttention(nn.Module):
                 scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss of this call, a scalar whose gradient reaches
                 the compressor (and the decoder) only; not together with ``reset_at``.
-            return_region_weights: also return what share of its attention every query gives to
+            return_region_weights: also return the share of its attention that every query gives to
                 sinks, compressed slots and window, for inspection: [B, H, T, 3], adding up to one,
                 zero at padding, constant, in float32 (float64 for float64).
             plan: of a model, whose call this is a part of: arguments have been checked, ``lengths``

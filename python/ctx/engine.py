@@ -114,8 +114,10 @@ def ends(call: Plan) -> tuple[Tensor, Tensor]:
     seen, rewindable = call.seen + count, call.rewindable + count
     if call.reset_at is not None and call.tokens:
         column = torch.arange(call.tokens, device=seen.device)
-        inside = call.reset_at if call.lengths is None else (
-            call.reset_at & (column < call.lengths[:, None])
+        inside = (
+            call.reset_at
+            if call.lengths is None
+            else (call.reset_at & (column < call.lengths[:, None]))
         )
         begins = inside.any(1)
         since = count - torch.where(inside, column, 0).amax(1)

@@ -183,9 +183,7 @@ def draw(
             return
 
 
-def _read(
-    model: Any, tokens: Tensor, lengths: Tensor | None, memory: Memory
-) -> Tensor:
+def _read(model: Any, tokens: Tensor, lengths: Tensor | None, memory: Memory) -> Tensor:
     """Streams the tokens and returns the logits behind the last of every row, [B, V]."""
     # A long prompt is read at constant memory, too.
     block = max(64, *(schedule.segment for schedule in model.schedules))

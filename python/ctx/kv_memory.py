@@ -289,12 +289,13 @@ class KVMemory:
                 right); default all.
             reset_at: bool [B, T], true where a token is the first of a new stream, which sees
                 nothing of what its row held before; default nowhere.
-            return_region_weights: also return what share of its attention each query gives to sinks,
-                compressed slots and window.
+            return_region_weights: also return the share of its attention that each query gives to
+                sinks, compressed slots and window.
 
         Returns:
-            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_region_weights`` the shares, too:
-            [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at padding.
+            [B, H, T, Dv], a fresh tensor; zero at padding. With ``return_region_weights`` also
+            the shares: [B, H, T, 3] in float32 (float64 for float64), which add up to one; zero at
+            padding.
 
         Raises:
             ValueError, TypeError: an argument does not fit the memory; nothing has been written

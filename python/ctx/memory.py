@@ -234,7 +234,9 @@ class Memory:
         return state
 
     @staticmethod
-    def from_state_dict(state: Mapping[str, Any], where: str = "ctx.Memory.from_state_dict") -> Memory:
+    def from_state_dict(
+        state: Mapping[str, Any], where: str = "ctx.Memory.from_state_dict"
+    ) -> Memory:
         """The memory that :meth:`state_dict` described; its tensors are those of `state`.
 
         Raises:

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ctx import _check
 from ctx.spec import LayerSpec, Spec
-from ctx.state import CLOCK, COUNTS, OPEN, PLACE, STATE, TENSORS, WIDE, StateShape, dtype_of, slot_dtypes
+from ctx.state import (
+    CLOCK,
+    COUNTS,
+    OPEN,
+    PLACE,
+    STATE,
+    TENSORS,
+    WIDE,
+    StateShape,
+    dtype_of,
+    slot_dtypes,
+)
 
 if TYPE_CHECKING:
     from ctx.memory import Memory
@@ -21,9 +32,7 @@ __all__ = ["call", "kind", "same_kind", "tensors", "widened", "zeros"]
 @functools.lru_cache(maxsize=256)
 def _shape(spec: LayerSpec) -> StateShape:
     sizes = (spec.kv_heads, spec.head_dim, spec.value_dim, spec.max_rewind)
-    return StateShape.of(
-        spec.schedule, *sizes, overlap=spec.overlap, used=spec.counts_attention
-    )
+    return StateShape.of(spec.schedule, *sizes, overlap=spec.overlap, used=spec.counts_attention)
 
 
 def zeros(
@@ -104,7 +113,9 @@ def tensors(memory: Memory, where: str) -> None:
             raise ValueError(f"{at}: seen must be [B], got {list(rows)}")
         _layer(spec, named, device, at)
         for name in (*(CLOCK if layer == 0 else ()), *TENSORS):
-            _own_storage(named[name], (name, f" of layer {layer}" if several else ""), owners, where)
+            _own_storage(
+                named[name], (name, f" of layer {layer}" if several else ""), owners, where
+            )
 
 
 def _layer(spec: LayerSpec, named: dict[str, Tensor], device: torch.device, where: str) -> None:

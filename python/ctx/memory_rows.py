@@ -17,8 +17,19 @@ from ctx.state import SLOTS, TENSORS, dtype_of, ordinary, slot_dtypes, slots_as,
 if TYPE_CHECKING:
     from ctx.memory import Memory
 
-__all__ = ["Rows", "as_counts", "as_rows", "clone", "leaves", "merge", "reset", "resized", "rewind",
-           "select", "to"]
+__all__ = [
+    "Rows",
+    "as_counts",
+    "as_rows",
+    "clone",
+    "leaves",
+    "merge",
+    "reset",
+    "resized",
+    "rewind",
+    "select",
+    "to",
+]
 
 Rows = int | Sequence[int] | Tensor
 
@@ -126,9 +137,7 @@ def clone(memory: Memory) -> Memory:
     return _mapped(memory, memory.spec, lambda name, x: x.clone())
 
 
-def to(
-    memory: Memory, dtype: torch.dtype | None, device: torch.device | str | None
-) -> Memory:
+def to(memory: Memory, dtype: torch.dtype | None, device: torch.device | str | None) -> Memory:
     where = "ctx.Memory.to"
     _whole(memory, where)
     if dtype is not None and not _check.dtype(dtype, where).is_floating_point:

@@ -69,9 +69,9 @@ class Schedule:
         """Groups compressed before the segment of token ``t`` began: n(t)."""
         return self._law.groups(t)
 
-    def edge(self, t: int) -> int:
+    def window_begin(self, t: int) -> int:
         """First token still held exactly in the window when token ``t`` attends: w(t)."""
-        return self._law.edge(t)
+        return self._law.window_begin(t)
 
     def slots(self, t: int) -> int:
         """Compressed slots that token ``t`` attends to: m(t)."""
@@ -83,7 +83,7 @@ class Schedule:
         return (
             range(self._law.visible_sinks(t)),
             range(groups - self.slots(t), groups),
-            range(self.edge(t), t + 1),
+            range(self.window_begin(t), t + 1),
         )
 
     @property

@@ -144,7 +144,9 @@ class Spec:
                     " ".join(f"{name}={getattr(one, name)}" for name in names)
                     for one in (mine, held)
                 )
-                raise ValueError(f"{where}: memory must be made for {asked}, got one made for {got}")
+                raise ValueError(
+                    f"{where}: memory must be made for {asked}, got one made for {got}"
+                )
 
 
 def compressor_name(compressor: Compressor) -> str:

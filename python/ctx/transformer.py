@@ -139,8 +139,9 @@ class CompressiveTransformer(nn.Module):
                 scoring candidates, bootstrapping a value, or validating over a training memory.
             return_aux: also return the auxiliary loss that `config.aux_loss` names, the mean over
                 layers; not together with `reset_at`.
-            return_region_weights: also return what share of its attention every query gives to sinks,
-                compressed slots and window in every layer, for inspection: [layers, B, H, T, 3],
+            return_region_weights: also return the share of its attention that every query gives to
+                sinks, compressed slots and window in every layer, for inspection:
+                [layers, B, H, T, 3],
                 adding up to one, zero at padding, constant.
             last_only: logits of every row's last token only, [B, vocab_size], zero for a row
                 without tokens; what generation needs of a long prompt.
@@ -149,9 +150,9 @@ class CompressiveTransformer(nn.Module):
             Logits [B, T, vocab_size] for the token after each, zero at padding, and the memory
             after the last: a new one under grad, the one passed (streamed into in place) without,
             and with `update=False`; then the loss with `return_aux`, then the shares with
-            `return_region_weights`. Where a call without grad is interrupted (an exception in a hook,
-            Ctrl-C), the memory passed is as it was before the call, or refused from then on where
-            the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
+            `return_region_weights`. Where a call without grad is interrupted (an exception in a
+            hook, Ctrl-C), the memory passed is as it was before the call, or refused from then on
+            where the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
             before the call: go on with the one returned then.
 
         Raises:
@@ -339,7 +340,9 @@ class CompressiveTransformer(nn.Module):
         stop: generation.Stop | None,
     ) -> Iterator[Tensor]:
         where = settings.where
-        if memory is not None and transformer_inputs.casts_what_is_given(self, where.rpartition(".")[2]):
+        if memory is not None and transformer_inputs.casts_what_is_given(
+            self, where.rpartition(".")[2]
+        ):
             raise ValueError(
                 f"{where}: memory must not be given to a registered method under mixed precision, "
                 "which would stream into copies of another dtype, got one: call the method "

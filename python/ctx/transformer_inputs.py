@@ -44,9 +44,7 @@ def check(
         low, high = map(int, tokens.aminmax())
         if low < 0 or high >= vocab_size:
             got = low if low < 0 else high
-            raise IndexError(
-                f"{where}: tokens must be in [0, {vocab_size}), got {got}"
-            )
+            raise IndexError(f"{where}: tokens must be in [0, {vocab_size}), got {got}")
     device = _device(model)
     if device is not None and device.type != "meta" and tokens.device != device:
         raise ValueError(

@@ -41,12 +41,12 @@ void test_what_is_seen(const Schedule& s) {
     EXPECT(s.visible_sinks(t) == lists.sinks);
     EXPECT(s.slots(t) == static_cast<int64_t>(lists.compressed.size()));
     EXPECT(lists.compressed.empty() || lists.compressed.front() == s.groups(t) - s.slots(t));
-    EXPECT(t < s.sinks || s.edge(t) == lists.window.front());
-    EXPECT(s.edge(t) == s.first_token(s.groups(t)));
+    EXPECT(t < s.sinks || s.window_begin(t) == lists.window.front());
+    EXPECT(s.window_begin(t) == s.first_token(s.groups(t)));
     EXPECT(static_cast<int64_t>(lists.window.size()) <= s.max_window());
     EXPECT(lists.sinks + s.slots(t) + static_cast<int64_t>(lists.window.size()) <= s.max_slots());
     // At least the window that was asked for, and as far back as the memory reaches.
-    EXPECT(s.edge(t) <= std::max(s.sinks, t - s.window));
+    EXPECT(s.window_begin(t) <= std::max(s.sinks, t - s.window));
     const int64_t oldest = s.first_token(s.groups(t) - s.slots(t));
     EXPECT(oldest <= std::max(s.sinks, t + s.sinks - s.reach()));
   }
@@ -57,7 +57,7 @@ void test_slot_distances(const Schedule& s) {
   const Clock clock{s};
   for (int64_t t = 0; t < kTokens; ++t) {
     int64_t distance = 0;
-    for (int64_t j = t; j >= s.edge(t); --j) EXPECT(t - j == distance++);
+    for (int64_t j = t; j >= s.window_begin(t); --j) EXPECT(t - j == distance++);
     if (t < s.sinks) {
       for (int64_t j = t; j >= 0; --j) EXPECT(clock.sink_query(t) - j == t - j);
       continue;
@@ -91,7 +91,7 @@ void test_rings(const Schedule& s) {
     EXPECT(s.compressed > 0 || compressed == 0);
     for (int64_t t = 0; t + max_rewind < kTokens; ++t) {
       const int64_t newest = t + max_rewind - 1;
-      EXPECT(newest + 1 - s.edge(t) <= window);
+      EXPECT(newest + 1 - s.window_begin(t) <= window);
       if (s.compressed > 0) {
         EXPECT(s.groups(newest) - (s.groups(t) - s.slots(t)) <= compressed);
       }
@@ -105,7 +105,8 @@ void test_large_numbers() {
   constexpr Schedule s{most, most, most, most, most};
   constexpr int64_t t = (int64_t{1} << 62) - 1;
   static_assert(s.groups(t) == (most * (t / most) - 2 * most) / most);
-  static_assert(s.edge(t) > 0 && s.edge(t) <= t && s.reach() > 0 && s.max_slots() > 0);
+  static_assert(s.window_begin(t) > 0 && s.window_begin(t) <= t && s.reach() > 0 &&
+                s.max_slots() > 0);
   static_assert(s.window_capacity(most) > 0 && s.compressed_capacity(most) > 0);
   EXPECT(s.slots(t) == most);
 }

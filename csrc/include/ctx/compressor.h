@@ -56,8 +56,9 @@ struct Compressor {
   // Others know it from their parameters.
   int64_t overlap = 0;
 
-  // A compressor that starts as mean pooling (max and most_used: as themselves). Throws ValueError
-  // for an unknown name, a size below 1, or a kernel (of "conv" only; 0: ratio) below the ratio.
+  // A compressor with its first values: conv, dilated and gated start as mean pooling. value_dim may
+  // be 0, for a memory without values. Throws ValueError for an unknown name, another size below 1,
+  // or a kernel (of "conv" only; 0: ratio) below the ratio.
   CTX_API static Compressor make(const std::string& name,
                                  int64_t kv_heads,
                                  int64_t ratio,

@@ -46,7 +46,9 @@ struct Schedule {
   }
 
   // First token that is still held exactly in the window when token t attends.
-  CTX_HOST_DEVICE constexpr int64_t edge(int64_t t) const { return sinks + ratio * groups(t); }
+  CTX_HOST_DEVICE constexpr int64_t window_begin(int64_t t) const {
+    return sinks + ratio * groups(t);
+  }
 
   // Compressed slots that token t attends to: groups(t) - slots(t) ... groups(t) - 1.
   CTX_HOST_DEVICE constexpr int64_t slots(int64_t t) const {
@@ -109,10 +111,10 @@ struct Clock {
                           : static_cast<double>(g);
   }
   CTX_HOST_DEVICE constexpr int64_t group_query(int64_t t) const {
-    return token_distance ? t : t - schedule.edge(t) + schedule.groups(t);
+    return token_distance ? t : t - schedule.window_begin(t) + schedule.groups(t);
   }
   CTX_HOST_DEVICE constexpr int64_t sink_query(int64_t t) const {
-    return token_distance ? t : t - schedule.edge(t) + schedule.slots(t) + schedule.sinks;
+    return token_distance ? t : t - schedule.window_begin(t) + schedule.slots(t) + schedule.sinks;
   }
 };
 
@@ -120,17 +122,18 @@ struct Clock {
 namespace examples {
 constexpr Schedule kPaper{8, 4, 4, 8, 0};
 static_assert(kPaper.groups(-1) == 0 && kPaper.groups(15) == 0);
-static_assert(kPaper.groups(16) == 2 && kPaper.edge(16) == 8 && kPaper.slots(16) == 2);
+static_assert(kPaper.groups(16) == 2 && kPaper.window_begin(16) == 8 && kPaper.slots(16) == 2);
 static_assert(kPaper.groups(23) == 2 && kPaper.groups(24) == 4 && kPaper.slots(40) == 4);
 static_assert(kPaper.max_window() == 19 && kPaper.max_slots() == 23 && kPaper.reach() == 24);
 // Token-level streaming with sinks: tokens wait for their group to fill.
 constexpr Schedule kStream{3, 2, 5, 1, 2};
 static_assert(kStream.groups(9) == 0 && kStream.groups(10) == 1 && kStream.groups(14) == 1 &&
               kStream.groups(15) == 2);
-static_assert(kStream.edge(14) == 7 && 14 - kStream.edge(14) + 1 == 8 && kStream.max_window() == 8);
+static_assert(kStream.window_begin(14) == 7 && 14 - kStream.window_begin(14) + 1 == 8 &&
+              kStream.max_window() == 8);
 // The distance of a group is contiguous with the window's: its newest group is one further than the
 // window's oldest.
-static_assert(Clock{kPaper}.group_query(30) - 3 == 30 - kPaper.edge(30) + 1);
+static_assert(Clock{kPaper}.group_query(30) - 3 == 30 - kPaper.window_begin(30) + 1);
 }  // namespace examples
 
 }  // namespace ctx

@@ -51,15 +51,17 @@ inline void cosine_and_sine(Doubles angle, Doubles& cosine, Doubles& sine) {
 }
 
 // cosine[i], sine[i] of position * frequency[i], computed in float64 and rounded once, so that
-// positions may grow without end. `frequency` is padded to whole vectors.
+// positions may grow without end.
 template <typename A>
-inline void turn(
+inline void cosines_and_sines(
     double position, const double* frequency, int64_t n, A* __restrict cosine, A* __restrict sine) {
   for (int64_t i = 0; i < n; i += kLanes<double>) {
-    const Doubles angle = load(frequency + i) * position;
+    const int64_t count = std::min<int64_t>(kLanes<double>, n - i);
+    const bool whole = count == kLanes<double>;
+    const Doubles angle =
+        (whole ? load(frequency + i) : load_some(frequency + i, count)) * position;
     Doubles c, s;
     cosine_and_sine(angle, c, s);
-    const int64_t count = std::min<int64_t>(kLanes<double>, n - i);
     for (int64_t lane = 0; lane < count; ++lane) {
       const bool large = std::abs(angle[lane]) > kLargestAngle;
       cosine[i + lane] = static_cast<A>(large ? std::cos(angle[lane]) : c[lane]);

@@ -1,6 +1,6 @@
 // Pairs into the rings: a token's index is its position modulo the capacity; the first `sinks`
 // tokens have a place of their own and never leave it. Keys are rotated here, once, to their own
-// position.
+// position, where they are not given so.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -20,10 +20,12 @@ void append_token(const AppendArgs& args, int64_t b, int64_t i, Acc<T>* key) {
   const bool sink = t < m.clock.schedule.sinks;
   const int64_t capacity = sink ? m.clock.schedule.sinks : m.window_capacity;
   const int64_t index = sink ? t : t % m.window_capacity;
-  const RotaryTable<Acc<T>> table = rotary_table<Acc<T>>(m.rotary, static_cast<double>(t));
+  const bool rotates = m.rotary.dim > 0 && !m.rotary.keys_rotated;
+  const RotaryTable<Acc<T>> table =
+      rotates ? rotary_table<Acc<T>>(m.rotary, static_cast<double>(t)) : RotaryTable<Acc<T>>{};
   for (int64_t h = 0; h < m.kv_heads; ++h) {
     load_row(row<T>(args.keys, b, h, source), key, m.head_dim);
-    rotate_row(m.rotary, table, Acc<T>(1), key);
+    if (rotates) rotate_row(m.rotary, table, Rotation::kTo, key);
     void* keys = sink ? m.sink_keys : m.window_keys;
     void* values = sink ? m.sink_values : m.window_values;
     store_row(key, ring_row<T>(keys, m.kv_heads, capacity, m.head_dim, b, h, index), m.head_dim);
@@ -49,7 +51,8 @@ void append(const AppendArgs& args) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / tokens;
         const int64_t i = task % tokens;
-        if (i < args.block.count(b)) append_token<T>(args, b, i, key.data());
+        if (i < args.block.count(b) && args.block.first(b) + i >= 0)
+          append_token<T>(args, b, i, key.data());
       }
     });
   });

@@ -3,10 +3,10 @@
 // query heads that share it and for some neighbouring tokens.
 #include <ATen/Parallel.h>
 
-#include "kernels/cpu/plan.h"
 #include "kernels/cpu/scores.h"
 #include "kernels/cpu/softmax.h"
 #include "kernels/cpu/table.h"
+#include "kernels/cpu/tiling.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 namespace {
@@ -16,16 +16,19 @@ class Attention {
  public:
   using A = Acc<T>;
 
-  Attention(const AttendArgs& args, const Plan& plan, const RotatedQueries<A>& queries, A* states)
-      : args_(args), m_(args.memory), plan_(plan), queries_(queries), states_(states) {}
+  Attention(const AttendArgs& args,
+            const Tiling& tiling,
+            const RotatedQueries<A>& queries,
+            A* states)
+      : args_(args), m_(args.memory), tiling_(tiling), queries_(queries), states_(states) {}
 
   // Attends to one part of what a tile sees; a tile of one part is done then.
-  void attend(const Tile& tile, int64_t part) const {
-    const Rows rows = plan_.rows(tile);
+  void attend(const TokenTile& tile, int64_t part) const {
+    const QueryRows rows = tiling_.rows(tile);
     if (part == 0) store_absent(tile, rows);
     if (rows.count() == 0) return;
-    const Ranges all = plan_.common(rows);
-    const int64_t parts = plan_.parts(slots_of(all));
+    const Ranges all = tiling_.common(rows);
+    const int64_t parts = tiling_.parts(slots_of(all));
     if (part >= parts) return;
     Softmax<A> state = softmax(tile, rows, part);
     state.clear();
@@ -35,10 +38,10 @@ class Attention {
   }
 
   // Merges the parts of a tile, in their order.
-  void merge(const Tile& tile) const {
-    const Rows rows = plan_.rows(tile);
+  void merge(const TokenTile& tile) const {
+    const QueryRows rows = tiling_.rows(tile);
     if (rows.count() == 0) return;
-    const int64_t parts = plan_.parts(slots_of(plan_.common(rows)));
+    const int64_t parts = tiling_.parts(slots_of(tiling_.common(rows)));
     if (parts == 1) return;
     Softmax<A> state = softmax(tile, rows, 0);
     for (int64_t part = 1; part < parts; ++part) state.merge(softmax(tile, rows, part));
@@ -47,35 +50,35 @@ class Attention {
 
   // Adds the weights that a tile's queries gave to the window. They are known once all is summed
   // up, so the scores are made a second time.
-  void count_usage(const Tile& tile) const {
-    const Rows rows = plan_.rows(tile);
+  void count_usage(const TokenTile& tile) const {
+    const QueryRows rows = tiling_.rows(tile);
     if (rows.count() == 0) return;
     const Softmax<A> state = softmax(tile, rows, 0);
     const Ring<T> ring(m_, kWindow, rows.b, rows.kv);
     A* usage = static_cast<A*>(m_.usage) + (rows.b * m_.kv_heads + rows.kv) * m_.window_capacity;
     for (int64_t i = rows.tokens.begin; i < rows.tokens.end; ++i) {
-      const Rows one = plan_.token(rows, i);
-      const int64_t first_row = (i - rows.tokens.begin) * rows.share;
-      Range left = plan_.visible(one)[kWindow];
+      const QueryRows one = tiling_.token(rows, i);
+      const int64_t first_row = (i - rows.tokens.begin) * rows.q_per_kv;
+      Range left = tiling_.visible(one)[kWindow];
       while (left.size() > 0) {
         const Piece<T> piece = ring.piece(left);
         A* scores = scores_of(one);
         score_piece(args_, queries_, kWindow, one, piece, scores);
         for (int64_t r = 0; r < one.count(); ++r)
-          state.add_shares(first_row + r, scores + r * kBlock, piece.count, usage + piece.index);
+          state.add_weights(first_row + r, scores + r * kBlock, piece.count, usage + piece.index);
         left.begin += piece.count;
       }
     }
   }
 
  private:
-  Softmax<A> softmax(const Tile& tile, const Rows& rows, int64_t part) const {
-    const int64_t size = Softmax<A>::size(plan_.most_rows(), m_.value_dim);
-    A* memory = states_ + (tile.index * plan_.most_parts() + part) * size;
-    return {memory, rows.count(), rows.share, m_.value_dim};
+  Softmax<A> softmax(const TokenTile& tile, const QueryRows& rows, int64_t part) const {
+    const int64_t size = Softmax<A>::size(tiling_.most_rows(), m_.value_dim);
+    A* memory = states_ + (tile.index * tiling_.most_parts() + part) * size;
+    return {memory, rows.count(), rows.q_per_kv, m_.value_dim};
   }
 
-  static A* scores_of(const Rows& rows) {
+  static A* scores_of(const QueryRows& rows) {
     thread_local std::vector<A> memory;  // kept from step to step
     const size_t size = rows.count() * kBlock;
     if (memory.size() < size) memory.resize(size);
@@ -83,7 +86,7 @@ class Attention {
   }
 
   // All rows attend to ranges that all of them see.
-  void walk(Softmax<A> state, const Rows& rows, const Ranges& ranges) const {
+  void walk(Softmax<A> state, const QueryRows& rows, const Ranges& ranges) const {
     for (int64_t index = 0; index < kRegions; ++index) {
       const Range left = ranges[index];
       if (left.size() <= 0) continue;
@@ -98,7 +101,7 @@ class Attention {
   }
 
   template <typename S>
-  void walk_ring(Softmax<A>& state, Region region, const Rows& rows, Range left) const {
+  void walk_ring(Softmax<A>& state, Region region, const QueryRows& rows, Range left) const {
     const Ring<S> ring(m_, region, rows.b, rows.kv);
     while (left.size() > 0) {
       const Piece<S> piece = ring.piece(left);
@@ -109,17 +112,17 @@ class Attention {
 
   // What a token sees and not all of its tile do: slots that leave within the tile, and the tile's
   // own tokens.
-  void walk_rest(const Softmax<A>& state, const Rows& rows, const Ranges& all) const {
+  void walk_rest(const Softmax<A>& state, const QueryRows& rows, const Ranges& all) const {
     if (rows.tokens.size() == 1) return;
     for (int64_t i = rows.tokens.begin; i < rows.tokens.end; ++i) {
-      const Rows one = plan_.token(rows, i);
-      Ranges before = plan_.visible(one);
+      const QueryRows one = tiling_.token(rows, i);
+      Ranges before = tiling_.visible(one);
       Ranges behind = before;
       for (int64_t region = 0; region < kRegions; ++region) {
         before[region].end = std::min(before[region].end, all[region].begin);
         behind[region].begin = std::max(behind[region].begin, all[region].end);
       }
-      const Softmax<A> own = state.part((i - rows.tokens.begin) * rows.share, rows.share);
+      const Softmax<A> own = state.part((i - rows.tokens.begin) * rows.q_per_kv, rows.q_per_kv);
       walk(own, one, before);
       walk(own, one, behind);
     }
@@ -128,7 +131,7 @@ class Attention {
   template <typename S>
   void attend_piece(Softmax<A>& state,
                     Region region,
-                    const Rows& rows,
+                    const QueryRows& rows,
                     const Piece<S>& piece) const {
     A* scores = scores_of(rows);
     score_piece(args_, queries_, region, rows, piece, scores);
@@ -145,25 +148,25 @@ class Attention {
     });
   }
 
-  void store(Softmax<A>& state, const Rows& rows) const {
+  void store(Softmax<A>& state, const QueryRows& rows) const {
     for (int64_t r = 0; r < rows.count(); ++r) {
-      const A share = A(1) / state.total(r);
+      const A inverse = A(1) / state.total(r);
       A* sums = state.sums + r * state.width;
-      scale_row(share, sums, m_.value_dim);
-      const int64_t head = rows.kv * rows.share + r % rows.share;
-      const int64_t i = rows.tokens.begin + r / rows.share;
+      scale_row(inverse, sums, m_.value_dim);
+      const int64_t head = rows.kv * rows.q_per_kv + r % rows.q_per_kv;
+      const int64_t i = rows.tokens.begin + r / rows.q_per_kv;
       store_row(sums, row<T>(args_.out, rows.b, head, args_.block.offset + i), m_.value_dim);
       if (args_.region_weights == nullptr) continue;
       for (int64_t region = 0; region < kRegions; ++region)
-        region_weights(rows.b, head, i)[region] = state.totals[r * kRegions + region] * share;
+        region_weights(rows.b, head, i)[region] = state.totals[r * kRegions + region] * inverse;
     }
   }
 
   // Zeros for the tokens of a tile that are not the stream's.
-  void store_absent(const Tile& tile, const Rows& rows) const {
+  void store_absent(const TokenTile& tile, const QueryRows& rows) const {
     for (int64_t i = tile.begin; i < tile.end; ++i) {
       if (i >= rows.tokens.begin && i < rows.tokens.end) continue;
-      for (int64_t head = tile.kv * rows.share; head < (tile.kv + 1) * rows.share; ++head) {
+      for (int64_t head = tile.kv * rows.q_per_kv; head < (tile.kv + 1) * rows.q_per_kv; ++head) {
         std::fill_n(row<T>(args_.out, tile.b, head, args_.block.offset + i), m_.value_dim, T(0));
         if (args_.region_weights != nullptr)
           std::fill_n(region_weights(tile.b, head, i), int64_t{kRegions}, A(0));
@@ -178,7 +181,7 @@ class Attention {
 
   const AttendArgs& args_;
   const MemoryView& m_;
-  const Plan& plan_;
+  const Tiling& tiling_;
   const RotatedQueries<A>& queries_;
   A* states_;  // of every part of every tile
 };
@@ -191,28 +194,29 @@ void attend_block(const AttendArgs& args) {
   thread_local std::vector<A> query_memory, state_memory;  // kept from step to step
   RotatedQueries<A> queries(args, query_memory);
   queries.template fill<T>();
-  const Plan plan(args);
-  const int64_t size = Softmax<A>::size(plan.most_rows(), m.value_dim);
-  const size_t needed = plan.tiles() * plan.most_parts() * size;
+  const Tiling tiling(args);
+  const int64_t size = Softmax<A>::size(tiling.most_rows(), m.value_dim);
+  const size_t needed = tiling.tiles() * tiling.most_parts() * size;
   if (state_memory.size() < needed) state_memory.resize(needed);
-  const Attention<T> attention(args, plan, queries, state_memory.data());
+  const Attention<T> attention(args, tiling, queries, state_memory.data());
 
-  const int64_t parts = plan.most_parts();
-  at::parallel_for(0, plan.tiles() * parts, grain(plan.work()), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task)
-      attention.attend(plan.tile(task / parts), task % parts);
-  });
+  const int64_t parts = tiling.most_parts();
+  at::parallel_for(
+      0, tiling.tiles() * parts, grain(tiling.work()), [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task)
+          attention.attend(tiling.tile(task / parts), task % parts);
+      });
   if (parts > 1) {
-    at::parallel_for(0, plan.tiles(), grain(parts * size / 8), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) attention.merge(plan.tile(task));
+    at::parallel_for(0, tiling.tiles(), grain(parts * size / 8), [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) attention.merge(tiling.tile(task));
     });
   }
   if (args.count_usage) {  // in the order of the tokens: queries of one head add to the same sums
-    const int64_t tiles = plan.tiles() / (m.batch * m.kv_heads);
+    const int64_t tiles = tiling.tiles() / (m.batch * m.kv_heads);
     at::parallel_for(
-        0, m.batch * m.kv_heads, grain(plan.work() * tiles), [&](int64_t begin, int64_t end) {
+        0, m.batch * m.kv_heads, grain(tiling.work() * tiles), [&](int64_t begin, int64_t end) {
           for (int64_t task = begin * tiles; task < end * tiles; ++task)
-            attention.count_usage(plan.tile(task));
+            attention.count_usage(tiling.tile(task));
         });
   }
 }

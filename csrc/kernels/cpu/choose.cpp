@@ -85,12 +85,14 @@ class Chooser {
     };
     load_row(window(m_.window_keys, m_.head_dim), row_.data(), m_.head_dim);
     if (!m_.clock.token_distance && m_.rotary.dim > 0) {
-      turn(static_cast<double>(token), A(-1));
-      turn(static_cast<double>(g), A(1));
+      rotate(static_cast<double>(token), Rotation::kBack);
+      rotate(static_cast<double>(g), Rotation::kTo);
     }
     store(m_.compressed_keys, m_.head_dim, b, h, to);
     load_row(window(m_.window_values, m_.value_dim), row_.data(), m_.value_dim);
     store(m_.compressed_values, m_.value_dim, b, h, to);
+    if (m_.slot_mass != nullptr)  // one token stands for itself
+      *ring_row<float>(m_.slot_mass, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = 0.0f;
     *ring_row<int64_t>(m_.slot_positions, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = token;
   }
 
@@ -103,9 +105,9 @@ class Chooser {
     });
   }
 
-  void turn(double position, A direction) {
+  void rotate(double position, Rotation rotation) {
     const RotaryTable<A> table = make_rotary_table(m_.rotary, position, table_.data());
-    rotate_row(m_.rotary, table, direction, row_.data());
+    rotate_row(m_.rotary, table, rotation, row_.data());
   }
 
   const CompressArgs& args_;

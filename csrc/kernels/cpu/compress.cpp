@@ -84,11 +84,13 @@ class GroupCompressor {
   void run(int64_t b, int64_t h, int64_t number, int64_t first, int64_t count) {
     for (int64_t g = 0; g < count && args_.kind != CompressorKind::kGiven; ++g)
       read_group(b, h, number + g, first + g, g);
+    std::fill_n(mass_, kGroups, std::log(static_cast<float>(c_)));
     make(b, h, first, count, 0);
     for (int64_t g = 0; g < count; ++g) {
       A* slot = slots_ + g * row_width<A>(m_.head_dim);
-      rotate_row(m_.rotary, angles_.at(b, number + g, read_), A(1), slot);
+      rotate_row(m_.rotary, angles_.at(b, number + g, read_), Rotation::kTo, slot);
       store(slot, m_.compressed_keys, m_.head_dim, b, h, first + g);
+      if (m_.slot_mass != nullptr) store_mass(mass_[g], b, h, first + g);
     }
     make(b, h, first, count, 1);
     for (int64_t g = 0; g < count; ++g) {
@@ -106,6 +108,11 @@ class GroupCompressor {
       S* target = ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, b, h, index);
       store_slot(slot, target, width);
     });
+  }
+
+  void store_mass(float mass, int64_t b, int64_t h, int64_t group) const {
+    const int64_t capacity = m_.compressed_capacity;
+    *ring_row<float>(m_.slot_mass, m_.kv_heads, capacity, 1, b, h, group % capacity) = mass;
   }
 
   // The pairs of a group and left of it, as its g-th here; keys are rotated back, and what is before
@@ -129,7 +136,7 @@ class GroupCompressor {
         return ring_row<T>(rows, m_.kv_heads, capacity, width, b, h, index);
       };
       load_row(ring(sink ? m_.sink_keys : m_.window_keys, m_.head_dim), key, m_.head_dim);
-      rotate_row(m_.rotary, angles_.at(b, number, i), A(-1), key);
+      rotate_row(m_.rotary, angles_.at(b, number, i), Rotation::kBack, key);
       load_row(ring(sink ? m_.sink_values : m_.window_values, m_.value_dim), value, m_.value_dim);
     }
   }
@@ -170,22 +177,27 @@ class GroupCompressor {
       case CompressorKind::kDilated:
         return make_dilated(h, x, width, side, slot);
       case CompressorKind::kGated:
-        return gate(keys_ + g * read_ * m_.head_dim,
-                    x,
-                    parameter(2 * side, h, m_.head_dim),
-                    parameter(2 * side + 1, h, c_),
-                    c_,
-                    m_.head_dim,
-                    width,
-                    slot,
-                    row_,
-                    weights_);
+        return make_gated(h, g, x, width, side, slot);
       case CompressorKind::kGiven:
-        return take_given(b, h, group, width, side, slot);
+        return take_given(b, h, group, g, width, side, slot);
       case CompressorKind::kConv:
       case CompressorKind::kMostUsed:  // choose.cpp
         return;
     }
+  }
+
+  void make_gated(int64_t h, int64_t g, const A* x, int64_t width, int side, A* slot) {
+    const A entropy = gate(keys_ + g * read_ * m_.head_dim,
+                           x,
+                           parameter(2 * side, h, m_.head_dim),
+                           parameter(2 * side + 1, h, c_),
+                           c_,
+                           m_.head_dim,
+                           width,
+                           slot,
+                           row_,
+                           weights_);
+    if (side == 0) mass_[g] = static_cast<float>(entropy);
   }
 
   // Dilations 1, 2, 4, ...: each layer has as many rows fewer, and c are left.
@@ -208,13 +220,16 @@ class GroupCompressor {
     convolve(hidden_[(layers - 1) % 2], last, none, 1, c_, hidden, width, slot);
   }
 
-  void take_given(int64_t b, int64_t h, int64_t group, int64_t width, int side, A* slot) const {
+  void take_given(
+      int64_t b, int64_t h, int64_t group, int64_t g, int64_t width, int side, A* slot) {
     const int64_t start = -args_.block.origin[b];
     const int64_t given = group_block(m_.clock.schedule, start, group) - args_.slot_block[b];
     if (given < 0 || given >= args_.slots) {  // a block that is not the call's
       std::fill_n(slot, width, A(0));
       return;
     }
+    if (side == 0 && args_.given_mass != nullptr)
+      mass_[g] = args_.given_mass[(b * m_.kv_heads + h) * args_.slots + given];
     std::copy_n(row<A>(side == 0 ? args_.slot_keys : args_.slot_values, b, h, given), width, slot);
   }
 
@@ -229,6 +244,7 @@ class GroupCompressor {
   A* row_;
   A* weights_;
   A* hidden_[2];
+  float mass_[kGroups];
 };
 
 template <typename T, typename P>

@@ -52,14 +52,14 @@ enum class Left { kRows, kColumns };
 
 // C (+)= A B for kRows x kVectors vectors of C, all sums in registers.
 template <Left kLeft, int kRows, int kVectors, typename A>
-inline void tile(int64_t depth,
-                 const A* __restrict a,
-                 int64_t a_stride,
-                 const A* __restrict b,
-                 int64_t b_stride,
-                 A* __restrict c,
-                 int64_t c_stride,
-                 bool add) {
+inline void multiply_tile(int64_t depth,
+                          const A* __restrict a,
+                          int64_t a_stride,
+                          const A* __restrict b,
+                          int64_t b_stride,
+                          A* __restrict c,
+                          int64_t c_stride,
+                          bool add) {
   Vec<A> sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<A> right[kVectors];
@@ -96,7 +96,7 @@ inline void panel(int64_t rows,
                   bool add) {
   const int64_t a_step = kLeft == Left::kRows ? a_stride : 1;
   const auto run = [&](auto count) {
-    tile<kLeft, decltype(count)::value, kVectors>(
+    multiply_tile<kLeft, decltype(count)::value, kVectors>(
         depth, a, a_stride, b, b_stride, c, c_stride, add);
   };
   for (; rows >= kProductRows; rows -= kProductRows) {

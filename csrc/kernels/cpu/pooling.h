@@ -85,18 +85,18 @@ void dilate(const A* x,
   for (int64_t i = 0; i < rows * width; ++i) y[i] = y[i] < A(0) ? A(0) : y[i];
 }
 
-// slot = sum_i softmax_i(key_i . gate + position_i) x_i
+// slot = sum_i softmax_i(key_i . gate + position_i) x_i; returns the entropy of these weights.
 template <typename A, typename P>
-void gate(const A* keys,
-          const A* x,
-          const P* direction,
-          const P* position,
-          int64_t c,
-          int64_t key_width,
-          int64_t width,
-          A* slot,
-          A* parameter_row,
-          A* weights) {
+A gate(const A* keys,
+       const A* x,
+       const P* direction,
+       const P* position,
+       int64_t c,
+       int64_t key_width,
+       int64_t width,
+       A* slot,
+       A* parameter_row,
+       A* weights) {
   load_row(direction, parameter_row, key_width);
   load_row(position, weights, c);
   A largest = -std::numeric_limits<A>::infinity();
@@ -105,9 +105,15 @@ void gate(const A* keys,
     largest = std::max(largest, weights[i]);
   }
   A total = 0;
-  for (int64_t i = 0; i < c; ++i) total += weights[i] = std::exp(weights[i] - largest);
+  A mean_score = 0;  // relative to the largest, times `total`
+  for (int64_t i = 0; i < c; ++i) {
+    const A score = weights[i] - largest;
+    total += weights[i] = std::exp(score);
+    if (weights[i] != A(0)) mean_score += weights[i] * score;
+  }
   std::fill_n(slot, width, A(0));
   for (int64_t i = 0; i < c; ++i) axpy(weights[i] / total, x + i * width, slot, width);
+  return std::log(total) - mean_score / total;
 }
 
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY

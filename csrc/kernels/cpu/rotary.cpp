@@ -15,6 +15,7 @@ void rotate_tokens(const RotateArgs& args, int64_t begin, int64_t end) {
   using A = Acc<T>;
   std::vector<A> scratch(args.rotary.dim + args.head_dim);
   RotaryTable<A> table;
+  const auto rotation = args.inverse ? Rotation::kBack : Rotation::kTo;
   A* buffer = scratch.data() + args.rotary.dim;
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t b = 0; b < args.batch; ++b) {
@@ -24,7 +25,7 @@ void rotate_tokens(const RotateArgs& args, int64_t begin, int64_t end) {
       }
       for (int64_t h = 0; h < args.heads; ++h) {
         load_row(row<T>(args.in, b, h, t), buffer, args.head_dim);
-        rotate_row(args.rotary, table, A(1), buffer);
+        rotate_row(args.rotary, table, rotation, buffer);
         store_row(buffer, row<T>(args.out, b, h, t), args.head_dim);
       }
     }

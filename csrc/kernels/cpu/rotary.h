@@ -9,22 +9,6 @@
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
-// base^(-2i/dim) in float64, padded to whole vectors. Kept per thread: a decode step would
-// otherwise spend its time in pow.
-inline const std::vector<double>& inverse_frequencies(const Rotary& rotary) {
-  thread_local Rotary known;
-  thread_local std::vector<double> table;
-  if (known.dim != rotary.dim || known.base != rotary.base) {
-    table.assign(padded<double>(rotary.dim / 2), 0.0);
-    for (int64_t i = 0; i < rotary.dim / 2; ++i) {
-      table[i] =
-          std::pow(rotary.base, -2.0 * static_cast<double>(i) / static_cast<double>(rotary.dim));
-    }
-    known = rotary;
-  }
-  return table;
-}
-
 template <typename A>
 struct RotaryTable {
   const A* cosine;
@@ -35,7 +19,9 @@ struct RotaryTable {
 template <typename A>
 inline RotaryTable<A> make_rotary_table(const Rotary& rotary, double position, A* memory) {
   const int64_t half = rotary.dim / 2;
-  turn(position, inverse_frequencies(rotary).data(), half, memory, memory + half);
+  cosines_and_sines(position, rotary.inv_freq, half, memory, memory + half);
+  if (rotary.attention_factor != 1.0)
+    scale_row(static_cast<A>(rotary.attention_factor), memory, rotary.dim);
   return {memory, memory + half};
 }
 
@@ -44,29 +30,43 @@ inline RotaryTable<A> make_rotary_table(const Rotary& rotary, double position, A
 template <typename A>
 inline RotaryTable<A> rotary_table(const Rotary& rotary, double position) {
   struct Entry {
-    Rotary rotary;
     double position = 0;
+    double attention_factor = 0;
+    std::vector<double> inv_freq;
     std::vector<A> memory;
   };
   thread_local std::array<Entry, 4> entries;
   thread_local size_t oldest = 0;
   const int64_t half = rotary.dim / 2;
   for (const Entry& e : entries) {
-    if (e.position == position && e.rotary.dim == rotary.dim && e.rotary.base == rotary.base &&
-        !e.memory.empty())
+    if (e.position == position && e.attention_factor == rotary.attention_factor &&
+        std::equal(e.inv_freq.begin(), e.inv_freq.end(), rotary.inv_freq, rotary.inv_freq + half))
       return {e.memory.data(), e.memory.data() + half};
   }
   Entry& e = entries[oldest];
   oldest = (oldest + 1) % entries.size();
-  e.rotary = rotary;
   e.position = position;
+  e.attention_factor = rotary.attention_factor;
+  e.inv_freq.assign(rotary.inv_freq, rotary.inv_freq + half);
   e.memory.resize(rotary.dim);
   return make_rotary_table(rotary, position, e.memory.data());
 }
 
-// Rotates one row in place; direction = -1 rotates back.
+// kTo: by the table's angles, times the attention factor. kTransposed: the transpose of that, which
+// gradients take. kBack: the inverse.
+enum class Rotation { kTo, kTransposed, kBack };
+
+// Rotates one row in place.
 template <typename A>
-inline void rotate_row(const Rotary& rotary, const RotaryTable<A>& table, A direction, A* row) {
+inline void rotate_row(const Rotary& rotary,
+                       const RotaryTable<A>& table,
+                       Rotation rotation,
+                       A* row) {
+  if (rotation == Rotation::kBack && rotary.attention_factor != 1.0) {
+    const double factor = rotary.attention_factor;
+    scale_row(static_cast<A>(1.0 / (factor * factor)), row, rotary.dim);
+  }
+  const A direction = rotation == Rotation::kTo ? A(1) : A(-1);
   const A* __restrict cosine = table.cosine;
   const A* __restrict sine = table.sine;
   const int64_t half = rotary.dim / 2;

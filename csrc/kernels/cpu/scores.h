@@ -3,7 +3,9 @@
 
 #include "kernels/cpu/blocks.h"
 #include "kernels/cpu/queries.h"
+#include "kernels/cpu/relative.h"
 #include "kernels/cpu/slots.h"
+#include "kernels/cpu/softcap.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
@@ -58,55 +60,67 @@ class Ring {
   const T* values_;
 };
 
+// The rows that attend together: all query heads of kv head `kv` for each of some tokens.
+struct QueryRows {
+  int64_t b = 0;
+  int64_t kv = 0;
+  int64_t q_per_kv = 1;
+  Range tokens;  // of the block
+  int64_t count() const { return tokens.size() * q_per_kv; }
+};
+
 // How far slot `number` of a region is from the query of token t.
 inline double distance(
     const MemoryView& m, Region region, int64_t b, int64_t kv, int64_t t, int64_t number) {
-  switch (region) {
-    case kSinks:
-      return static_cast<double>(m.clock.sink_query(t) - number);
-    case kCompressed: {
-      if (m.clock.token_distance && m.slot_positions != nullptr) {
-        const int64_t head = b * m.kv_heads + kv;
-        const int64_t index = head * m.compressed_capacity + number % m.compressed_capacity;
-        return static_cast<double>(t - m.slot_positions[index]);
-      }
-      return static_cast<double>(m.clock.group_query(t)) - m.clock.group_key(number);
+  if (region == kCompressed && m.clock.token_distance && m.slot_positions != nullptr) {
+    const int64_t head = b * m.kv_heads + kv;
+    const int64_t index = head * m.compressed_capacity + number % m.compressed_capacity;
+    return static_cast<double>(t - m.slot_positions[index]);
+  }
+  return static_cast<double>(query_clock(m.clock, region, t)) - key_clock(m.clock, region, number);
+}
+
+// Caps the scores of every row with the slots of a piece, as AttendArgs::logit_softcap says.
+template <typename A>
+inline void cap_scores(double softcap, int64_t rows, int64_t count, A* scores) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < count; j += kLanes<A>) {
+      A* score = scores + r * kBlock + j;
+      store(score, capped<A>(load(score), static_cast<A>(softcap)));
     }
-    default:
-      return static_cast<double>(t - number);
   }
 }
 
-// The rows that attend together: all query heads of kv head `kv` for each of some tokens.
-struct Rows {
-  int64_t b = 0;
-  int64_t kv = 0;
-  int64_t share = 1;
-  Range tokens;  // of the block
-  int64_t count() const { return tokens.size() * share; }
-};
-
-template <typename A>
+// Adds bias and mass of slots, and takes slopes times distances.
+template <typename T>
 inline void add_biases(const AttendArgs& args,
                        Region region,
-                       const Rows& rows,
-                       int64_t first,
-                       int64_t count,
-                       A* scores) {
+                       const QueryRows& rows,
+                       const Piece<T>& piece,
+                       Acc<T>* scores) {
+  using A = Acc<T>;
+  const MemoryView& m = args.memory;
   const auto* bias = static_cast<const A*>(region == kCompressed ? args.bias : nullptr);
   const auto* slopes = static_cast<const A*>(args.slopes);
-  if (bias == nullptr && slopes == nullptr) return;
+  const float* mass = nullptr;
+  if (region == kCompressed && m.slot_mass != nullptr) {
+    mass = m.slot_mass + (rows.b * m.kv_heads + rows.kv) * m.compressed_capacity + piece.index;
+  }
+  if (bias == nullptr && mass == nullptr && slopes == nullptr) return;
   for (int64_t r = 0; r < rows.count(); ++r) {
-    const int64_t head = rows.kv * rows.share + r % rows.share;
+    const int64_t head = rows.kv * rows.q_per_kv + r % rows.q_per_kv;
     A* score = scores + r * kBlock;
     if (bias != nullptr) {
-      for (int64_t j = 0; j < count; ++j) score[j] += bias[head];
+      for (int64_t j = 0; j < piece.count; ++j) score[j] += bias[head];
+    }
+    if (mass != nullptr) {
+      for (int64_t j = 0; j < piece.count; ++j) score[j] += static_cast<A>(mass[j]);
     }
     if (slopes == nullptr) continue;
-    const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.share;
-    for (int64_t j = 0; j < count; ++j) {
-      const double far = distance(args.memory, region, rows.b, rows.kv, t, first + j);
-      score[j] -= slopes[head] * static_cast<A>(far);
+    const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;
+    for (int64_t j = 0; j < piece.count; ++j) {
+      const double apart = distance(m, region, rows.b, rows.kv, t, piece.first + j);
+      score[j] -= slopes[head] * static_cast<A>(apart);
     }
   }
 }
@@ -128,12 +142,64 @@ inline void apply_scales([[maybe_unused]] const T* stored,
   }
 }
 
+// Adds the products of the relative queries with the sinusoids of a piece's distances.
+template <typename T>
+inline void add_relative(const AttendArgs& args,
+                         const RotatedQueries<Acc<T>>& queries,
+                         Region region,
+                         const QueryRows& rows,
+                         const Piece<T>& piece,
+                         Acc<T>* scores) {
+  using A = Acc<T>;
+  const Clock& clock = args.memory.clock;
+  const int64_t half = args.relative.dim / 2;
+  const int64_t width = row_width<A>(half);
+  const int64_t count = rows.count();
+  const int64_t middle = piece.count / 2;
+  thread_local std::vector<A> room;  // kept from step to step
+  const size_t size = 2 * count * (width + kBlock);
+  if (room.size() < size) room.resize(size);
+  A* odd_rows = room.data();
+  A* even_rows = odd_rows + count * width;
+  A* odd = even_rows + count * width;
+  A* even = odd + count * kBlock;
+  const A* query = queries.relative_rows(region, rows.b, rows.kv, rows.tokens.begin);
+  const double key = key_clock(clock, region, piece.first + middle);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;
+    const double apart = static_cast<double>(query_clock(clock, region, t)) - key;
+    split_relative(query + r * 2 * half,
+                   distance_table<A>(2 * half, apart),
+                   half,
+                   odd_rows + r * width,
+                   even_rows + r * width);
+    std::fill(odd_rows + r * width + half, odd_rows + (r + 1) * width, A(0));
+    std::fill(even_rows + r * width + half, even_rows + (r + 1) * width, A(0));
+  }
+  const PlaceTable<A>& places = place_table<A>(2 * half, key_step(clock, region));
+  by_rows(count, [&](auto number, int64_t r) {
+    constexpr int R = decltype(number)::value;
+    const int64_t row = r * width;
+    const int64_t to = r * kBlock;
+    score_rows<R>(odd_rows + row, places.sines(), middle + 1, half, half, odd + to);
+    score_rows<R>(even_rows + row, places.cosines(), middle + 1, half, half, even + to);
+  });
+  for (int64_t r = 0; r < count; ++r) {
+    A* score = scores + r * kBlock + middle;
+    const A* s = odd + r * kBlock;
+    const A* c = even + r * kBlock;
+    score[0] += c[0];
+    for (int64_t p = 1; p <= middle; ++p) score[-p] += c[p] + s[p];
+    for (int64_t p = 1; p < piece.count - middle; ++p) score[p] += c[p] - s[p];
+  }
+}
+
 // scores[r * kBlock + j] of every row with slot j of a piece.
 template <typename T>
 inline void score_piece(const AttendArgs& args,
                         const RotatedQueries<Acc<T>>& queries,
                         Region region,
-                        const Rows& rows,
+                        const QueryRows& rows,
                         const Piece<T>& piece,
                         Acc<T>* scores) {
   const int64_t width = args.memory.head_dim;
@@ -148,7 +214,9 @@ inline void score_piece(const AttendArgs& args,
                   scores + r * kBlock);
   });
   apply_scales(piece.keys, piece.key_stride, width, piece.count, rows.count(), scores);
-  add_biases(args, region, rows, piece.first, piece.count, scores);
+  if (args.relative.dim > 0) add_relative(args, queries, region, rows, piece, scores);
+  if (args.logit_softcap > 0) cap_scores(args.logit_softcap, rows.count(), piece.count, scores);
+  add_biases(args, region, rows, piece, scores);
 }
 
 }  // namespace ctx::cpu::CTX_CPU_CAPABILITY

@@ -13,7 +13,7 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 template <typename A>
 struct Softmax {
   int64_t rows = 0;
-  int64_t share = 1;     // rows that are one token's
+  int64_t q_per_kv = 1;  // rows that are one token's
   int64_t width = 0;     // of a row of sums: row_width
   A* sums = nullptr;     // [rows, width] weighted values
   A* largest = nullptr;  // [rows] largest score so far
@@ -23,9 +23,9 @@ struct Softmax {
     return rows * (row_width<A>(value_dim) + 1 + kRegions);
   }
 
-  Softmax(A* memory, int64_t row_count, int64_t share_of_token, int64_t value_dim)
+  Softmax(A* memory, int64_t row_count, int64_t rows_of_token, int64_t value_dim)
       : rows(row_count),
-        share(share_of_token),
+        q_per_kv(rows_of_token),
         width(row_width<A>(value_dim)),
         sums(memory),
         largest(memory + rows * width),
@@ -71,10 +71,10 @@ struct Softmax {
     totals[r * kRegions + region] += sum_lanes<A>(total);
   }
 
-  // Adds row r's final weights of `count` scores to `usage`, as the row's share of a mean over the
+  // Adds row r's final weights of `count` scores to `usage`, as the row's part of a mean over the
   // rows of its token.
-  void add_shares(int64_t r, const A* scores, int64_t count, A* usage) const {
-    const A factor = A(1) / (total(r) * static_cast<A>(share));
+  void add_weights(int64_t r, const A* scores, int64_t count, A* usage) const {
+    const A factor = A(1) / (total(r) * static_cast<A>(q_per_kv));
     for (int64_t j = 0; j < count; ++j)
       usage[j] += exponential_of(scores[j] - finite(largest[r])) * factor;
   }

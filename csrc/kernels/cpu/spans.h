@@ -8,52 +8,13 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/lanes.h"
+#include "kernels/cpu/relative_block.h"
 #include "kernels/cpu/rotary.h"
-#include "kernels/cpu/slots.h"
+#include "kernels/cpu/softcap.h"
+#include "kernels/cpu/span_rows.h"
+#include "kernels/cpu/visible_keys.h"
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
-
-constexpr int64_t kBlockLanes = 64;  // queries of a block, where so many belong together
-constexpr int64_t kBlockKeys = 120;  // scores of both fit the first-level cache
-
-// out [columns, rows] = in [rows, columns]
-template <typename A>
-inline void transpose(
-    const A* in, int64_t in_stride, int64_t rows, int64_t columns, A* out, int64_t out_stride) {
-  constexpr int64_t kSide = 8;  // lines of both that are touched at once
-  for (int64_t r = 0; r < rows; r += kSide) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const int64_t count = std::min(kSide, rows - r);
-      for (int64_t i = 0; i < count; ++i) out[c * out_stride + r + i] = in[(r + i) * in_stride + c];
-    }
-  }
-}
-
-// Keys of a span that lie together: rows from `row` on of the past's ring, or of the call's tensors.
-struct KeyBlock {
-  Range keys;  // of the span
-  bool past = false;
-  int64_t row = 0;
-  int64_t size() const { return keys.size(); }
-};
-
-// Their rows in the arithmetic's type: where they lie, or widened copies.
-template <typename A>
-struct SpanRows {
-  const A* data;
-  int64_t stride;
-};
-template <typename S, typename A>
-inline SpanRows<A> widened(const S* rows, int64_t stride, int64_t count, int64_t width, A* buffer) {
-  if constexpr (std::is_same_v<S, A>) {
-    return {rows, stride};
-  } else {
-    for (int64_t j = 0; j < count; ++j) load_slot(rows + j * stride, buffer + j * width, width);
-    return {buffer, width};
-  }
-}
 
 // The query heads of a kv head at some neighbouring tokens of a row: head r at token i is lane
 // r * tokens() + i. Lanes past used() are there to fill vectors; what they hold is never read.
@@ -61,14 +22,17 @@ template <typename T>
 class QueryBlock {
  public:
   using A = Acc<T>;
-  using Integer = LaneInteger<A>;
+  using Integer = typename VisibleKeys<A>::Integer;
 
-  explicit QueryBlock(const SpansArgs& args)
+  // `derivatives`: score() also keeps those of capped scores.
+  explicit QueryBlock(const SpansArgs& args, bool derivatives = false)
       : args_(args),
-        share_(args.heads / args.kv_heads),
+        q_per_kv_(args.heads / args.kv_heads),
         most_tokens_(tokens_per_block(args)),
-        most_lanes_(round_up(share_ * most_tokens_, kLanes<A>)),
-        width_(round_up(args.head_dim, kSpanWidthStep)) {
+        most_lanes_(round_up(q_per_kv_ * most_tokens_, kLanes<A>)),
+        width_(round_up(args.head_dim, kSpanWidthStep)),
+        visible_(most_lanes_),
+        relative_(args, most_tokens_, most_lanes_) {
     scores_ = scratch_.take(kBlockKeys * most_lanes_);
     rows_ = scratch_.take(most_lanes_ * width_);
     columns_ = scratch_.take(args.head_dim * most_lanes_);
@@ -76,19 +40,20 @@ class QueryBlock {
     slope_ = scratch_.take(most_lanes_);
     distance_ = scratch_.take(most_lanes_);
     table_ = scratch_.take(most_tokens_ * std::max<int64_t>(1, args.rotary.dim));
-    numbers_.resize(kRegions * 2 * most_lanes_);
+    if (derivatives && args.logit_softcap > 0)
+      slopes_of_cap_ = scratch_.take(kBlockKeys * most_lanes_);
     states_.resize(most_lanes_);
   }
 
   static int64_t tokens_per_block(const SpansArgs& args) {
-    const int64_t share = args.heads / args.kv_heads;
-    return std::clamp<int64_t>(kBlockLanes / share, 1, std::max<int64_t>(1, args.tokens));
+    const int64_t q_per_kv = args.heads / args.kv_heads;
+    return std::clamp<int64_t>(kBlockLanes / q_per_kv, 1, std::max<int64_t>(1, args.tokens));
   }
 
   // Tokens first ... of row b, as many as a block has.
   void place(int64_t b, int64_t kv, int64_t first) {
     b_ = b, kv_ = kv, first_ = first;
-    turned_ = false;
+    rotated_ = false;
     tokens_ = std::min(most_tokens_, args_.tokens - first);
     lanes_ = round_up(used(), kLanes<A>);
     std::fill(states_.begin(), states_.end(), Lane::kWhole);
@@ -100,7 +65,7 @@ class QueryBlock {
   // nothing, either.
   enum class Lane : uint8_t { kWhole, kBlank, kAbsent };
 
-  // For all used lanes, after place() and before turn_to().
+  // For all used lanes, after place() and before rotate_to().
   template <typename F>
   void set_lanes(const F& state) {
     bool absent = false;
@@ -108,24 +73,17 @@ class QueryBlock {
       states_[lane] = state(lane);
       absent = absent || states_[lane] == Lane::kAbsent;
     }
-    if (!absent) return;
-    for (int64_t span = 0; span < kRegions; ++span) {
-      seen_by_some_[span] = {}, seen_by_all_[span] = {0, args_.spans[span].size};
-      for (int64_t lane = 0; lane < used(); ++lane) {
-        if (states_[lane] == Lane::kAbsent) begins(span)[lane] = ends(span)[lane] = 0;
-        count_seen(span, {begins(span)[lane], ends(span)[lane]});
-      }
-    }
+    for (int64_t span = 0; absent && span < kRegions; ++span) find_visible(span);
   }
 
   int64_t b() const { return b_; }
   int64_t kv() const { return kv_; }
   int64_t tokens() const { return tokens_; }
-  int64_t used() const { return share_ * tokens_; }
+  int64_t used() const { return q_per_kv_ * tokens_; }
   int64_t lanes() const { return lanes_; }
   int64_t most_lanes() const { return most_lanes_; }
   int64_t width() const { return width_; }
-  int64_t head(int64_t lane) const { return kv_ * share_ + lane / tokens_; }
+  int64_t head(int64_t lane) const { return kv_ * q_per_kv_ + lane / tokens_; }
   int64_t token(int64_t lane) const { return first_ + lane % tokens_; }
   int64_t index(int64_t lane) const {  // in [B, H, T]
     return (b_ * args_.heads + head(lane)) * args_.tokens + token(lane);
@@ -135,7 +93,7 @@ class QueryBlock {
   template <typename F>
   void for_each_key_block(int64_t span, const F& run) {
     const PastSpan& past = args_.spans[span].past;
-    const Range seen = seen_by_some_[span];
+    const Range seen = visible_.by_some(span);
     for (int64_t begin = seen.begin; begin < seen.end;) {
       KeyBlock all{{begin, seen.end}, begin < past.size, begin - past.size};
       if (all.past) {
@@ -149,22 +107,23 @@ class QueryBlock {
       begin = all.keys.end;
     }
   }
-  bool sees(int64_t span) const { return seen_by_some_[span].size() > 0; }
+  bool sees(int64_t span) const { return visible_.by_some(span).size() > 0; }
 
-  // Whether the query in a lane sees a key of the span that turn_to() chose.
+  // Whether the query in a lane sees a key of the span that rotate_to() chose.
   bool sees(int64_t lane, int64_t key) const {
-    const Integer* begin = numbers_.data() + span_ * 2 * most_lanes_ + lane;
-    return key >= begin[0] && key < begin[most_lanes_];
+    const Range seen = visible_.of(span_, lane);
+    return key >= seen.begin && key < seen.end;
   }
 
   // Rotates the queries to the clock of a span, and scales them: rows [used, width], and columns
   // [D, lanes].
-  void turn_to(int64_t span) {
+  void rotate_to(int64_t span) {
     span_ = span;
     make_offsets(span);
+    if (args_.relative.dim > 0) rotate_relative(span);
     const bool same = args_.rotary.dim == 0 || args_.clock.token_distance;
-    if (turned_ && same) return;  // as for the span before
-    turned_ = true;
+    if (rotated_ && same) return;  // as for the span before
+    rotated_ = true;
     make_table(span);
     for (int64_t lane = 0; lane < used(); ++lane) {
       A* query = rows_ + lane * width_;
@@ -173,37 +132,35 @@ class QueryBlock {
         continue;
       }
       load_row(row<T>(args_.queries, b_, head(lane), token(lane)), query, args_.head_dim);
-      turn(lane, A(1), query);
+      rotate(lane, Rotation::kTo, query);
       scale_row(static_cast<A>(args_.scale), query, args_.head_dim);
     }
     transpose(rows_, width_, used(), args_.head_dim, columns_, lanes_);
   }
 
-  // Rotates a row of the width D by the clock that turn_to() chose; direction -1 takes it back.
-  void turn(int64_t lane, A direction, A* query) const {
+  // Rotates a row of the width D to the clock that rotate_to() chose.
+  void rotate(int64_t lane, Rotation rotation, A* query) const {
     const int64_t half = args_.rotary.dim / 2;
     const A* cosine = table_ + lane % tokens_ * args_.rotary.dim;
-    rotate_row(args_.rotary, RotaryTable<A>{cosine, cosine + half}, direction, query);
+    rotate_row(args_.rotary, RotaryTable<A>{cosine, cosine + half}, rotation, query);
   }
 
-  // Keys or values of a block of the span that turn_to() chose; `buffer` is room for them.
+  // Keys or values of a block of the span that rotate_to() chose; `buffer` is room for them.
   SpanRows<A> keys(const KeyBlock& block, A* buffer) const {
-    const Span& s = args_.spans[span_];
-    return rows_of(block, s.keys, s.past.keys, args_.head_dim, buffer);
+    return key_rows<T>(args_, span_, b_, kv_, block, buffer);
   }
   SpanRows<A> values(const KeyBlock& block, A* buffer) const {
-    const Span& s = args_.spans[span_];
-    return rows_of(block, s.values, s.past.values, args_.value_dim, buffer);
+    return value_rows<T>(args_, span_, b_, kv_, block, buffer);
   }
 
   const A* rows() const { return rows_; }
   // Added to every score of a lane; the caller adds it, to a sum that it makes anyhow.
   const A* shift() const { return shift_; }
 
-  // Scores of every lane against the given keys, `shift` apart. What a lane does not see has a
+  // Scores of every lane against the given keys, but for `shift`. What a lane does not see has a
   // score, too, be it NaN: the caller masks it, by hide() or by visible().
-  A* score(Range keys, SpanRows<A> rows) {
-    multiply<Left::kRows>(keys.size(),
+  A* score(const KeyBlock& block, SpanRows<A> rows) {
+    multiply<Left::kRows>(block.size(),
                           lanes_,
                           args_.head_dim,
                           rows.data,
@@ -213,30 +170,35 @@ class QueryBlock {
                           scores_,
                           lanes_,
                           false);
-    if (args_.slopes != nullptr) take_distances(keys);
+    if (args_.relative.dim > 0) relative_.add_scores(block.keys, lanes_, scores_);
+    if (args_.logit_softcap > 0) cap_scores(block.size());
+    if (has_mass()) add_mass(block);
+    if (args_.slopes != nullptr) take_distances(block.keys);
     return scores_;
   }
+  // d capped / d score of the keys last scored; null: scores are not capped.
+  const A* slopes_of_cap() const { return slopes_of_cap_; }
+  bool has_mass() const {
+    const Span& s = args_.spans[span_];
+    return s.mass != nullptr || s.past.mass != nullptr;
+  }
+
+  // Gradients of the relative queries; RelativeBlock says how.
+  RelativeBlock<T>& relative() { return relative_; }
 
   // Whether some query does not see some of these keys.
   bool hides(Range keys) const {
-    return keys.begin < seen_by_all_[span_].begin || keys.end > seen_by_all_[span_].end;
+    return keys.begin < visible_.by_all(span_).begin || keys.end > visible_.by_all(span_).end;
   }
 
-  // The lanes of the vector at `v` that see a key of the span that turn_to() chose: all bits set.
-  struct Seers {
-    typename VectorOf<Integer>::type begin, end;
-    auto of(Integer key) const { return (key >= begin) & (key < end); }
-  };
-  Seers seers(int64_t v) const {
-    const Integer* begin = numbers_.data() + span_ * 2 * most_lanes_ + v;
-    return {load_integers<A>(begin), load_integers<A>(begin + most_lanes_)};
-  }
+  // The lanes of the vector at `v` that see a key of the span that rotate_to() chose: all bits set.
+  auto seers(int64_t v) const { return visible_.seers(span_, v); }
 
   // Scores of what a lane does not see become minus infinity.
   void hide(Range keys) {
     const auto nothing = broadcast(-std::numeric_limits<A>::infinity());
     for (int64_t v = 0; v < lanes_; v += kLanes<A>) {
-      const Seers see = seers(v);
+      const auto see = seers(v);
       for (int64_t j = 0; j < keys.size(); ++j) {
         A* scores = scores_ + j * lanes_ + v;
         store(scores, see.of(static_cast<Integer>(keys.begin + j)) ? load(scores) : nothing);
@@ -245,32 +207,56 @@ class QueryBlock {
   }
 
  private:
-  SpanRows<A> rows_of(
-      const KeyBlock& block, const Strided& x, void* ring, int64_t width, A* buffer) const {
-    if (!block.past)
-      return widened(row<T>(x, b_, kv_, block.row), x.token, block.size(), width, buffer);
-    SpanRows<A> found{};
-    const PastSpan& past = args_.spans[span_].past;
-    dispatch_slots<T>(past.storage, [&](auto type) {
-      using S = decltype(type);
-      const int64_t stride = stored_width<S>(width);
-      const S* rows = ring_row<S>(ring, args_.kv_heads, past.capacity, stride, b_, kv_, block.row);
-      found = widened(rows, stride, block.size(), width, buffer);
-    });
-    return found;
+  void cap_scores(int64_t count) {
+    const A softcap = static_cast<A>(args_.logit_softcap);
+    for (int64_t i = 0; i < count * lanes_; i += kLanes<A>) {
+      const auto score = capped<A>(load(scores_ + i), softcap);
+      store(scores_ + i, score);
+      if (slopes_of_cap_ == nullptr) continue;
+      const auto part = score * (A(1) / softcap);
+      store(slopes_of_cap_ + i, A(1) - part * part);
+    }
   }
 
-  Integer* begins(int64_t span) { return numbers_.data() + span * 2 * most_lanes_; }
-  Integer* ends(int64_t span) { return begins(span) + most_lanes_; }
+  void add_mass(const KeyBlock& block) {
+    const Span& s = args_.spans[span_];
+    const int64_t head = b_ * args_.kv_heads + kv_;
+    const auto add = [&](const auto* mass) {
+      if (mass == nullptr) return;
+      for (int64_t j = 0; j < block.size(); ++j) {
+        const auto m = broadcast(static_cast<A>(mass[j]));
+        A* scores = scores_ + j * lanes_;
+        for (int64_t v = 0; v < lanes_; v += kLanes<A>) store(scores + v, load(scores + v) + m);
+      }
+    };
+    if (block.past) {
+      add(s.past.mass == nullptr ? nullptr : s.past.mass + head * s.past.capacity + block.row);
+    } else {
+      const auto* mass = static_cast<const A*>(s.mass);
+      add(mass == nullptr ? nullptr : mass + head * (s.size - s.past.size) + block.row);
+    }
+  }
+
+  void rotate_relative(int64_t span) {
+    relative_.rotate_to(
+        span,
+        b_,
+        kv_,
+        first_,
+        tokens_,
+        lanes_,
+        [&](int64_t lane) { return states_[lane] == Lane::kWhole; },
+        [&](int64_t i) { return key_distance(span, i); });
+  }
+
   int64_t position(int64_t i) const { return args_.position[b_ * args_.tokens + first_ + i]; }
   int64_t first_number(int64_t span, int64_t i) const {
     return args_.spans[span].first[b_ * args_.tokens + first_ + i];
   }
 
-  // Which keys each lane sees, and the block as a whole.
   void find_visible(int64_t span) {
     const int64_t size = args_.spans[span].size;
-    seen_by_some_[span] = {}, seen_by_all_[span] = {0, size};
+    visible_.clear(span, size);
     for (int64_t i = 0; i < tokens_; ++i) {
       Range keys;
       if (size > 0) {
@@ -280,32 +266,17 @@ class QueryBlock {
         keys.begin = std::clamp<int64_t>(numbers.begin - first, 0, size);
         keys.end = std::clamp<int64_t>(numbers.end - first, keys.begin, size);
       }
-      count_seen(span, keys);
-      for (int64_t r = 0; r < share_; ++r) {
-        begins(span)[r * tokens_ + i] = static_cast<Integer>(keys.begin);
-        ends(span)[r * tokens_ + i] = static_cast<Integer>(keys.end);
-      }
+      for (int64_t lane = i; lane < used(); lane += tokens_)
+        visible_.set(span, lane, states_[lane] == Lane::kAbsent ? Range{} : keys);
     }
-    for (int64_t lane = used(); lane < lanes_; ++lane) begins(span)[lane] = ends(span)[lane] = 0;
-  }
-
-  void count_seen(int64_t span, Range keys) {
-    Range& some = seen_by_some_[span];
-    Range& all = seen_by_all_[span];
-    if (keys.size() > 0) {
-      const bool none = some.size() == 0;
-      some.begin = none ? keys.begin : std::min(some.begin, keys.begin);
-      some.end = none ? keys.end : std::max(some.end, keys.end);
-    }
-    all.begin = std::max(all.begin, keys.begin);
-    all.end = std::min(all.end, keys.end);
   }
 
   double clock(int64_t span, int64_t t) const {
-    const int64_t turned = span == kSinks        ? args_.clock.sink_query(t)
-                           : span == kCompressed ? args_.clock.group_query(t)
-                                                 : t;
-    return static_cast<double>(turned);
+    return static_cast<double>(query_clock(args_.clock, span, t));
+  }
+  // From token i of the block to key 0 of the span.
+  double key_distance(int64_t span, int64_t i) const {
+    return clock(span, position(i)) - key_clock(args_.clock, span, first_number(span, i));
   }
 
   // Cosines and sines of all tokens, [tokens, 2, dim / 2].
@@ -327,19 +298,14 @@ class QueryBlock {
     for (int64_t lane = 0; lane < used(); ++lane) {
       if (span == kCompressed) shift_[lane] = per_head(args_.bias, lane);
       if (args_.slopes == nullptr) continue;
-      const int64_t i = lane % tokens_;
-      const int64_t first = first_number(span, i);
-      const double key =
-          span == kCompressed ? args_.clock.group_key(first) : static_cast<double>(first);
       slope_[lane] = per_head(args_.slopes, lane);
-      distance_[lane] = static_cast<A>(clock(span, position(i)) - key);
+      distance_[lane] = static_cast<A>(key_distance(span, lane % tokens_));
     }
   }
 
   // ALiBi: a key is `step` nearer than the one before it.
   void take_distances(Range keys) {
-    const bool tokens = span_ == kCompressed && args_.clock.token_distance;
-    const A step = static_cast<A>(tokens ? args_.clock.schedule.ratio : 1);
+    const A step = static_cast<A>(key_step(args_.clock, span_));
     for (int64_t j = 0; j < keys.size(); ++j) {
       A* scores = scores_ + j * lanes_;
       const A nearer = step * static_cast<A>(keys.begin + j);
@@ -350,7 +316,7 @@ class QueryBlock {
   }
 
   const SpansArgs& args_;
-  int64_t share_;  // query heads of a kv head
+  int64_t q_per_kv_;  // query heads of a kv head
   int64_t most_tokens_;
   int64_t most_lanes_;
   int64_t width_;
@@ -360,18 +326,18 @@ class QueryBlock {
   int64_t tokens_ = 0;
   int64_t lanes_ = 0;
   int64_t span_ = 0;
-  bool turned_ = false;
-  Range seen_by_some_[kRegions];
-  Range seen_by_all_[kRegions];
+  bool rotated_ = false;
   Scratch<A> scratch_;
+  VisibleKeys<A> visible_;
+  RelativeBlock<T> relative_;
   A* scores_;
+  A* slopes_of_cap_ = nullptr;
   A* rows_;
   A* columns_;
   A* shift_;
   A* slope_;
   A* distance_;
   A* table_;
-  std::vector<Integer> numbers_;
   std::vector<Lane> states_;
 };
 

@@ -7,6 +7,7 @@
 // outputs have no gradient takes part in nothing.
 #include <ATen/Parallel.h>
 
+#include "kernels/cpu/span_sums.h"
 #include "kernels/cpu/spans.h"
 #include "kernels/cpu/table.h"
 
@@ -16,21 +17,13 @@ namespace {
 constexpr int64_t kPartTokens = 256;  // sums of a part cost as much as some ten queries
 constexpr int64_t kMostParts = 16;
 
-// Sums of the gradients of one kv head's keys, values and biases.
-template <typename A>
-struct HeadSums {
-  A* keys[kRegions];    // [keys, key_width]
-  A* values[kRegions];  // [keys, value_width]
-  A* bias = nullptr;    // [query heads of the kv head]; null: none
-};
-
 template <typename T>
 class SpansBackward {
  public:
   using A = Acc<T>;
 
   explicit SpansBackward(const SpansBackwardArgs& args)
-      : args_(args), forward_(args.forward), block_(args.forward) {
+      : args_(args), forward_(args.forward), block_(args.forward, /*derivatives=*/true) {
     const int64_t lanes = block_.most_lanes();
     grads_ = scratch_.take(kBlockKeys * lanes);
     out_rows_ = scratch_.take(lanes * args.value_width);
@@ -44,6 +37,8 @@ class SpansBackward {
     wide_keys_ = scratch_.take(kBlockKeys * forward_.head_dim);
     wide_values_ = scratch_.take(kBlockKeys * forward_.value_dim);
     out_ = scratch_.take(forward_.value_dim);
+    mass_ = scratch_.take(kBlockKeys * kLanes<A>);
+    for (A*& sums : relative_sums_) sums = scratch_.take(lanes * forward_.relative.dim);
   }
 
   // Adds a block of queries to the sums of its kv head.
@@ -53,10 +48,14 @@ class SpansBackward {
     load_block();
     for (int64_t span = 0; span < kRegions; ++span) {
       if (!block_.sees(span)) continue;
-      block_.turn_to(span);
+      block_.rotate_to(span);
       std::fill_n(query_columns_, forward_.head_dim * block_.lanes(), A(0));
+      const bool relative = forward_.relative.dim > 0;
+      if (relative) block_.relative().clear_grads(block_.lanes());
       block_.for_each_key_block(span, [&](const KeyBlock& keys) { attend(span, keys); });
       add_query_grads();
+      if (relative)
+        block_.relative().finish_grads(block_.lanes(), relative_sums_[span == kCompressed]);
     }
     store_block();
   }
@@ -70,6 +69,7 @@ class SpansBackward {
     std::fill_n(base_, lanes, A(0));
     std::fill_n(bias_, lanes, A(0));
     std::fill_n(query_sums_, block_.used() * forward_.head_dim, A(0));
+    for (A* sums : relative_sums_) std::fill_n(sums, block_.used() * forward_.relative.dim, A(0));
     // exp(score - infinity) = 0: no weight where a query sees nothing, or where a lane is none.
     std::fill_n(logsumexp_, lanes, std::numeric_limits<A>::infinity());
     block_.set_lanes([&](int64_t lane) { return load_lane(lane); });
@@ -110,7 +110,7 @@ class SpansBackward {
     const int64_t value_width = args_.value_width;
     auto k = block_.keys(keys, wide_keys_);
     const auto v = block_.values(keys, wide_values_);
-    A* weights = block_.score(keys.keys, k);
+    A* weights = block_.score(keys, k);
     multiply<Left::kRows>(count,
                           lanes,
                           forward_.value_dim,
@@ -121,7 +121,8 @@ class SpansBackward {
                           grads_,
                           lanes,
                           false);
-    make_grads(span, keys.keys, weights);
+    A* const mass = keys.past ? nullptr : sums_.mass[span];
+    make_grads(span, keys.keys, weights, mass == nullptr ? nullptr : mass + keys.row);
     if (!keys.past) {  // which is constant
       multiply<Left::kRows>(count,
                             value_width,
@@ -144,6 +145,7 @@ class SpansBackward {
                             key_width,
                             true);
     }
+    if (forward_.relative.dim > 0) block_.relative().add_grads(keys.keys, lanes, grads_);
     if (block_.hides(keys.keys)) k = finite_rows(k, count);
     multiply<Left::kColumns>(forward_.head_dim,
                              lanes,
@@ -173,9 +175,13 @@ class SpansBackward {
   }
 
   // Scores to weights, and the weights' gradients to the scores'; zero where a lane sees nothing.
-  void make_grads(int64_t span, Range keys, A* scores) {
+  // Those of the keys' mass are added to `mass`, if that is asked for.
+  void make_grads(int64_t span, Range keys, A* scores, A* mass) {
     const int64_t lanes = block_.lanes();
-    const bool hides = block_.hides(keys);
+    // Lanes past used() hold anything: sums over lanes need the selection.
+    const bool selects = mass != nullptr || block_.hides(keys);
+    const A* const slopes = block_.slopes_of_cap();
+    if (mass != nullptr) std::fill_n(mass_, keys.size() * kLanes<A>, A(0));
     const auto zero = broadcast(A(0));
     for (int64_t v = 0; v < lanes; v += kLanes<A>) {
       const auto subtract = load(logsumexp_ + v) - load(block_.shift() + v);
@@ -187,17 +193,30 @@ class SpansBackward {
         A* grads = grads_ + j * lanes + v;
         auto weight = exponential(load(place) - subtract);
         auto grad = (load(grads) - base) * weight;
-        if (hides) {
+        if (selects) {
           const auto seen = see.of(static_cast<typename QueryBlock<T>::Integer>(keys.begin + j));
           weight = seen ? weight : zero;
           grad = seen ? grad : zero;
         }
         store(place, weight);
-        store(grads, grad);
         sum += grad;
+        if (mass != nullptr) {
+          A* part = mass_ + j * kLanes<A>;
+          store(part, load(part) + grad);
+        }
+        if (slopes != nullptr) grad = capped_grad(grad, slopes + j * lanes + v);
+        store(grads, grad);
       }
       if (span == kCompressed) store(bias_ + v, load(bias_ + v) + sum);
     }
+    if (mass == nullptr) return;
+    for (int64_t j = 0; j < keys.size(); ++j) mass[j] += sum_lanes<A>(load(mass_ + j * kLanes<A>));
+  }
+
+  // Zero stays zero where a pair that is not seen has a score that is not finite.
+  static Vec<A> capped_grad(Vec<A> grad, const A* slope) {
+    const auto zero = broadcast(A(0));
+    return grad == zero ? zero : grad * load(slope);
   }
 
   // Turns the gradients of a span's rotated queries back, and adds them up.
@@ -206,7 +225,7 @@ class SpansBackward {
     transpose(query_columns_, block_.lanes(), dim, block_.used(), query_rows_, dim);
     for (int64_t lane = 0; lane < block_.used(); ++lane) {
       A* grad = query_rows_ + lane * dim;
-      block_.turn(lane, A(-1), grad);
+      block_.rotate(lane, Rotation::kTransposed, grad);
       axpy(static_cast<A>(forward_.scale), grad, query_sums_ + lane * dim, dim);
     }
   }
@@ -219,6 +238,16 @@ class SpansBackward {
                 forward_.head_dim);
       if (sums_.bias != nullptr) sums_.bias[head - block_.head(0)] += bias_[lane];
     }
+    const int64_t dim = forward_.relative.dim;
+    if (dim == 0) return;
+    const Strided* const grads[] = {&args_.grad_relative, &args_.grad_compressed_relative};
+    for (int64_t lane = 0; lane < block_.used(); ++lane) {
+      for (int which = 0; which < 2; ++which) {
+        if (grads[which]->data == nullptr) continue;
+        T* to = row<T>(*grads[which], block_.b(), block_.head(lane), block_.token(lane));
+        store_row(relative_sums_[which] + lane * dim, to, dim);
+      }
+    }
   }
 
   const SpansBackwardArgs& args_;
@@ -226,84 +255,21 @@ class SpansBackward {
   QueryBlock<T> block_;
   HeadSums<A> sums_;
   Scratch<A> scratch_;
-  A* grads_;          // [keys, lanes]: of the weights, then of the scores
-  A* out_rows_;       // [lanes, value_width]: of the outputs
-  A* out_columns_;    // [Dv, lanes]
-  A* query_columns_;  // [D, lanes]: of the rotated queries of a span
-  A* query_rows_;     // [lanes, D]
-  A* query_sums_;     // [lanes, D]: of the queries
-  A* base_;           // [lanes]
-  A* logsumexp_;      // [lanes]
-  A* bias_;           // [lanes]
-  A* wide_keys_;      // a block's, where storage is narrower
+  A* grads_;             // [keys, lanes]: of the weights, then of the scores
+  A* out_rows_;          // [lanes, value_width]: of the outputs
+  A* out_columns_;       // [Dv, lanes]
+  A* query_columns_;     // [D, lanes]: of the rotated queries of a span
+  A* query_rows_;        // [lanes, D]
+  A* query_sums_;        // [lanes, D]: of the queries
+  A* base_;              // [lanes]
+  A* logsumexp_;         // [lanes]
+  A* bias_;              // [lanes]
+  A* mass_;              // [keys, kLanes]: of the keys' mass
+  A* relative_sums_[2];  // [lanes, relative.dim]: of the relative queries, and of those for slots
+  A* wide_keys_;         // a block's, where storage is narrower
   A* wide_values_;
   A* out_;  // [Dv]
 };
-
-// The sums of some kv heads, apart from those of the call: room for one part of the queries.
-template <typename A>
-class PartSums {
- public:
-  PartSums(const SpansBackwardArgs& args, int64_t heads) {
-    const SpansArgs& f = args.forward;
-    for (const Span& span : f.spans) size_ += (span.size - span.past.size) * row_width(args);
-    size_ += f.heads / f.kv_heads;
-    numbers_ = scratch_.take(size_ * heads);
-  }
-
-  HeadSums<A> clear(const SpansBackwardArgs& args, int64_t head) {
-    std::fill_n(numbers_ + head * size_, size_, A(0));
-    return at(args, head);
-  }
-
-  HeadSums<A> at(const SpansBackwardArgs& args, int64_t head) const {
-    HeadSums<A> sums;
-    A* next = numbers_ + head * size_;
-    const auto take = [&](int64_t count) { return next += count, next - count; };
-    for (int i = 0; i < kRegions; ++i) {
-      const int64_t keys = args.forward.spans[i].size - args.forward.spans[i].past.size;
-      sums.keys[i] = take(keys * args.key_width), sums.values[i] = take(keys * args.value_width);
-    }
-    if (args.grad_bias != nullptr) sums.bias = next;
-    return sums;
-  }
-
- private:
-  static int64_t row_width(const SpansBackwardArgs& args) {
-    return args.key_width + args.value_width;
-  }
-
-  int64_t size_ = 0;  // numbers of one head
-  Scratch<A> scratch_;
-  A* numbers_;
-};
-
-// Where the sums of a kv head lie in those of the call.
-template <typename A>
-HeadSums<A> sums_of(const SpansBackwardArgs& args, int64_t head) {
-  HeadSums<A> sums;
-  for (int i = 0; i < kRegions; ++i) {
-    const int64_t first = head * (args.forward.spans[i].size - args.forward.spans[i].past.size);
-    sums.keys[i] = static_cast<A*>(args.grad_keys[i]) + first * args.key_width;
-    sums.values[i] = static_cast<A*>(args.grad_values[i]) + first * args.value_width;
-  }
-  if (args.grad_bias != nullptr) {
-    const int64_t q_per_kv = args.forward.heads / args.forward.kv_heads;
-    sums.bias = static_cast<A*>(args.grad_bias) + head * q_per_kv;
-  }
-  return sums;
-}
-
-template <typename A>
-void add_sums(const SpansBackwardArgs& args, const HeadSums<A>& part, const HeadSums<A>& to) {
-  for (int i = 0; i < kRegions; ++i) {
-    const int64_t keys = args.forward.spans[i].size - args.forward.spans[i].past.size;
-    axpy(A(1), part.keys[i], to.keys[i], keys * args.key_width);
-    axpy(A(1), part.values[i], to.values[i], keys * args.value_width);
-  }
-  if (to.bias != nullptr)
-    axpy(A(1), part.bias, to.bias, args.forward.heads / args.forward.kv_heads);
-}
 
 // The queries of a kv head are cut into parts by the length of the call alone. Each part is summed
 // by itself and the parts are added in order, so a sum does not depend on who makes it: a thread

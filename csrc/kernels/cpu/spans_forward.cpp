@@ -32,7 +32,7 @@ class SpansForward {
     std::fill_n(totals_, kRegions * lanes, A(0));
     for (int64_t span = 0; span < kRegions; ++span) {
       if (!block_.sees(span)) continue;
-      block_.turn_to(span);
+      block_.rotate_to(span);
       block_.for_each_key_block(span, [&](const KeyBlock& keys) { attend(span, keys); });
     }
     store_block();
@@ -40,7 +40,7 @@ class SpansForward {
 
  private:
   void attend(int64_t span, const KeyBlock& keys) {
-    A* weights = block_.score(keys.keys, block_.keys(keys, wide_));
+    A* weights = block_.score(keys, block_.keys(keys, wide_));
     if (block_.hides(keys.keys)) block_.hide(keys.keys);
     if (weigh(span, keys.size(), weights)) shrink_sums();
     SpanRows<A> values = block_.values(keys, wide_);
@@ -133,9 +133,9 @@ class SpansForward {
     for (int64_t lane = 0; lane < block_.used(); ++lane) {
       const A* totals = totals_ + lane;
       const A total = totals[0] + totals[lanes] + totals[2 * lanes];
-      const A share = total == A(0) ? A(0) : A(1) / total;  // zero: this query sees nothing
+      const A inverse = total == A(0) ? A(0) : A(1) / total;  // zero: this query sees nothing
       A* out = out_ + lane * args_.value_dim;
-      scale_row(share, out, args_.value_dim);
+      scale_row(inverse, out, args_.value_dim);
       store_row(out,
                 row<T>(args_.out, block_.b(), block_.head(lane), block_.token(lane)),
                 args_.value_dim);
@@ -144,7 +144,7 @@ class SpansForward {
       if (args_.region_weights == nullptr) continue;
       for (int64_t span = 0; span < kRegions; ++span)
         static_cast<A*>(args_.region_weights)[index * kRegions + span] =
-            totals[span * lanes] * share;
+            totals[span * lanes] * inverse;
     }
   }
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
+from ctx.cli.options import add_options
+from ctx.compression import COMPRESSORS
+from ctx.recipes.ablation import measure_all
+from ctx.recipes.ablation_results import Results, table
+from ctx.recipes.ablation_settings import AblationSettings
+from ctx.recipes.data import load_corpus
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.limits import check_fits
+from ctx.recipes.trainer import Trainer
 
-from ctx.cli.ablation_results import Results, table
-from ctx.cli.ablation_settings import OPTIONS, AblationSettings, Variant
-from ctx.cli.data import Corpus, load_corpus
-from ctx.cli.errors import CliError
-from ctx.cli.evaluation import stream
-from ctx.cli.limits import check_fits
-from ctx.cli.trainer import Trainer
+__all__ = ["add_parser", "run"]
 
-__all__ = ["add_parser", "measure", "run"]
+# name in AblationSettings (the option is --name), type, meaning
+OPTIONS: list[tuple[str, Any, str]] = [
+    ("compressor", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
+    ("seeds", int, "models of each kind, of seeds 0, 1, ..."),
+    ("steps", int, "training steps of each model"),
+    ("batch", int, "streams side by side"),
+    ("length", int, "tokens per stream and step"),
+    ("compressed_bias_init", float, "where the learned bias of slots starts"),
+    ("held_out", int, "bytes at the end of the text kept for the evaluation"),
+]
 
 
 def add_parser(commands: Any) -> None:
@@ -40,19 +47,14 @@ def add_parser(commands: Any) -> None:
                         "continued (default: runs/ablation)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=2, metavar="N",
                         help="models side by side, one thread each (default: 2)")  # fmt: skip
-    for name, kind, text in OPTIONS:
-        default = getattr(AblationSettings, name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", dest=name, type=kind, default=default,
-            help=f"{text} (default: {default})", metavar={int: "N", float: "X", str: "NAMES"}[kind],
-        )  # fmt: skip
+    add_options(parser, OPTIONS, AblationSettings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains what is not yet measured, one JSON write for each; then prints the table."""
     settings = AblationSettings(**{name: getattr(args, name) for name, _, _ in OPTIONS})
     if not 1 <= args.jobs <= 256:
-        raise CliError(f"--jobs must be at least 1 and at most 256, got {args.jobs}")
+        raise RecipeError(f"--jobs must be at least 1 and at most 256, got {args.jobs}")
     plan = [(v, seed) for seed in range(settings.seeds) for v in settings.variants()]
     for variant, seed in plan:
         run_settings = settings.training(seed)
@@ -63,71 +65,13 @@ def run(args: argparse.Namespace) -> int:
     left = [(v, seed) for v, seed in plan if not results.has(v.compressor, v.trained_by, seed)]
     print(f"{args.folder}: {len(left)} of {len(plan)} models to train", flush=True)
     began = time.perf_counter()
-    if left:
-        _train(left, settings, args.files, results, args.jobs)
+    for number, one in enumerate(measure_all(left, settings, args.files, args.jobs), 1):
+        results.add(one)
+        print(
+            f"{number}/{len(left)} {one['compressor']}, {one['trained_by']}, seed {one['seed']}: "
+            f"{one['both']:.4f} bits/byte in {one['seconds']:.0f} s",
+            file=sys.stderr,
+        )
     print(table(results.runs))
     print(f"took {time.perf_counter() - began:.0f} s; written to {results.path}")
     return 0
-
-
-def _train(
-    left: Sequence[tuple[Variant, int]],
-    settings: AblationSettings,
-    files: Sequence[Path],
-    results: Results,
-    jobs: int,
-) -> None:
-    spawn = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    with ProcessPoolExecutor(jobs, spawn, _begin, (files, settings.held_out)) as pool:
-        waiting: dict[Future[dict[str, Any]], str] = {}
-        for variant, seed in left:
-            name = f"{variant.compressor}, {variant.trained_by}, seed {seed}"
-            waiting[pool.submit(_work, variant, settings, seed)] = name
-        try:
-            for number, done in enumerate(as_completed(waiting), 1):
-                measured = done.result()
-                results.add(measured)
-                print(
-                    f"{number}/{len(left)} {waiting[done]}: {measured['both']:.4f} bits/byte in "
-                    f"{measured['seconds']:.0f} s",
-                    file=sys.stderr,
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-_corpus: Corpus  # of a worker process
-
-
-def _begin(files: Sequence[Path], held_out: int) -> None:
-    global _corpus
-    torch.set_num_threads(1)
-    _corpus = load_corpus(files, held_out)
-
-
-def _work(variant: Variant, settings: AblationSettings, seed: int) -> dict[str, Any]:
-    return measure(variant, settings, seed, _corpus)
-
-
-def measure(
-    variant: Variant, settings: AblationSettings, seed: int, corpus: Corpus
-) -> dict[str, Any]:
-    """Trains one model and streams the held-out text through it, with CMem and without."""
-    began = time.perf_counter()
-    trainer = Trainer(variant.config, settings.training(seed), corpus)
-    for _ in range(settings.steps):
-        trainer.train_step()
-    model, text = trainer.model, corpus.held_out
-    both = stream("both memories", model, text, lambda count: None)
-    off = stream("CMem off", model.with_memory(compressed=0), text, lambda count: None)
-    return {
-        "compressor": variant.compressor,
-        "trained_by": variant.trained_by,
-        "seed": seed,
-        "both": both.bits_per_byte,
-        "off": off.bits_per_byte,
-        "seconds": round(time.perf_counter() - began, 1),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "config": dataclasses.asdict(variant.config),
-    }

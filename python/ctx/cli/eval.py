@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from ctx.cli.data import read_text
-from ctx.cli.evaluation import evaluate, table
-from ctx.cli.limits import check_fits
-from ctx.cli.loading import load_model, set_threads
-from ctx.cli.progress import Progress
-from ctx.cli.settings import in_options, sizes
-from ctx.cli.usage import shares, usage_table
+from ctx.cli.options import set_threads, sizes
+from ctx.recipes.data import read_text
+from ctx.recipes.evaluation import evaluate, table
+from ctx.recipes.limits import check_fits
+from ctx.recipes.loading import load_model
+from ctx.recipes.progress import Progress
+from ctx.recipes.region_weights import region_weights, region_weights_table
+from ctx.recipes.settings import config_error
 
 __all__ = ["add_parser", "run"]
 
@@ -47,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
             window=args.window, compressed=args.compressed, segment=args.segment
         )
     except (TypeError, ValueError) as error:
-        raise in_options(error) from None
+        raise config_error(error) from None
     check_fits(model.config, 1, 1, training=False)
     text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     with Progress("evaluation", (3 + args.usage) * len(text), lines=0) as progress:
         results = evaluate(model, text, progress.advance)
-        usage = shares(model, text, progress.advance) if args.usage else None
+        weights = region_weights(model, text, progress.advance) if args.usage else None
     print(table(results, text))
-    if usage is not None:
-        print("\n" + usage_table(usage))
+    if weights is not None:
+        print("\n" + region_weights_table(weights))
     return 0

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from ctx.cli.errors import CliError
-from ctx.cli.loading import load_model, set_threads
-from ctx.cli.settings import in_options
+from ctx.cli.options import set_threads
+from ctx.recipes.errors import RecipeError, setting_error
+from ctx.recipes.loading import load_model
 
 __all__ = ["add_parser", "run"]
+
+_SETTINGS = ("num_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 def add_parser(commands: Any) -> None:
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     prompt = os.fsencode(args.prompt)
     if not prompt:
-        raise CliError("--prompt must have at least one byte, got none")
+        raise RecipeError("--prompt must have at least one byte, got none")
     model = load_model(args.folder)
     tokens = torch.tensor([list(prompt)])
     try:
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
         )
     except (TypeError, ValueError) as error:
-        raise in_options(error) from None
+        raise setting_error(error, _SETTINGS) from None
     # Bytes arrive one by one; a character is shown when it is whole, junk as U+FFFD.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     out = sys.stdout.buffer

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 import ctx
 from ctx.cli import ablation, eval, generate, info, recall, train
-from ctx.cli.errors import CliError
+from ctx.cli.options import in_options
+from ctx.recipes.errors import RecipeError
 
 __all__ = ["main", "plain"]
 
@@ -66,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
-    except CliError as error:
-        message = " ".join(str(error).split())
+    except RecipeError as error:
+        message = " ".join(in_options(str(error)).split())
     except KeyboardInterrupt:
         print(f"ctx {args.command}: interrupted", file=sys.stderr)
         return 130

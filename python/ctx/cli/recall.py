@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
+from ctx.cli.options import add_options, set_threads
+from ctx.compression import COMPRESSORS
+from ctx.recipes.recall import compete, make_folder, write
+from ctx.recipes.recall_results import table
+from ctx.recipes.recall_settings import RecallSettings
+from ctx.recipes.run_folder import next_run
 
-from ctx.cli import recall_curves
-from ctx.cli.errors import CliError
-from ctx.cli.loading import set_threads
-from ctx.cli.progress import Progress
-from ctx.cli.recall_results import RecallResult, as_json, table
-from ctx.cli.recall_settings import OPTIONS, Contestant, RecallSettings
-from ctx.cli.recall_training import measure, train
-from ctx.cli.run_folder import next_run
-from ctx.transformer import CompressiveTransformer
+__all__ = ["add_parser", "run"]
 
-__all__ = ["add_parser", "compete", "run"]
-
-_MEASURED = 1024  # fresh sequences
+# name in RecallSettings (the option is --name), type, meaning
+OPTIONS: list[tuple[str, Any, str]] = [
+    ("steps", int, "optimiser steps, at most, of each model"),
+    ("seed", int, "of the weights and of the data"),
+    ("threads", int, "0: torch's choice"),
+    ("compressor", str, f"all, or some, separated by commas, of {', '.join(COMPRESSORS)}"),
+    ("pairs", int, "pairs that a sequence begins with"),
+    ("length", int, "queries behind them"),
+    ("window", int, "exact tokens behind every query"),
+    ("slots", int, "of the compressive memory; the model without has as many more exact tokens"),
+    ("ratio", int, "tokens per slot"),
+    ("batch", int, "sequences per step"),
+    ("lr", float, "learning rate"),
+]
 
 
 def add_parser(commands: Any) -> None:
@@ -37,12 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--run", dest="folder", type=Path, metavar="RUN",
                         help="folder to write (default: runs/recall-1, ...)")  # fmt: skip
-    for name, kind, text in OPTIONS:
-        default = getattr(RecallSettings, name)
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{text} (default: {default})",
-            metavar={int: "N", float: "X", str: "NAMES"}[kind],
-        )  # fmt: skip
+    add_options(parser, OPTIONS, RecallSettings)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,54 +51,14 @@ def run(args: argparse.Namespace) -> int:
     settings = RecallSettings(**{name: getattr(args, name) for name, _, _ in OPTIONS})
     threads = set_threads(settings.threads)
     folder: Path = args.folder or next_run("recall-")
-    _make(folder)
+    make_folder(folder)
     window, _, reach = settings.marks
     print(f"{folder}: {threads} threads; window {window}, reach {reach} tokens", flush=True)
     began = time.perf_counter()
     results = [compete(contestant, settings) for contestant in settings.contestants()]
     took = time.perf_counter() - began
     print(table(results, settings))
-    try:
-        text = json.dumps(as_json(results, settings), indent=2)
-        (folder / "recall.json").write_text(text + "\n")
-        drawn = recall_curves.draw(folder / "recall.png", results, settings)
-    except OSError as error:
-        raise CliError(f"cannot write {folder}: {error.strerror or error}") from None
-    if not drawn:
+    if not write(folder, results, settings):
         print("no recall.png: pip install matplotlib", file=sys.stderr)
     print(f"took {took:.0f} s; written to {folder}")
     return 0
-
-
-def compete(contestant: Contestant, settings: RecallSettings) -> RecallResult:
-    """One model from its first weights to its row of the table; all see the same sequences."""
-    began = time.perf_counter()
-    task = settings.task
-    window, _, reach = settings.marks
-    ends = [window] if contestant.config.compressed == 0 else sorted({window, reach})
-    spans = [(a + 1, b) for a, b in pairwise([0, *ends])]
-    torch.manual_seed(settings.seed)
-    model = CompressiveTransformer(contestant.config)
-    with Progress(contestant.name, settings.steps) as progress:
-        steps = train(
-            model,
-            task,
-            spans,
-            steps=settings.steps,
-            batch=settings.batch,
-            lr=settings.lr,
-            generator=torch.Generator().manual_seed(2 * settings.seed),
-            advance=progress.to,
-        )
-    fresh = torch.Generator().manual_seed(2 * settings.seed + 1)
-    tally = measure(model, task, _MEASURED, fresh)
-    return RecallResult(contestant.name, tally, steps, time.perf_counter() - began)
-
-
-def _make(folder: Path) -> None:
-    if (folder / "recall.json").exists():
-        raise CliError(f"{folder} already holds a run: name another with --run")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CliError(f"cannot write {folder}: {error.strerror or error}") from None

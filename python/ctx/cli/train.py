@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from ctx.cli import checkpoint, compare, curves
-from ctx.cli.data import load_corpus
-from ctx.cli.errors import CliError
-from ctx.cli.evaluation import evaluate, stream, table
-from ctx.cli.limits import check_fits
-from ctx.cli.loading import load_settings, set_threads
-from ctx.cli.param_count import report
-from ctx.cli.presets import PRESETS
-from ctx.cli.progress import Progress
-from ctx.cli.run_folder import RunFolder, next_run
-from ctx.cli.settings import MODEL_OPTIONS, RUN_OPTIONS, TrainSettings, model_config, sizes
-from ctx.cli.trainer import Trainer
+from ctx.cli.options import MODEL_OPTIONS, RUN_OPTIONS, set_threads, sizes
+from ctx.recipes import checkpoint, compare, curves
+from ctx.recipes.data import load_corpus
+from ctx.recipes.errors import RecipeError
+from ctx.recipes.evaluation import evaluate, stream, table
+from ctx.recipes.limits import check_fits
+from ctx.recipes.loading import load_settings
+from ctx.recipes.param_count import report
+from ctx.recipes.presets import PRESETS
+from ctx.recipes.progress import Progress
+from ctx.recipes.run_folder import RunFolder, next_run
+from ctx.recipes.settings import TrainSettings, model_config
+from ctx.recipes.trainer import Trainer
+from ctx.recipes.training import rival_trainer, train
 from ctx.transformer import CompressiveTransformerConfig
 
 __all__ = ["add_parser", "run"]
@@ -92,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     trained = [trainer]
-    finished = _train(trainer, folder, parts, last=not others)
+    finished = train(trainer, folder, parts, last=not others)
     for i, other in enumerate(others if finished else [], 1):
-        rival, place = _rival(other, trainer, folder, parts)
+        rival, place = rival_trainer(other, trainer, folder, parts["digest"])
         print(f"{place.path}: {other.name}", flush=True)
         trained.append(rival)
-        finished = _train(rival, place, {**parts, "compare": False}, last=i == len(others))
+        finished = train(rival, place, {**parts, "compare": False}, last=i == len(others))
         place.close()
         if not finished:
             break
@@ -136,21 +137,6 @@ _WORTH = (
 )
 
 
-def _rival(
-    rival: compare.Rival, trainer: Trainer, folder: RunFolder, parts: dict[str, Any]
-) -> tuple[Trainer, RunFolder]:
-    """A trainer of another model by the settings of this one, from its checkpoint if it has one."""
-    path = folder.path / rival.folder
-    other = Trainer(rival.config, trainer.settings, trainer.corpus)
-    if not (path / checkpoint.FILE_NAME).exists():
-        return other, RunFolder(path)
-    state = checkpoint.load(path / checkpoint.FILE_NAME)
-    if (state["digest"], load_settings(state)[0]) != (parts["digest"], rival.config):
-        raise CliError(f"{path} must hold {rival.name!r} of this run, got another model or text")
-    other.load(state)
-    return other, RunFolder(path, resumed=other.step)
-
-
 def _given(args: argparse.Namespace, options: list[tuple[str, str, Any, str]]) -> dict[str, Any]:
     return {name: getattr(args, name) for _, name, _, _ in options if hasattr(args, name)}
 
@@ -186,7 +172,7 @@ def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any
     options += ["--preset"] * ("preset" in args) + ["--param-count"] * args.param_count
     if options or args.files:
         dropped = ", ".join(options + ["FILES"] * bool(args.files))
-        raise CliError(f"--resume takes all settings from the run: drop {dropped}")
+        raise RecipeError(f"--resume takes all settings from the run: drop {dropped}")
     path = checkpoint.find(args.resume)
     state = checkpoint.load(path)
     config, settings = load_settings(state)
@@ -195,11 +181,11 @@ def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any
     set_threads(settings.threads)
     corpus = load_corpus([Path(name) for name in state["files"]], settings.held_out)
     if corpus.digest != state["digest"]:
-        raise CliError(f"the texts must be those that {args.resume} was trained on, got others")
+        raise RecipeError(f"the texts must be those that {args.resume} was trained on, got others")
     trainer = Trainer(config, settings, corpus)
     trainer.load(state)
     if trainer.step > settings.steps:
-        raise CliError(
+        raise RecipeError(
             f"--steps must be at least the {trainer.step} that {args.resume} has done, got {steps}"
         )
     parts = {name: state[name] for name in ("files", "digest", "compare")}
@@ -209,41 +195,3 @@ def _resume(args: argparse.Namespace) -> tuple[Trainer, RunFolder, dict[str, Any
     folder = RunFolder(path.parent, resumed=trainer.step)
     checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})  # knows its new end at once
     return trainer, folder, parts
-
-
-def _train(trainer: Trainer, folder: RunFolder, parts: dict[str, Any], *, last: bool) -> bool:
-    """Trains to the last step; False where a signal came first, or during it with more models to
-    come. Ends with a checkpoint."""
-    settings = trainer.settings
-    smooth = None
-    with _Stop() as stop, Progress("training", settings.steps, trainer.step) as progress:
-        while trainer.step < settings.steps and not stop.asked:
-            metrics = trainer.train_step()
-            folder.log(metrics)
-            loss, speed = metrics["bits_per_byte"], metrics["tokens_per_second"]
-            smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
-            progress.to(trainer.step, f"{smooth:.3f} bits/byte {speed:,.0f} tokens/s")
-            if trainer.step % settings.checkpoint_every == 0:
-                checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
-        checkpoint.save(folder.checkpoint, {**parts, **trainer.state()})
-    return trainer.step == settings.steps and (last or not stop.asked)
-
-
-class _Stop:
-    """Turns the first SIGINT or SIGTERM into a request; the second acts as ever."""
-
-    asked = False
-
-    def __enter__(self) -> _Stop:
-        self._before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-        for name in self._before:
-            signal.signal(name, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *exception: object) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)

@@ -1,12 +1,13 @@
 """The law of the compressive memory in plain PyTorch, written to be read.
 
-Same names as `ctx`, one token at a time, importing nothing but torch: read it to know what the
-kernels compute, compare against it to know that they do. It is slow, and nothing in `ctx` calls it.
+Same names as `ctx`, one token at a time, importing nothing but torch. It defines what the kernels
+compute, and tests compare the two. It is slow, and nothing in `ctx` calls it.
 """
 
-from .attention import attend, compressive_attention, working_dtype
+from .attention import compressive_attention
 from .compression import (
     COMPRESSORS,
+    Slot,
     compress_group,
     conv,
     dilated,
@@ -21,6 +22,9 @@ from .memory import KVMemory
 from .positions import Relative, alibi_slopes, sinusoid
 from .rotary import Rotary
 from .schedule import Schedule
+from .scores import working_dtype
+from .sequence import attend
+from .settings import Settings
 
 __all__ = [
     "COMPRESSORS",
@@ -28,6 +32,8 @@ __all__ = [
     "Relative",
     "Rotary",
     "Schedule",
+    "Settings",
+    "Slot",
     "alibi_slopes",
     "attend",
     "attention_reconstruction",

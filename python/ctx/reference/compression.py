@@ -4,29 +4,49 @@ Rae et al. 2019 (arXiv:1911.05507), section 3, "Compression functions and losses
 mean pooling, 1D convolution, dilated convolutions and most-used. Deviations: the paper compresses
 the hidden states that it stores, here keys and values are stored and compressed, each with
 parameters of their own; convolutions work per head; `gated` is an addition (softmax pooling, one
-gate for keys and one for values).
+gate for keys and one for values); slots have a mass.
 
 A compressor is a function of whole groups
 
-    keys [B, Hkv, G, c, D], values [B, Hkv, G, c, Dv]  ->  [B, Hkv, G, D], [B, Hkv, G, Dv]
+    keys [B, Hkv, G, c, D], values [B, Hkv, G, c, Dv]
+        ->  keys [B, Hkv, G, D], values [B, Hkv, G, Dv], and perhaps masses [B, Hkv, G]
 
-and always receives keys without their rotation. The ones below take their parameters by name; bind
-them with `functools.partial(conv, key_weight=..., value_weight=...)`. A convolution may read tokens
-left of the group, too, `overlap` of them; then there are overlap + c where c stands above.
+and always receives keys without rotation. The ones below take their parameters by name; bind
+them with `functools.partial(conv, key_weight=..., value_weight=...)`. A convolution may also read
+`overlap` tokens left of the group; then the fourth dimension has overlap + c tokens.
 
-`most_used` is no such function: which tokens stay depends on the attention they got.
+The mass of a slot is the logarithm of how many tokens it counts as in a softmax. For a slot made
+with weights w (sum 1), log sum_i exp(a_i) = sum_i w_i a_i + H(w) to first order, with the entropy
+H(w) = -sum_i w_i log w_i. Where a compressor returns no mass, it is log c: equal weights.
+
+`most_used` is not such a function: which tokens stay depends on the attention they received. A
+slot of it is one token and has mass 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Compressor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (keys, values) to (keys, values) or (keys, values, masses).
+Compressor = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+class Slot(NamedTuple):
+    """What one group is compressed to."""
+
+    key: Tensor  # [B, Hkv, D]
+    value: Tensor  # [B, Hkv, Dv]
+    mass: Tensor  # [B, Hkv]
+
+    def detach(self) -> Slot:
+        """The same numbers as constants."""
+        return Slot(*(part.detach() for part in self))
 
 
 def mean(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,11 +90,11 @@ def dilated(
 
 
 def most_used(usage: Tensor, slots: int) -> list[list[int]]:
-    """Which of the tokens that leave stay, for every kv head, in their order.
+    """Indices of the tokens that become slots, ascending, for every kv head.
 
     Args:
-        usage: [Hkv, n], the attention that each of the tokens got.
-        slots: how many stay: those used the most, of equals the earlier.
+        usage: [Hkv, n], the attention that each of the tokens received.
+        slots: how many become slots: those with the largest usage, the earlier of equals.
     """
     chosen = []
     for used in usage.tolist():
@@ -90,11 +110,17 @@ def gated(
     key_position: Tensor,  # [Hkv, c]
     value_gate: Tensor,  # [Hkv, D]
     value_position: Tensor,  # [Hkv, c]
-) -> tuple[Tensor, Tensor]:
-    """A weighted average; both sets of weights are read off the keys."""
-    key_share = _gate(keys, key_gate, key_position)
-    value_share = _gate(keys, value_gate, value_position)
-    return (key_share * keys).sum(-2), (value_share * values).sum(-2)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted averages; the keys decide both sets of weights. The mass is the entropy of those
+    of the keys.
+    """
+    key_logits = _gate(keys, key_gate, key_position)  # [B, Hkv, G, c]
+    key_weights = key_logits.softmax(-1)
+    value_weights = _gate(keys, value_gate, value_position).softmax(-1)
+    key = (key_weights[..., None] * keys).sum(-2)
+    value = (value_weights[..., None] * values).sum(-2)
+    # w log w by log_softmax, which has a derivative where a weight underflows to zero.
+    return key, value, -(key_weights * key_logits.log_softmax(-1)).sum(-1)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,11 +144,11 @@ def _dilate(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 def _gate(keys: Tensor, gate: Tensor, position: Tensor) -> Tensor:
     by_content = (keys * gate[:, None, None].to(keys.dtype)).sum(-1)  # [B, Hkv, G, c]
-    by_place = position[:, None].to(keys.dtype)
-    return (by_content + by_place).softmax(-1)[..., None]
+    by_position = position[:, None].to(keys.dtype)
+    return by_content + by_position
 
 
-COMPRESSORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+COMPRESSORS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "mean": mean,
     "max": maximum,
     "conv": conv,
@@ -132,7 +158,7 @@ COMPRESSORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def dilated_layers(ratio: int) -> int:
-    """As many as it takes for a token to depend on a whole group, at least one."""
+    """The fewest layers after which a token depends on a whole group, at least one."""
     layers = 1
     while 2**layers < ratio:
         layers += 1
@@ -140,7 +166,7 @@ def dilated_layers(ratio: int) -> int:
 
 
 def is_by_usage(compressor: Any) -> bool:
-    """Whether slots are tokens, chosen by the attention that they got."""
+    """Whether slots are tokens, chosen by the attention they received."""
     return compressor is most_used
 
 
@@ -202,11 +228,9 @@ def make_compressor(
     value_dim: int,
     dtype: torch.dtype,
 ) -> Compressor:
-    """A compressor by name, with its initial parameters; anything else is taken as it is, the name
-    of the one that is no function, too.
-    """
+    """A compressor by name, with its initial parameters; a callable is returned unchanged."""
     if compressor == "most_used":
-        return most_used  # type: ignore[return-value]  # told apart by whoever has the usage
+        return most_used  # type: ignore[return-value]  # callers ask is_by_usage first
     if not isinstance(compressor, str):
         return compressor
     if compressor not in COMPRESSORS:
@@ -219,11 +243,22 @@ def make_compressor(
 
 
 def compress_group(
-    compressor: Compressor, keys: list[Tensor], values: list[Tensor]
-) -> tuple[Tensor, Tensor]:
+    compressor: Compressor, keys: list[Tensor], values: list[Tensor], ratio: int
+) -> Slot:
     """One group, as lists of its tokens' [B, Hkv, D] and [B, Hkv, Dv], becomes one slot.
 
-    With an overlap the lists begin that much earlier; what is before the stream is zero.
+    With an overlap the lists begin that many tokens earlier; tokens before the stream are zero.
     """
-    key, value = compressor(torch.stack(keys, 2)[:, :, None], torch.stack(values, 2)[:, :, None])
-    return key[:, :, 0], value[:, :, 0]
+    made = compressor(torch.stack(keys, 2)[:, :, None], torch.stack(values, 2)[:, :, None])
+    key, value = made[0][:, :, 0], made[1][:, :, 0]
+    if len(made) == 2:
+        return Slot(key, value, key.new_full(key.shape[:2], math.log(ratio)))
+    return Slot(key, value, made[2][:, :, 0])
+
+
+def read_group(tokens: list[Tensor], members: range, left: int) -> list[Tensor]:
+    """The tokens of a group and `left` before it; those before the stream are zero."""
+    return [
+        tokens[j] if j >= 0 else torch.zeros_like(tokens[0])
+        for j in range(members.start - left, members.stop)
+    ]

@@ -4,9 +4,9 @@ Rae et al. 2019 (arXiv:1911.05507), section 3 and algorithm 1. Deviations: keys 
 stored instead of hidden states; see schedule.py for when groups leave the window.
 
 A list index is an absolute number: `tokens[t]` is token t, `slots[g]` is group g. Nothing is ever
-dropped, the schedule alone says what a query may see; only `tensors` lays the lists out in rings.
-What is stored is what the real memory stores: keys turned to the clock of their region, everything
-rounded to the dtype of the memory.
+dropped, the schedule alone says what a query may see; only rings.py lays the lists out in rings.
+What is stored is what the real memory stores: keys rotated to the clock of their region, everything
+rounded to the dtype of the memory. Masses of slots are kept in the dtype of the arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import mass_of, mix, scores_of, slot_bias, working_dtype
 from .compression import (
     Compressor,
     compress_group,
@@ -28,16 +27,25 @@ from .compression import (
     most_used,
     overlap,
 )
-from .positions import Scores, added_by_head
-from .rotary import make_position
+from .rings import rings_of
 from .schedule import Schedule
+from .scores import Scores, mix, products_of, region_weights_of, working_dtype
+from .settings import Settings
 
 
 class Pair(NamedTuple):
-    """A key [Hkv, D] and a value [Hkv, Dv] as stored."""
+    """A token as stored."""
 
-    key: Tensor
-    value: Tensor
+    key: Tensor  # [Hkv, D]
+    value: Tensor  # [Hkv, Dv]
+
+
+class StoredSlot(NamedTuple):
+    """A compressed slot as stored."""
+
+    key: Tensor  # [Hkv, D]
+    value: Tensor  # [Hkv, Dv]
+    mass: Tensor  # [Hkv]
 
 
 class Row:
@@ -45,10 +53,10 @@ class Row:
 
     def __init__(self) -> None:
         self.tokens: list[Pair] = []
-        self.slots: list[Pair] = []
-        self.usage: list[Tensor] = []  # of every token, [Hkv]: the attention it got
+        self.slots: list[StoredSlot] = []
+        self.usage: list[Tensor] = []  # of every token, [Hkv]: the attention it received
         self.positions: list[list[int]] = []  # of every slot, [Hkv]: the token it is, if it is one
-        self.margin = math.inf
+        self.margin = math.inf  # see KVMemory.margin
         self.rewindable = 0  # tokens that the rings of the real memory could take back
 
     def copy(self) -> Row:
@@ -62,7 +70,8 @@ class Row:
 class KVMemory:
     """Sinks, window and compressed memory of `batch_size` independent streams.
 
-    The arguments are those of `ctx.KVMemory`. `max_rewind` shapes `tensors` and nothing else.
+    The arguments are those of `ctx.KVMemory`; `options` are those of `Settings`. `max_rewind`
+    decides what `rewind` takes back and the shapes of `tensors`, and nothing else.
     """
 
     def __init__(
@@ -74,39 +83,25 @@ class KVMemory:
         value_dim: int | None = None,
         *,
         compressor: str | Compressor = "mean",
-        position: str | None = "rotary",
-        alibi_slopes: Sequence[float] | Tensor | None = None,
-        relative: Sequence[Tensor] | None = None,
-        rotary_base: float = 10000.0,
-        rotary_dim: int | None = None,
-        rotary_interleaved: bool = False,
-        distance: str = "slot",
-        compressed_bias: str | Tensor | Sequence[float] = "none",
-        scale: float | None = None,
         max_rewind: int = 64,
         dtype: torch.dtype = torch.float32,
         compressed_dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        **options: Any,
     ) -> None:
-        if distance not in ("slot", "token"):
-            raise ValueError(
-                f"ctx.reference.KVMemory: distance must be 'slot' or 'token', got {distance!r}"
-            )
+        self.settings = Settings(**options)
         self.schedule = schedule
         self.batch_size = batch_size
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.value_dim = head_dim if value_dim is None else value_dim
-        self.distance = distance
-        self.compressed_bias = compressed_bias
-        self.scale = head_dim**-0.5 if scale is None else scale
         self.max_rewind = max_rewind
         self.dtype = dtype
         self.compressed_dtype = dtype if compressed_dtype is None else compressed_dtype
         self.device = torch.device(device)
         self.work = working_dtype(dtype)
-        self.turn = make_position(position, rotary_base, rotary_dim, rotary_interleaved).rotate
-        self.scheme = Scores(position, alibi_slopes, relative, self.work)
+        self.rotary = self.settings.rotary
+        self.scores = Scores(self.settings, schedule.ratio, self.work)
         self.compress = make_compressor(
             compressor, kv_heads, schedule.ratio, head_dim, self.value_dim, self.work
         )
@@ -123,9 +118,9 @@ class KVMemory:
                 self.rows[b] = Row()
 
     def rewind(self, tokens: Sequence[int]) -> None:
-        """Takes back the last tokens of every row, as if they had not come.
+        """Takes back the last tokens of every row, as if they had never been appended.
 
-        What was counted cannot be taken back: refused where usage matters.
+        Refused with "most_used": attention that was counted cannot be taken back.
         """
         if self.by_usage:
             raise ValueError("ctx.reference.KVMemory.rewind: compressor must not be 'most_used'")
@@ -172,16 +167,16 @@ class KVMemory:
         *,
         return_region_weights: bool = False,
     ) -> Any:
-        """Appends T tokens and returns what each of them sees, [B, H, T, Dv].
+        """Appends T tokens and returns their outputs, [B, H, T, Dv].
 
         Args:
-            q: [B, H, T, D].
-            k: [B, Hkv, T, D], without rotation.
+            q: [B, H, T, D], without rotation.
+            k: [B, Hkv, T, D], without rotation, or rotated with `keys="rotated"`.
             v: [B, Hkv, T, Dv].
-            lengths: of the rows; what comes behind is padding, and its output zero.
+            lengths: of the rows; tokens behind are padding, and their outputs zero.
             reset_at: bool [B, T], true where a token is the first of a new stream.
-            return_region_weights: also return the share of attention that sinks, compressed slots and window
-                get, [B, H, T, 3].
+            return_region_weights: also return the share of attention that sinks, compressed slots
+                and window get, [B, H, T, 3].
         """
         out = q.new_zeros(*q.shape[:3], self.value_dim)
         region_weights = q.new_zeros(*q.shape[:3], 3, dtype=self.work)
@@ -198,7 +193,7 @@ class KVMemory:
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Appends T tokens, k [B, Hkv, T, D] without rotation and v [B, Hkv, T, Dv]."""
+        """Appends T tokens, k [B, Hkv, T, D] and v [B, Hkv, T, Dv] as for `step`."""
         if self.by_usage:
             raise ValueError("ctx.reference.KVMemory.append: compressor must not be 'most_used'")
         for b, row in enumerate(self.rows):
@@ -207,7 +202,7 @@ class KVMemory:
 
     @torch.no_grad()
     def attend(self, q: Tensor, *, return_region_weights: bool = False) -> Any:
-        """What the last T tokens see, [B, H, T, Dv]; q [B, H, T, D] holds their queries."""
+        """Outputs of the last T tokens, [B, H, T, Dv], given their queries q [B, H, T, D]."""
         out = q.new_empty(*q.shape[:3], self.value_dim)
         region_weights = q.new_empty(*q.shape[:3], 3, dtype=self.work)
         for b, row in enumerate(self.rows):
@@ -224,11 +219,13 @@ class KVMemory:
             self._choose_slots(row, range(len(row.slots), self.schedule.groups(t)))
         for g in range(len(row.slots), self.schedule.groups(t)):
             row.slots.append(self._make_slot(row, g))
-        row.tokens.append(self._store(key.to(self.work), value, position=t))
+        if self.settings.keys == "plain":
+            key = self.rotary.rotate(key.to(self.work), t)
+        row.tokens.append(Pair(key.to(self.dtype, copy=True), value.to(self.dtype, copy=True)))
         row.usage.append(torch.zeros(self.kv_heads, dtype=self.work))
         row.rewindable = min(row.rewindable + 1, self.max_rewind)
 
-    def _make_slot(self, row: Row, g: int) -> Pair:
+    def _make_slot(self, row: Row, g: int) -> StoredSlot:
         keys, values = [], []
         members = self.schedule.members(g)
         for j in range(members.start - self.overlap, members.stop):
@@ -237,21 +234,24 @@ class KVMemory:
                 values.append(torch.zeros(1, self.kv_heads, self.value_dim, dtype=self.work))
                 continue
             token = row.tokens[j]
-            keys.append(self.turn(token.key.to(self.work), -j)[None])
+            keys.append(self.rotary.unrotate(token.key.to(self.work), j)[None])
             values.append(token.value.to(self.work)[None])
-        key, value = compress_group(self.compress, keys, values)
-        turned = self.turn(key[0], self._slot_clock(g))
-        return Pair(self._round_slot(turned), self._round_slot(value[0]))
+        slot = compress_group(self.compress, keys, values, self.schedule.ratio)
+        clock = g if self.settings.distance == "slot" else self.schedule.centre(g)
+        key = self.rotary.rotate(slot.key[0], clock)
+        return StoredSlot(
+            self._round_slot(key), self._round_slot(slot.value[0]), slot.mass[0].to(self.work)
+        )
 
     def _round_slot(self, x: Tensor) -> Tensor:
-        """A slot [Hkv, width] as it is stored; int8 stores multiples of a 127th of its largest."""
+        """A slot [Hkv, width] as stored; int8 stores multiples of 1/127 of its largest number."""
         if self.compressed_dtype != torch.int8:
             return x.to(self.compressed_dtype, copy=True)
         scale = x.abs().amax(-1, keepdim=True) / 127
         return torch.where(scale > 0, (x / scale).round(), 0.0).clamp(-127, 127) * scale
 
     def _choose_slots(self, row: Row, groups: range) -> None:
-        """Of all tokens that leave now the most used become slots, as they are."""
+        """The most used of all tokens that leave now become slots, unchanged."""
         leaving = [j for g in groups for j in self.schedule.members(g)]
         if not leaving:
             return
@@ -264,70 +264,65 @@ class KVMemory:
         for g, tokens in zip(groups, zip(*kept, strict=True), strict=True):
             keys, values = [], []
             for head, j in enumerate(tokens):
-                clock = g if self.distance == "slot" else j
-                key = self.turn(row.tokens[j].key[None, head].to(self.work), -j)
-                keys.append(self.turn(key, clock)[0])
+                clock = g if self.settings.distance == "slot" else j
+                key = self.rotary.unrotate(row.tokens[j].key[None, head].to(self.work), j)
+                keys.append(self.rotary.rotate(key, clock)[0])
                 values.append(row.tokens[j].value[head].to(self.work))
             pair = self._round_slot(torch.stack(keys)), self._round_slot(torch.stack(values))
-            row.slots.append(Pair(*pair))
+            row.slots.append(StoredSlot(*pair, mass=torch.zeros(self.kv_heads, dtype=self.work)))
             row.positions.append(list(tokens))
-
-    def _store(self, key: Tensor, value: Tensor, position: float) -> Pair:
-        turned = self.turn(key, position)
-        return Pair(turned.to(self.dtype, copy=True), value.to(self.dtype, copy=True))
-
-    def _slot_clock(self, g: int) -> float:
-        return g if self.distance == "slot" else self.schedule.centre(g)
 
     def _attend_token(
         self, row: Row, t: int, q: Tensor, count: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The output [H, Dv], and what share of the attention each region gets, [H, 3].
+        """The output [H, Dv] of the query q [H, D] of token t, and what share of its attention
+        each region gets, [H, 3].
 
-        Every region has a clock of its own, to which the query is turned.
+        Every region has a clock, the position that the query is rotated to before it is multiplied
+        with the keys of the region.
 
-        `count`: what the window's tokens are attended to becomes part of their usage.
+        `count`: the attention of the query is added to the usage of the window's tokens.
         """
         sinks, groups, tokens = self.schedule.visible(t)
         sink_clock = group_clock = t
-        if self.distance == "slot":
-            behind_edge = t - self.schedule.edge(t)
-            group_clock = behind_edge + self.schedule.groups(t)
-            sink_clock = behind_edge + self.schedule.slots(t) + self.schedule.sinks
-        regions = [
-            (sink_clock, [row.tokens[j] for j in sinks], 0.0),
-            (group_clock, [row.slots[g] for g in groups], 1.0),
-            (t, [row.tokens[j] for j in tokens], 0.0),
+        if self.settings.distance == "slot":
+            behind_begin = t - self.schedule.window_begin(t)
+            group_clock = behind_begin + self.schedule.groups(t)
+            sink_clock = behind_begin + self.schedule.slots(t) + self.schedule.sinks
+        slots = [row.slots[g] for g in groups]
+        regions: list[tuple[int, Sequence[Pair | StoredSlot]]] = [
+            (sink_clock, [row.tokens[j] for j in sinks]),
+            (group_clock, slots),
+            (t, [row.tokens[j] for j in tokens]),
         ]
-        query = q.to(self.work)
-        bias = slot_bias(self.compressed_bias, self.schedule.ratio, len(q), self.work)
-        scores, values = [], []
-        for clock, pairs, biased in regions:
-            if not pairs:
-                continue
-            keys = torch.stack([pair.key for pair in pairs], 1).to(self.work)
-            content = self.scheme.content_query(query)
-            score = self.scale * scores_of(self.turn(content, clock)[None], keys[None])[0]
-            scores.append(score + biased * bias[:, None])
-            values += [pair.value.to(self.work) for pair in pairs]
-        heads = [self.schedule.distances(t, self.distance) for _ in range(self.kv_heads)]
-        if self.by_usage and self.distance == "token":  # every head has slots of its own
-            for i, g in enumerate(groups, start=len(sinks)):
-                for own, token in zip(heads, row.positions[g], strict=True):
-                    own[i] = t - token
-        first, last = len(sinks), len(sinks) + len(groups)
-        slots = range(first, last)
-        added = added_by_head(self.scheme, query[None], [heads], slots, self.scale)
-        weights = (torch.cat(scores, 1) + added[0]).softmax(-1)[None]
+        query = q.to(self.work)[None]
+        content = self.scores.content_query(query)
+        products, values = [], []
+        for clock, stored in regions:
+            if stored:
+                keys = torch.stack([pair.key for pair in stored], 1).to(self.work)
+                products.append(products_of(self.rotary.rotate(content, clock), keys[None]))
+                values += [pair.value.to(self.work) for pair in stored]
+        among_keys = range(len(sinks), len(sinks) + len(groups))  # where the slots stand
+        distances = torch.tensor(self.schedule.distances(t, self.settings.distance))
+        distances = distances.double().expand(1, self.kv_heads, -1).clone()
+        if self.by_usage and self.settings.distance == "token":  # every head has slots of its own
+            for i, g in zip(among_keys, groups, strict=True):
+                distances[0, :, i] = t - torch.tensor(row.positions[g])
+        mass = None
+        if self.settings.slot_mass and slots:
+            mass = torch.stack([slot.mass for slot in slots], 1)[None]
+        weights = self.scores.weights(query, torch.cat(products, 2), distances, among_keys, mass)
         if count:
-            shared = weights[0].reshape(self.kv_heads, -1, weights.shape[2]).mean(1)
-            for j, weight in zip(reversed(tokens), reversed(shared.unbind(1)), strict=False):
+            of_kv_heads = weights.reshape(self.kv_heads, -1, weights.shape[2]).mean(1)
+            for j, weight in zip(tokens, of_kv_heads[:, among_keys.stop :].unbind(1), strict=True):
                 row.usage[j] = row.usage[j] + weight
-        return mix(weights, torch.stack(values, 1)[None])[0], mass_of(weights, first, last)[0]
+        output = mix(weights, torch.stack(values, 1)[None])[0]
+        return output, region_weights_of(weights, among_keys)[0]
 
     @property
     def seen(self) -> Tensor:
-        """How many tokens each stream has brought, int64 [B]."""
+        """Tokens that each stream has appended, int64 [B]."""
         return torch.tensor([len(row.tokens) for row in self.rows], dtype=torch.int64)
 
     @property
@@ -337,53 +332,15 @@ class KVMemory:
 
     @property
     def margin(self) -> float:
-        """By how much, at least, a token that stayed was used more than one that did not: another
-        computation that rounds by more may choose otherwise.
+        """The smallest difference in usage between a token that became a slot and one that did
+        not: a computation with larger rounding errors may choose other tokens.
         """
         return min(row.margin for row in self.rows)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The lists laid out as the real memory lays them out: token t >= A of the window and
-        group g of the compressed memory stand at their number modulo the capacity of the ring, and
-        a place never written is zero. int8 slots are shown as the numbers that they stand for.
-        """
-        s = self.schedule
-        segment = s.segment or s.ratio
-        window = s.window + segment + s.ratio - 1 + self.max_rewind + self.overlap
-        late = segment * -(-(self.max_rewind - 1) // segment)  # tokens evicted late by long calls
-        compressed = s.compressed + -(-late // s.ratio) if s.compressed else 0
-        places = {"window": window, "compressed": compressed, "sink": s.sinks}
-        rings = {}
-        for region, capacity in places.items():
-            for part, width in (("keys", self.head_dim), ("values", self.value_dim)):
-                shape = self.batch_size, self.kv_heads, capacity, width
-                slots = region == "compressed" and self.compressed_dtype != torch.int8
-                dtype = self.compressed_dtype if slots else self.dtype
-                rings[f"{region}_{part}"] = torch.zeros(shape, dtype=dtype)
-        for b, row in enumerate(self.rows):
-            for t, pair in enumerate(row.tokens):
-                region, place = ("sink", t) if t < s.sinks else ("window", t % window)
-                rings[f"{region}_keys"][b, :, place] = pair.key
-                rings[f"{region}_values"][b, :, place] = pair.value
-            for g, pair in enumerate(row.slots if compressed else []):
-                rings["compressed_keys"][b, :, g % compressed] = pair.key
-                rings["compressed_values"][b, :, g % compressed] = pair.value
-        counts = {"seen": self.seen, "rewindable": self.rewindable}
-        return {**rings, **counts, **self._choices(window, compressed)}
-
-    def _choices(self, window: int, compressed: int) -> dict[str, Tensor]:
-        """What a compressor that chooses by usage keeps besides: nothing for any other."""
-        sizes = (window, compressed) if self.by_usage else (0, 0)
-        shape = self.batch_size, self.kv_heads
-        usage = torch.zeros(*shape, sizes[0], dtype=self.work)
-        positions = torch.zeros(*shape, sizes[1], dtype=torch.int64)
-        for b, row in enumerate(self.rows if self.by_usage else []):
-            for t in range(self.schedule.sinks, len(row.usage)):
-                usage[b, :, t % window] = row.usage[t]
-            for g, tokens in enumerate(row.positions if compressed else []):
-                positions[b, :, g % compressed] = torch.tensor(tokens)
-        return {"attention_received": usage, "slot_positions": positions}
+        """The lists laid out as the real memory lays them out (rings.py)."""
+        return rings_of(self)
 
     @property
     def nbytes(self) -> int:

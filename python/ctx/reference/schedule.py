@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """The five numbers that decide everything, and what follows from them.
+    """The five sizes of a memory, and the integers that follow from them.
 
     Args:
         window: exact tokens every query is guaranteed to see behind it (M in the law), >= 0.
@@ -54,12 +54,12 @@ class Schedule:
         evictable = self.boundary(t) - self.sinks - self.window
         return max(0, evictable // self.ratio)
 
-    def edge(self, t: int) -> int:
+    def window_begin(self, t: int) -> int:
         """First token still held exactly in the window of token t: w(t)."""
         return self.sinks + self.ratio * self.groups(t)
 
     def slots(self, t: int) -> int:
-        """How many compressed slots token t still finds: m(t)."""
+        """How many compressed slots are held when token t attends: m(t)."""
         return min(self.groups(t), self.compressed)
 
     def members(self, g: int) -> range:
@@ -71,37 +71,37 @@ class Schedule:
         """What the query of token t attends to: sinks, groups, window tokens (itself included)."""
         sinks = range(min(self.sinks, t + 1))
         groups = range(self.groups(t) - self.slots(t), self.groups(t))
-        tokens = range(self.edge(t), t + 1)
+        tokens = range(self.window_begin(t), t + 1)
         return sinks, groups, tokens
 
     def centre(self, g: int) -> float:
-        """Middle of the tokens of group g: where distance="token" places its slot."""
+        """Middle of the tokens of group g: the position of its slot under distance="token"."""
         return self.members(g)[0] + (self.ratio - 1) / 2
 
     def distances(self, t: int, distance: str = "slot") -> list[float]:
-        """How far every visible thing is from the query of token t, in the order of `visible`.
+        """How far each visible key is from the query of token t, in the order of `visible`.
 
-        "slot" counts slots, as the paper does (section 3: memories are concatenated and then
-        numbered), so it stays bounded for ever; "token" counts tokens.
+        "slot" counts keys, as the paper does (section 3: memories are concatenated and then
+        numbered), so it is bounded however long the stream; "token" counts tokens.
         """
         sinks, groups, tokens = self.visible(t)
         if distance == "token":
             to_groups = [t - self.centre(g) for g in groups]
             return [*[t - j for j in sinks], *to_groups, *[t - j for j in tokens]]
-        newest_slot = t - self.edge(t)  # one behind the oldest window token
-        oldest_slot = newest_slot + len(groups)
+        oldest_token = t - self.window_begin(t)
+        oldest_slot = oldest_token + len(groups)
         to_sinks = [oldest_slot + (self.sinks - j) for j in sinks]
-        to_groups = [newest_slot + (self.groups(t) - g) for g in groups]
+        to_groups = [oldest_token + (self.groups(t) - g) for g in groups]
         return [*to_sinks, *to_groups, *[t - j for j in tokens]]
 
     @property
     def reach(self) -> int:
-        """How many tokens the memory can tell about, exactly or compressed."""
+        """Tokens that the memory reaches back to, exactly or compressed."""
         return self.sinks + self.ratio * self.compressed + self.window
 
     @property
     def max_slots(self) -> int:
-        """The most things that one query ever attends to."""
+        """The most keys that one query ever attends to."""
         segment = self.segment or self.ratio
         return self.sinks + self.compressed + self.window + segment + self.ratio - 1
 
