@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ctx
-from ctx.padding import from_right_padded, to_right_padded
 from ctx.memory_rows import leaves
+from ctx.padding import from_right_padded, to_right_padded
 from ctx.state import STATE
 from ragged import (
     GARBAGE,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ctx import _C, _check, engine
 from ctx.compression import as_compressor, make_compressor
-from ctx.positions import Relative, check_position, slope_values
 from ctx.memory import Memory
 from ctx.memory_rows import Rows, as_counts, as_rows
+from ctx.positions import Relative, check_position, slope_values
 from ctx.schedule import Schedule
 from ctx.spec import Spec, layer_spec
 from ctx.state import STATE
