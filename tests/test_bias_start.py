@@ -120,8 +120,7 @@ def test_a_run_from_before_continues(tmp_path):
         old.train_step()
     state = {"files": [], "digest": "d", **old.state()}
     del state["config"]["compressed_bias_init"]
-    ten = ctx.state.STATE
-    state["memory"] = [{name: layer[name] for name in ten} for layer in state["memory"]]
+    state["memory"] = [layer.tensors for layer in ctx.Memory.from_state_dict(state["memory"])]
     checkpoint.save(tmp_path / checkpoint.FILE_NAME, state)
     loaded = checkpoint.load(tmp_path / checkpoint.FILE_NAME)
     assert loaded["compare"] is False

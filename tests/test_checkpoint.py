@@ -110,7 +110,7 @@ def test_memory_is_part_of_what_continues():
     for _ in range(5):
         whole.train_step()
     state = copy.deepcopy(whole.state())
-    state["memory"] = whole.model.init_memory(3)
+    state["memory"] = whole.model.init_memory(3).state_dict()
     forgetful = trainer()
     forgetful.load(state)
     assert forgetful.train_step()["bits_per_byte"] != whole.train_step()["bits_per_byte"]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import ctx
-from ctx import identity
+from ctx.memory_rows import leaves
 from strategies import assert_same_bits
 
 BASE = {
@@ -101,7 +101,7 @@ class Copy(nn.Module):
     """A graph that takes a memory and gives one."""
 
     def forward(self, memory):
-        return {name: x.clone() for name, x in memory.items()}
+        return pytree.tree_map(torch.clone, memory)
 
 
 WAYS = {
@@ -113,7 +113,9 @@ WAYS = {
     "select": lambda memory: ctx.rows.select(memory, [1, 0]),
     "merge": lambda memory: ctx.rows.merge([ctx.rows.select(memory, [i]) for i in range(2)]),
     "to": lambda memory: ctx.rows.to(memory, dtype=torch.float64),
-    "first rows": lambda memory: ctx.rows.merge([{k: x[:1] for k, x in memory.items()}] * 2),
+    "first rows": lambda memory: ctx.rows.merge([pytree.tree_map(lambda x: x[:1], memory)] * 2),
+    "state": lambda memory: ctx.Memory.from_state_dict(memory.state_dict()),
+    "graph": lambda memory: torch.compile(Copy(), backend="eager", fullgraph=True)(memory),
 }
 
 
@@ -124,7 +126,7 @@ def streamed(attn):
 
 def refused(attn, memory, named):
     """By the layer in both paths, before anything is written."""
-    before = {name: x.clone() for name, x in memory.items()}
+    before = memory.clone()
     for grad, update in itertools.product([True, False], [True, False]):
         with torch.set_grad_enabled(grad), pytest.raises(ValueError) as caught:  # noqa: PT011
             attn(torch.randn(2, 3, 16), memory, update=update)
@@ -134,8 +136,8 @@ def refused(attn, memory, named):
         for setting in named:
             assert f" {setting}" in f" {got}", message
             assert f" {setting.split('=')[0]}=" in wanted and setting not in wanted, message
-    for name, x in before.items():
-        assert_same_bits(memory[name], x)
+    for mine, x in zip(leaves(memory), leaves(before), strict=True):
+        assert_same_bits(mine, x)
 
 
 @pytest.mark.parametrize("own, change, named", PAIRS, ids=str)
@@ -148,8 +150,8 @@ def test_a_foreign_memory_is_refused(own, change, named):
         except AssertionError:
             raise AssertionError(way) from None
     if change == {"window": 60, "segment": 8}:  # nothing but the name tells them apart
-        own_shapes = [x.shape for x in attn.init_memory(2).values()]
-        assert [x.shape for x in memory.values()] == own_shapes
+        own_shapes = [x.shape for x in leaves(attn.init_memory(2))]
+        assert [x.shape for x in leaves(memory)] == own_shapes
     mine = {setting.split("=")[0] for setting in named}
     with torch.no_grad():  # the way back, and one's own
         with pytest.raises(ValueError, match=f"made for .*{mine.pop()}="):
@@ -181,20 +183,22 @@ def test_what_decides_nothing_is_no_part_of_it(options):
 
 
 def test_one_that_does_not_say_is_refused():
+    """Tensors alone, and a specification that its tensors do not have."""
     attn = attention()
-    memory = {name: x for name, x in attn.init_memory(2).items() if name in ctx.state.STATE}
+    memory = attn.init_memory(2)
     for grad in (True, False):
-        with (
-            torch.set_grad_enabled(grad),
-            pytest.raises(ValueError, match="memory must say what it was made for"),
-        ):
-            attn(torch.randn(2, 3, 16), memory)
-    both = attn.init_memory(2) | attention(distance="token").init_memory(2)
-    with pytest.raises(ValueError, match="memory must be made for one thing, got "):
-        attn(torch.randn(2, 3, 16), both)
-    (name,) = identity.marks(attn.init_memory(2))
-    with pytest.raises(ValueError, match=r"in memory must be \[2, 0\], got \[3, 0\]"):
-        attn(torch.randn(2, 3, 16), attn.init_memory(2) | identity.entry(name, 3, "cpu"))
+        with torch.set_grad_enabled(grad):
+            for bare in (memory.tensors, leaves(memory)):
+                with pytest.raises(TypeError, match=r"memory must be a ctx\.Memory or None"):
+                    attn(torch.randn(2, 3, 16), bare)
+            three = attn.init_memory(3)
+            mixed = ctx.Memory(memory.spec, memory.seen, memory.rewindable, three.rings)
+            with pytest.raises(ValueError, match=r"window_keys must be \[2, .*, got \[3, "):
+                attn(torch.randn(2, 3, 16), mixed)
+            other = attention(compressed=5).init_memory(2)
+            said = ctx.Memory(memory.spec, other.seen, other.rewindable, other.rings)
+            with pytest.raises(ValueError, match=r"compressed_keys must be .*, got "):
+                attn(torch.randn(2, 3, 16), said)
 
 
 def test_follows_what_is_assigned():
@@ -204,7 +208,7 @@ def test_follows_what_is_assigned():
     attn.schedule = attn.schedule.resized(compressed=3)
     with pytest.raises(ValueError, match="made for compressed=3, got one made for compressed=4"):
         attn(x, old)
-    carried = ctx.rows.resized(old, attention().schedule, attn.schedule)
+    carried = ctx.rows.resized(old, attn.schedule)
     attn(x, carried)
     attn.compressor = Pool()
     with pytest.raises(ValueError, match="compressor=Pool, got one made for compressor=mean"):
@@ -234,28 +238,26 @@ def test_a_model():
         _, memory = model(tokens)
         with pytest.raises(ValueError, match="compressed=2, got one made for compressed=4"):
             twin(tokens, memory)
-        twin(tokens, ctx.rows.resized(memory, model.schedules, twin.schedules))
+        twin(tokens, ctx.rows.resized(memory, twin.schedules))
 
 
 def test_merge_and_resized_look_at_it():
     memories = [attention(distance=distance).init_memory(1) for distance in ("slot", "token")]
-    with pytest.raises(ValueError, match=r"ctx.rows.merge: .*distance=slot, got .* distance=token"):
+    with pytest.raises(ValueError, match=r"ctx.Memory.merge: .*distance=slot, got .* distance=token"):
         ctx.rows.merge(memories)
-    bare = {name: memories[0][name] for name in ctx.state.STATE}
-    for pair in ([memories[0], bare], [bare, memories[0]]):
-        with pytest.raises(ValueError, match=r"ctx.rows.merge: memories must all say"):
+    for pair in ([memories[0], memories[0].tensors], [memories[0].tensors, memories[0]]):
+        with pytest.raises(TypeError, match=r"ctx.Memory.merge: memory must be a ctx.Memory"):
             ctx.rows.merge(pair)
-    assert len(ctx.rows.merge([bare, bare])["seen"]) == 2
+    assert len(ctx.rows.merge([memories[0]] * 2)["seen"]) == 2
     equal = attention(window=60, segment=8)
-    with pytest.raises(ValueError, match=r"ctx.rows.resized: window must be 60 as .*, got 64"):
-        ctx.rows.resized(equal.init_memory(1), attention().schedule, attention().schedule)
+    with pytest.raises(ValueError, match=r"ctx.Memory.resized: segment must stay .* got 4"):
+        ctx.rows.resized(equal.init_memory(1), attention().schedule)
     kernel = attention(compressor="conv", compressor_kernel=5)
     smaller = kernel.schedule.resized(compressed=2)
-    carried = ctx.rows.resized(kernel.init_memory(2), kernel.schedule, smaller)  # overlap: it says
+    carried = ctx.rows.resized(kernel.init_memory(2), smaller)  # overlap: it says
+    assert carried.spec.layers[0].overlap == 3
     kernel.schedule = smaller
     kernel(torch.randn(2, 3, 16), carried)
-    with pytest.raises(ValueError, match=r"ctx.rows.resized: overlap must be 3 .* got 1"):
-        ctx.rows.resized(carried, smaller, smaller, overlap=1)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -321,5 +323,6 @@ def test_exported():
     refused(other, memory, ["distance=slot"])
     with pytest.raises(ValueError, match="got one made for distance=token"):
         torch.export.export(Step(attn), (x, other.init_memory(2)), strict=False)
-    with pytest.raises(Exception, match="made for"):  # the names are the graph's
+    named = r"(?s)distance='slot'.*but actually got .*distance='token'"
+    with pytest.raises(ValueError, match=named):  # the specification is the graph's
         exported.module()(x, other.init_memory(2))

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ctx
+from ctx.memory_rows import leaves
 from strategies import assert_same_bits, cases, cuts, lengths, memories, stream
 
 F64 = torch.float64
@@ -131,13 +132,12 @@ class TestModel:
         with torch.no_grad():
             _, memory = model(text)
             _, wanted = twin(text)
-            kept = [{name: x.clone() for name, x in layer.items()} for layer in memory]
-            other = ctx.rows.resized(memory, model.schedules, twin.schedules)
-            assert type(other) is list
-            for name, tensor in wanted[0].items():
+            kept = memory.clone()
+            other = ctx.rows.resized(memory, twin.schedules)
+            assert type(other) is ctx.Memory and other.spec == twin.spec
+            for name, tensor in wanted[0].tensors.items():
                 assert_same_bits(other[0][name], tensor)
-            for layer, held in zip(memory, kept, strict=True):
-                assert all(torch.equal(layer[name], held[name]) for name in layer)
+            assert all(map(torch.equal, leaves(memory), leaves(kept)))
             logits, _ = twin(text[:, :5], other)
             assert logits.isfinite().all()
             with pytest.raises(ValueError, match=r"compressed=6, got .* compressed=2"):
@@ -158,9 +158,9 @@ class TestModel:
         with torch.no_grad():
             _, memory = held(text[:, :tokens])
             _, wanted = twin(text[:, :tokens])
-            other = ctx.rows.resized(memory, held.schedules, twin.schedules)
+            other = ctx.rows.resized(memory, twin.schedules)
             for layer, want in zip(other, wanted, strict=True):
-                for name, tensor in want.items():
+                for name, tensor in want.tensors.items():
                     if name != "rewindable":
                         assert_same_bits(layer[name], tensor)
             assert_same_bits(twin(text[:, tokens:], other)[0], twin(text[:, tokens:], wanted)[0])
@@ -174,10 +174,10 @@ class TestModel:
         with torch.no_grad():
             _, memory = model(text)
             _, wanted = twin(text)
-            other = ctx.rows.resized(memory, model.schedules, twin.schedules)
-        for name, tensor in wanted[0].items():
+            other = ctx.rows.resized(memory, twin.schedules)
+        for name, tensor in wanted[0].tensors.items():
             assert_same_bits(other[0][name], tensor)
-        for name, tensor in memory[1].items():  # its sizes did not change, nor did what it holds
+        for name, tensor in memory[1].tensors.items():  # its sizes did not change, nor did what it holds
             assert_same_bits(other[1][name], tensor)
         difference = (other[1]["window_values"] - wanted[1]["window_values"]).abs().max()
         assert difference > 1e-3
@@ -187,7 +187,7 @@ class TestModel:
         with torch.no_grad():
             _, memory = attn(torch.randn(2, 30, 32))
         smaller = attn.schedule.resized(compressed=1)
-        other = ctx.rows.resized(memory, attn.schedule, smaller)
+        other = ctx.rows.resized(memory, smaller)
         attn.schedule = smaller
         with torch.no_grad():
             attn(torch.randn(2, 3, 32), other)
@@ -195,8 +195,8 @@ class TestModel:
     @pytest.mark.parametrize(
         "change, error, words",
         [
-            (lambda old: old[:1], ValueError, "new must be one schedule or 2, .*got 1"),
-            (lambda old: [None, old[1]], TypeError, "new must be a ctx.Schedule .*got NoneType"),
+            (lambda old: old[:1], ValueError, "schedule must be one or 2, .*got 1"),
+            (lambda old: [None, old[1]], TypeError, "schedule must be a ctx.Schedule .*got NoneType"),
             (lambda old: [old[0].resized(ratio=2), old[1]], ValueError, "ratio must stay .*got 2"),
             (lambda old: [old[0].resized(sinks=2), old[1]], ValueError, "sinks must stay .*got 2"),
             (lambda old: [old[0].resized(segment=5), old[1]], ValueError, "segment must .*got 5"),
@@ -208,18 +208,18 @@ class TestModel:
         model = self.model()
         with torch.no_grad():
             _, memory = model(torch.randint(0, 50, (2, 70)))
-        with pytest.raises(error, match=rf"ctx.rows.resized: {words}"):
-            ctx.rows.resized(memory, model.schedules, change(list(model.schedules)))
+        with pytest.raises(error, match=rf"ctx.Memory.resized: {words}"):
+            ctx.rows.resized(memory, change(list(model.schedules)))
 
     def test_a_memory_of_another_schedule(self):
+        """Its specification says the schedule, and its tensors must be of these sizes."""
         model = self.model()
         memory = model.init_memory(1)
-        wrong = [one.resized(compressed=3) for one in model.schedules]
-        with pytest.raises(ValueError, match=r"ctx.rows.resized: compressed_keys must be .*got"):
-            ctx.rows.resized(memory, wrong, model.schedules)
-        wide = [one.resized(window=1000) for one in model.schedules]
-        with pytest.raises(ValueError, match=r"ctx.rows.resized: window_keys must hold .*got"):
-            ctx.rows.resized(memory, wide, model.schedules)
+        for changed, name in (({"compressed": 3}, "compressed_keys"), ({"window": 1000}, "window_k")):
+            spec = model.with_memory(**changed).spec
+            wrong = ctx.Memory(spec, memory.seen, memory.rewindable, memory.rings)
+            with pytest.raises(ValueError, match=rf"ctx.Memory.resized: .*{name}.* must be .*got"):
+                ctx.rows.resized(wrong, model.schedules)
 
 
 @pytest.mark.parametrize("sizes", [{"compressed": -1}, {"window": 2**31}, {"compressed": 1.5}])

@@ -66,7 +66,7 @@ def test_reads_and_does_not_write(compressor, position, distance, content, mode)
         assert y.requires_grad == (mode == "grad")
         if memory is not None:
             before = streamed(attn, x[:, :20])
-            for name, tensor in memory.items():
+            for name, tensor in memory.tensors.items():
                 assert_same_bits(tensor, before[name])
 
 
@@ -122,7 +122,7 @@ def test_compiled():
             y, after = step(x[:, 20:], memory, update=False)
             want, _ = attn(x[:, 20:], memory, update=False)
         assert_close(y, want, 1e-12)
-        for name, tensor in before.items():
+        for name, tensor in before.tensors.items():
             assert_same_bits(memory[name], tensor)
             assert_same_bits(after[name], tensor)
 

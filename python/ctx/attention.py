@@ -102,6 +102,18 @@ class CompressiveAttention(nn.Module):
         ValueError, TypeError: a setting is out of range; the message names it.
     """
 
+    spec: Spec
+    position: str | None
+    distance: str
+    memory_content: str
+    compressor_grad: str
+    aux_loss: str | None
+    rotary_base: float
+    rotary_interleaved: bool
+    compressed_bias_init: float | None
+    dropout: float
+    max_rewind: int
+
     def __init__(
         self,
         embed_dim: int,
@@ -258,9 +270,12 @@ class CompressiveAttention(nn.Module):
                 ),
             )
         )
+        heads, *widths = self._stored
         self._shape = StateShape.of(
             self._schedule,
-            *self._stored,
+            heads,
+            widths[0],
+            widths[1],
             self.max_rewind,
             overlap=compressor.overlap,
             used=compressor.by_usage,

@@ -628,8 +628,9 @@ class KVMemory:
             settings["rotary_base"],
             settings["rotary_interleaved"],
         )
-        rows = (k.shape[2] if k.dim() == 4 else 0, lengths, reset_at)
-        plan = engine.Plan(*memory.clock, *rows, settings["max_rewind"], False, True)
+        tokens = k.shape[2] if k.dim() == 4 else 0
+        most = settings["max_rewind"]
+        plan = engine.Plan(*memory.clock, tokens, lengths, reset_at, most, False, True)
         try:
             keys, values, block = engine.evicted_groups(k, v, plan, rings, law)
             made = [*self.compressor.slots(keys, values), block]

@@ -324,21 +324,17 @@ class Memory:
         )
 
 
-def _flatten(memory: Memory) -> tuple[list[Tensor], Spec]:
-    return memory_rows.leaves(memory), memory.spec
+def _flatten(memory: Memory) -> tuple[list[Any], Spec]:
+    return [memory.seen, memory.rewindable, memory.rings], memory.spec
 
 
-def _flatten_with_keys(memory: Memory) -> tuple[list[tuple[Any, Tensor]], Spec]:
-    names = [*CLOCK, *(f"{i}.{name}" for i in range(memory.layers) for name in TENSORS)]
-    keys = map(pytree.GetAttrKey, names)
-    return list(zip(keys, memory_rows.leaves(memory), strict=True)), memory.spec
+def _flatten_with_keys(memory: Memory) -> tuple[list[tuple[Any, Any]], Spec]:
+    parts, spec = _flatten(memory)
+    return [*zip(map(pytree.GetAttrKey, (*CLOCK, "rings")), parts, strict=True)], spec
 
 
-def _unflatten(leaves: Any, spec: Spec) -> Memory:
-    seen, rewindable, *rest = leaves
-    count = len(TENSORS)
-    rings = [rest[at : at + count] for at in range(0, len(rest), count)]
-    return Memory(spec, seen, rewindable, rings)
+def _unflatten(parts: Any, spec: Spec) -> Memory:
+    return Memory(spec, *parts)
 
 
 pytree.register_pytree_node(

@@ -106,7 +106,7 @@ def tensors(memory: Memory, where: str) -> None:
         at = f"{where}: memory[{layer}]" if several else where
         if len(ring) != len(TENSORS):
             raise ValueError(f"{at}: rings must be {', '.join(TENSORS)}, got {len(ring)} tensors")
-        named = dict(zip(TENSORS, ring, strict=True))
+        named: dict[str, Any] = dict(zip(TENSORS, ring, strict=True))
         named |= {"seen": memory.seen, "rewindable": memory.rewindable}
         _check.tensors(at, **named)
         if len(rows) != 1:
@@ -170,8 +170,7 @@ def widened(memory: Any) -> Any:
         ]
         for ring in rings
     ]
-    made = type(memory)(memory.spec, memory.seen, memory.rewindable, wide)
-    return made
+    return type(memory)(memory.spec, memory.seen, memory.rewindable, wide)
 
 
 def _is_wide(ring: list[Tensor]) -> bool:

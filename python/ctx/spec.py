@@ -77,7 +77,8 @@ class LayerSpec:
 
     def rescheduled(self, schedule: Schedule) -> LayerSpec:
         """The same with other sizes."""
-        return dataclasses.replace(self, **dict(zip(SIZES, schedule.numbers, strict=True)))
+        sizes: Any = dict(zip(SIZES, schedule.numbers, strict=True))
+        return dataclasses.replace(self, **sizes)
 
     def difference(self, other: LayerSpec) -> list[str]:
         """Names of the fields in which the two differ."""

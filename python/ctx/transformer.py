@@ -24,9 +24,7 @@ from ctx.state import empty_clock
 from ctx.transformer_blocks import Block, attention_of, make_norm
 from ctx.transformer_config import CompressiveTransformerConfig
 
-__all__ = ["CompressiveTransformer", "CompressiveTransformerConfig", "ModelMemory"]
-
-ModelMemory = Memory
+__all__ = ["CompressiveTransformer", "CompressiveTransformerConfig"]
 
 
 class CompressiveTransformer(nn.Module):
@@ -141,8 +139,7 @@ class CompressiveTransformer(nn.Module):
                 layers; not together with `reset_at`.
             return_region_weights: also return the share of its attention that every query gives to
                 sinks, compressed slots and window in every layer, for inspection:
-                [layers, B, H, T, 3],
-                adding up to one, zero at padding, constant.
+                [layers, B, H, T, 3], adding up to one, zero at padding, constant.
             last_only: logits of every row's last token only, [B, vocab_size], zero for a row
                 without tokens; what generation needs of a long prompt.
 

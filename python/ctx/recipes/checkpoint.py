@@ -28,7 +28,7 @@ _PARTS: dict[str, Any] = {
     "weights": dict,
     "optimizer": dict,
     "gradients": dict,  # by parameter, summed since the last update; empty right behind one
-    "memory": (list, type(None)),
+    "memory": (dict, list, type(None)),  # Memory.state_dict(); a dict per layer in version 0.1
     "rng": torch.Tensor,
     "seconds": float,  # spent in training so far
 }

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ctx.recipes.data import unigram_entropy
 from ctx.recipes.errors import RecipeError
-from ctx.transformer import CompressiveTransformer, ModelMemory
+from ctx.memory import Memory
+from ctx.transformer import CompressiveTransformer
 
 __all__ = ["Result", "evaluate", "side_by_side", "stream", "table"]
 
@@ -68,7 +69,7 @@ def stream(
     was_training = model.training
     model.eval()
     bits, memory_bytes = 0.0, 0
-    memory: ModelMemory | None = None
+    memory: Memory | None = None
     began = time.perf_counter()
     with torch.inference_mode():
         for start in range(0, size - 1, segment):
@@ -79,7 +80,7 @@ def stream(
             loss = F.cross_entropy(logits.flatten(0, 1), both[:, 1:].flatten(), reduction="sum")
             bits += loss.item() / math.log(2)
             advance(both.numel() - rows)
-        memory_bytes = sum(part.nbytes for layer in memory or [] for part in layer.values())
+        memory_bytes = 0 if memory is None else memory.nbytes
     took = time.perf_counter() - began
     model.train(was_training)
     tokens = rows * (size - 1)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from ctx.recipes.errors import RecipeError
 from ctx.recipes.recall_task import RecallTask, Tally
-from ctx.transformer import CompressiveTransformer, ModelMemory
+from ctx.memory import Memory
+from ctx.transformer import CompressiveTransformer
 
 __all__ = ["measure", "train"]
 
@@ -82,7 +83,7 @@ def measure(
     with torch.inference_mode():
         for start in range(0, rows, 128):
             drawn = task.draw(min(128, rows - start), generator)
-            memory: ModelMemory = model.init_memory(len(drawn.tokens))
+            memory: Memory = model.init_memory(len(drawn.tokens))
             guesses = []
             for tokens in torch.split(drawn.tokens, _CHUNK, 1):
                 logits, memory = model(tokens, memory)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ctx.recipes.evaluation import side_by_side
-from ctx.transformer import CompressiveTransformer, ModelMemory
+from ctx.memory import Memory
+from ctx.transformer import CompressiveTransformer
 
 __all__ = ["region_weights", "region_weights_table"]
 
@@ -28,7 +29,7 @@ def region_weights(
     was_training = model.training
     model.eval()
     total = torch.zeros(len(model.layers), 3, dtype=torch.float64)
-    memory: ModelMemory | None = None
+    memory: Memory | None = None
     with torch.inference_mode():
         for start in range(0, lines.shape[1], segment):
             if memory is None:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctx.memory import Memory
 from ctx.recipes.data import Corpus, Streams
 from ctx.recipes.errors import RecipeError
 from ctx.recipes.settings import TrainSettings
-from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig, ModelMemory
+from ctx.state import TENSORS
+from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig
 
 __all__ = ["Trainer"]
 
@@ -35,7 +37,7 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = CompressiveTransformer(config)
         self.optimizer = _optimizer(self.model, settings)
-        self.memory: ModelMemory | None = None
+        self.memory: Memory | None = None
         self.step = 0
         self.seconds = 0.0
 
@@ -107,20 +109,24 @@ class Trainer:
                 for name, parameter in self.model.named_parameters()
                 if parameter.grad is not None
             },
-            "memory": self.memory,
+            "memory": None if self.memory is None else self.memory.state_dict(),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds,
         }
 
-    def _carried(self, memory: ModelMemory | None) -> ModelMemory | None:
-        """A checkpoint's memory, with what memories did not have yet when it was written."""
+    def _carried(self, memory: dict[str, Any] | list[dict[str, Tensor]] | None) -> Memory | None:
+        """A checkpoint's memory. Version 0.1 wrote a dict of tensors per layer, each with counters
+        of its own, which were equal.
+        """
         if memory is None:
             return None
-        fresh = self.model.init_memory(self.settings.batch)
-        return [
-            held if held.keys() == made.keys() else {**made, **held}
-            for made, held in zip(fresh, memory, strict=True)
-        ]
+        made = self.model.init_memory(self.settings.batch)
+        if isinstance(memory, list):
+            rings = [[layer[name] for name in TENSORS] for layer in memory]
+            held = Memory(made.spec, memory[0]["seen"], memory[0]["rewindable"], rings)
+            memory = held.state_dict()
+        made.load_state_dict(memory)
+        return made
 
     def load(self, state: dict[str, Any]) -> None:
         """Continues from a `state` of the same configuration."""
