@@ -10,7 +10,6 @@ from torch import Tensor
 
 import ctx
 from benchmarks._harness import interleave
-from benchmarks._memories import fill
 from benchmarks._report import Report
 
 __all__ = ["INSTALL", "TITLE", "measure"]
@@ -78,7 +77,12 @@ def _ours(shape: dict[str, Any], slots: int) -> ctx.CompressiveTransformer:
 
 
 def _our_step(model: ctx.CompressiveTransformer, context: int) -> Callable[[], Tensor]:
-    memory: Any = [fill(layer, context) for layer in model.init_memory(1)]
+    memory = model.init_memory(1)
+    for ring in memory.rings:
+        for part in filter(Tensor.is_floating_point, ring):
+            part.normal_()
+    memory.seen.fill_(context)
+    memory.rewindable.fill_(1)
     token = torch.zeros(1, 1, dtype=torch.int64)
 
     def step() -> Tensor:

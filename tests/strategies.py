@@ -249,6 +249,12 @@ def stream(memory: Any, tensors: list[Tensor], sizes: list[int]) -> Tensor:
     return torch.cat([q.new_empty(*q.shape[:2], 0, v.shape[3]), *outs], 2)
 
 
+def operands(attn: ctx.CompressiveAttention, region_weights: bool = False) -> tuple[Any, ...]:
+    """What the operators that attend take last, for a layer."""
+    bias, slopes, relative, scale = attn.scores(torch.device("cpu"))
+    return (bias, slopes, relative, *attn.law, scale, region_weights)
+
+
 def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
     """Worst absolute error within `tolerance` of the largest expected number, at least of one."""
     assert got.shape == want.shape and got.dtype == want.dtype, (got.shape, want.shape, got.dtype)

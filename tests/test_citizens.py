@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ctx
-from strategies import assert_close, assert_same_bits
+from strategies import assert_close, assert_same_bits, operands
 
 SIZES = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8, "sinks": 2}
 
@@ -62,7 +62,7 @@ class TestAutocast:
         """Autocast ends where an operator begins: float32 in, the same float32 numbers out."""
         attn = attention(compressor="conv").requires_grad_(False)
         q, k, v = (torch.randn(1, heads, 40, 8) for heads in (4, 2, 2))
-        settings = attn._settings()
+        settings = attn.law
         with torch.no_grad():
             attn.compressor.key_weight.add_(0.1 * torch.randn_like(attn.compressor.key_weight))
 
@@ -70,7 +70,7 @@ class TestAutocast:
             keys, values, _ = torch.ops.ctx.evicted_groups(k, v, None, None, [], *settings)
             slots = attn.compressor(keys, values)
             return torch.ops.ctx.attend_sequence(
-                q, k, v, None, None, [], *slots, None, *attn._scores()
+                q, k, v, None, None, [], *slots, None, *operands(attn)
             )[0]
 
         expected = run()
@@ -133,7 +133,7 @@ def test_an_input_that_carries_a_graph_is_streamed_without_grad(content, mode):
             want, _ = attn(x.detach(), twin)
         assert after is memory and not y.requires_grad
         assert_same_bits(y, want)
-        for name, tensor in memory.items():
+        for name, tensor in memory.tensors.items():
             assert_same_bits(tensor, twin[name])
 
 

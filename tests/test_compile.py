@@ -9,7 +9,8 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 import ctx
-from strategies import assert_close, assert_same_bits
+from ctx.memory_rows import leaves
+from strategies import assert_close, assert_same_bits, operands
 
 SIZES: dict[str, Any] = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8, "sinks": 2}
 
@@ -47,10 +48,6 @@ def transformer():
     return ctx.CompressiveTransformer(config)
 
 
-def layers_of(memory):
-    return memory if isinstance(memory, list) else [memory]
-
-
 def inputs(module, rows, tokens):
     if isinstance(module, ctx.CompressiveTransformer):
         return torch.randint(0, 50, (rows, tokens))
@@ -81,10 +78,10 @@ def test_one_graph_for_every_position(make, grad):
                 for mine, yours in pairs:
                     assert_close(mine, yours, 1e-6)
     assert compiled.graphs <= 2
-    for mine, yours in zip(layers_of(ours), layers_of(theirs), strict=True):
-        assert_same_bits(mine["seen"], yours["seen"])
-        for name in mine:
-            assert_close(mine[name], yours[name], 1e-6)
+    assert ours.spec == theirs.spec
+    assert_same_bits(ours.seen, theirs.seen)
+    for mine, yours in zip(leaves(ours), leaves(theirs), strict=True):
+        assert_close(mine, yours, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +101,7 @@ def test_begins_without_a_memory(grad, options):
         y, memory = compiled.run(x)
         expected, held = module(x)
     assert_close(y, expected, 1e-6)
-    for name in held:
+    for name in held.tensors:
         assert_close(memory[name], held[name], 1e-6)
 
 
@@ -192,9 +189,8 @@ def test_export_of_a_step(make):
         y, memory = step(x, memory)
         expected, held = Step(module)(x, held)
         assert_close(y, expected, 1e-6)
-    for mine, yours in zip(layers_of(memory), layers_of(held), strict=True):
-        for name in mine:
-            assert_close(mine[name], yours[name], 1e-6)
+    for mine, yours in zip(leaves(memory), leaves(held), strict=True):
+        assert_close(mine, yours, 1e-6)
 
 
 @pytest.mark.parametrize("compressor", ["mean", "dilated", "gated", "most_used"])
@@ -204,7 +200,7 @@ def test_operators_alone(compressor):
     compressor = (module.compressor.operands(), module.compressor.name)
 
     def step(q, k, v, *state):
-        return torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, [], *module._scores())[
+        return torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, [], *operands(module))[
             0
         ]
 

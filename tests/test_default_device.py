@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ctx
+from ctx.memory_rows import leaves
 from strategies import COMPRESSORS, assert_close, assert_same_bits
 
 SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1}
@@ -52,15 +53,13 @@ def everything(position, compressor, tensors):
     merged = ctx.KVMemory.merge([memory, chosen])
     merged.load_state_dict(merged.clone().state_dict())
     found += merged.to(dtype=torch.float64).tensors.values()
-    layers = [memory.tensors]
+    layers = memory.memory
     ctx.rows.reset(layers, 2)
     ctx.rows.reset(layers, [True, False, False])
     if not used:
         ctx.rows.rewind(ctx.rows.clone(layers), 0)
-        found += ctx.rows.resized(
-            layers, memory.schedule, memory.schedule, overlap=memory.compressor.overlap
-        )[0].values()
-    found += ctx.rows.to(ctx.rows.merge([ctx.rows.select(layers, [0, 1])] * 2))[0].values()
+        found += leaves(ctx.rows.resized(layers, memory.schedule))
+    found += leaves(ctx.rows.to(ctx.rows.merge([ctx.rows.select(layers, [0, 1])] * 2)))
     memory.reset()
     return [*found, *memory.tensors.values()]
 
@@ -105,7 +104,7 @@ def test_a_layer(nowhere, position, compressor, content):
                     {"return_aux": True} if aux else {},
                 ):
                     y, memory, *loss = attn(x, memory, **rows)
-                    found += [y, *loss, *memory.values()]
+                    found += [y, *loss, *leaves(memory)]
         return found
 
     want = run()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ctx
+from ctx.memory_rows import leaves
 from strategies import CLOSE, DTYPES, assert_close, assert_same_bits, cases, cuts, schedules
 
 F64 = torch.float64
@@ -40,7 +41,7 @@ def test_what_is_stored():
     assert_same_bits(memory["sink_keys"][:, 0], x[:, :2])
     assert_same_bits(memory["window_keys"][:, 0, 2:5], x[:, 2:])
     pairs = attention(8, 2, 2, sinks=2, memory_content="kv").init_memory(3)
-    size = lambda held: sum(x.nbytes for x in held.values() if x.dim() == 4)  # noqa: E731
+    size = lambda held: sum(x.nbytes for x in leaves(held) if x.dim() == 4)  # noqa: E731
     assert 2 * size(memory) == size(pairs)
 
 
@@ -132,7 +133,7 @@ def test_any_cutting_of_ragged_rows_and_documents(dtype, data):
             for row, n in enumerate(count.tolist()):
                 assert not y[row, n:].any()
                 parts[way][row].append(y[row, :n].detach())
-    for name, tensor in memories[0].items():
+    for name, tensor in memories[0].tensors.items():
         assert_close(memories[1][name], tensor, CLOSE[dtype])
     for row in range(2):
         place = [
@@ -300,9 +301,9 @@ def test_rows_and_sizes_of_a_model():
     twin = built.with_memory(compressed=[1, 3])
     with torch.no_grad():
         _, memory = built(text[:, :40])
-        smaller = ctx.rows.resized(memory, built.schedules, twin.schedules)
+        smaller = ctx.rows.resized(memory, twin.schedules)
         _, wanted = twin(text[:, :40])
-        for name, tensor in wanted[0].items():
+        for name, tensor in wanted[0].tensors.items():
             assert_same_bits(smaller[0][name], tensor)
         picked = ctx.rows.select(memory, [2, 0])
         got, _ = built(text[[2, 0], 40:], picked)

@@ -243,7 +243,7 @@ def test_a_model():
 
 def test_merge_and_resized_look_at_it():
     memories = [attention(distance=distance).init_memory(1) for distance in ("slot", "token")]
-    with pytest.raises(ValueError, match=r"ctx.Memory.merge: .*distance=slot, got .* distance=token"):
+    with pytest.raises(ValueError, match=r"Memory.merge: .*distance=slot, got .* distance=token"):
         ctx.rows.merge(memories)
     for pair in ([memories[0], memories[0].tensors], [memories[0].tensors, memories[0]]):
         with pytest.raises(TypeError, match=r"ctx.Memory.merge: memory must be a ctx.Memory"):

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import ctx
+from ctx.memory_rows import leaves
 from strategies import assert_close
 
 SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1}
 
 
 def resized(memory, attn):
-    return ctx.rows.resized(memory, attn.schedule, attn.schedule)
+    return ctx.rows.resized(memory, attn.schedule)
 
 
 WAYS = {
@@ -36,7 +37,7 @@ def test_serves_training(way, content):
         memory = attn.init_memory(2)
         attn(torch.randn(2, 13, 8), memory)
         memory = WAYS[way](memory, attn)
-    assert not any(x.is_inference() for x in memory.values())
+    assert not any(x.is_inference() for x in leaves(memory))
     attn = attn.to(memory["window_keys"].dtype)
     x = torch.randn(2, 7, 8, dtype=memory["window_keys"].dtype)
     torch._dynamo.reset()

@@ -230,7 +230,7 @@ class TestRefused:
     def test_a_list_of_memories(self, grad):
         built = model()
         memory = started(built)
-        with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="must be a ctx.Memory"):
+        with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=r"must be a ctx\.Memory"):
             built(torch.zeros(2, 1, dtype=torch.int64), list(memory))
 
 

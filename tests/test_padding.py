@@ -65,10 +65,6 @@ def documents_alone(model, x, mask, reset_at, memory):
     return outs, last
 
 
-def layer_memories(memory):
-    return [memory] if isinstance(memory, dict) else memory
-
-
 def check(model, law, x, mask, arguments, reset_at, memory, mode, tolerance=1e-11):
     """One call on the batch against one call per document."""
     before = copy.deepcopy(memory)
@@ -80,10 +76,10 @@ def check(model, law, x, mask, arguments, reset_at, memory, mode, tolerance=1e-1
     for b, places, y in want:
         assert_close(got[b, places], y, tolerance)
     for b, row in enumerate(last):
-        for mine, yours in zip(layer_memories(after), layer_memories(row), strict=True):
+        for mine, yours in zip(after, row, strict=True):
             assert_same_row(law, mine, b, yours, 0, tolerance, exact=False)
     if mode == "no_grad":
-        assert memory is None or after is passed or isinstance(passed, list)
+        assert memory is None or after is passed
         return
     leaves = [] if memory is None else pytree.tree_leaves(before)
     for one, other in zip(leaves, pytree.tree_leaves(passed), strict=False):

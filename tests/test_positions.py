@@ -23,6 +23,7 @@ from strategies import (
     cuts,
     lengths,
     memories,
+    operands,
     pieces,
 )
 
@@ -214,7 +215,7 @@ class TestPlainObjects:
         memory = attn.init_memory(1)
         state = [memory[name] for name in ctx.state.STATE]
         compressor = (attn.compressor.operands(), attn.compressor.name, [])
-        outs = torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, *attn._scores(True))
+        outs = torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, *operands(attn, True))
         assert not any(x.requires_grad for x in (*outs, *state))
 
     def test_autocast_ends_at_our_operators(self, position):
@@ -227,7 +228,7 @@ class TestPlainObjects:
             state = [memory[name] for name in ctx.state.STATE]
             with torch.no_grad():
                 return torch.ops.ctx.step_(
-                    q, k, v, None, None, *state, *compressor, *attn._scores(True)
+                    q, k, v, None, None, *state, *compressor, *operands(attn, True)
                 )
 
         want = step()
@@ -343,7 +344,7 @@ class TestShares:
         attn = attention("relative", aux_loss="reconstruction", compressor_grad="aux")
         x = torch.randn(2, 20, 16)
         y, memory, aux, usage = attn(x, return_aux=True, return_region_weights=True)
-        assert torch.equal(y, attn(x)[0]) and isinstance(memory, dict)
+        assert torch.equal(y, attn(x)[0]) and isinstance(memory, ctx.Memory)
         assert aux.shape == () and torch.equal(aux, attn(x, return_aux=True)[2])
         assert torch.equal(usage, attn(x, return_region_weights=True)[2])
 

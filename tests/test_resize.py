@@ -177,7 +177,7 @@ class TestModel:
             other = ctx.rows.resized(memory, twin.schedules)
         for name, tensor in wanted[0].tensors.items():
             assert_same_bits(other[0][name], tensor)
-        for name, tensor in memory[1].tensors.items():  # its sizes did not change, nor did what it holds
+        for name, tensor in memory[1].tensors.items():  # of the same sizes, and holds the same
             assert_same_bits(other[1][name], tensor)
         difference = (other[1]["window_values"] - wanted[1]["window_values"]).abs().max()
         assert difference > 1e-3
@@ -196,7 +196,7 @@ class TestModel:
         "change, error, words",
         [
             (lambda old: old[:1], ValueError, "schedule must be one or 2, .*got 1"),
-            (lambda old: [None, old[1]], TypeError, "schedule must be a ctx.Schedule .*got NoneType"),
+            (lambda old: [None, old[1]], TypeError, "schedule must be a .*got NoneType"),
             (lambda old: [old[0].resized(ratio=2), old[1]], ValueError, "ratio must stay .*got 2"),
             (lambda old: [old[0].resized(sinks=2), old[1]], ValueError, "sinks must stay .*got 2"),
             (lambda old: [old[0].resized(segment=5), old[1]], ValueError, "segment must .*got 5"),
@@ -215,7 +215,10 @@ class TestModel:
         """Its specification says the schedule, and its tensors must be of these sizes."""
         model = self.model()
         memory = model.init_memory(1)
-        for changed, name in (({"compressed": 3}, "compressed_keys"), ({"window": 1000}, "window_k")):
+        for changed, name in (
+            ({"compressed": 3}, "compressed_keys"),
+            ({"window": 1000}, "window_keys"),
+        ):
             spec = model.with_memory(**changed).spec
             wrong = ctx.Memory(spec, memory.seen, memory.rewindable, memory.rings)
             with pytest.raises(ValueError, match=rf"ctx.Memory.resized: .*{name}.* must be .*got"):

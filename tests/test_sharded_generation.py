@@ -70,11 +70,11 @@ def check(model, tokens, copies):
                 method(tokens, NEW, temperature=0, memory=memory)
             assert memory[0]["seen"].tolist() == [0] * ROWS
             continue
-        given = [dict(layer) for layer in memory]
+        given = [layer.tensors for layer in memory]
         assert torch.equal(method(tokens, NEW, temperature=0, memory=memory), wanted)
         for layer, same, other in zip(memory, given, held, strict=True):
             assert layer["seen"].tolist() == [LENGTH + NEW - 1] * ROWS
-            for name, tensor in layer.items():
+            for name, tensor in layer.tensors.items():
                 assert tensor is same[name]
                 assert torch.equal(tensor, other[name].to(tensor.dtype)), name
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -397,7 +397,7 @@ class TestForwardErrors:
         with pytest.raises(ValueError, match="memory must have 2 layers, got 1"):
             built(text, built.init_memory(2)[0])
         for bad in ([built.init_memory(2)], built.init_memory(2)[0].tensors, 3):
-            with pytest.raises(TypeError, match="memory must be a ctx.Memory or None"):
+            with pytest.raises(TypeError, match=r"memory must be a ctx\.Memory or None"):
                 built(text, bad)
 
     @pytest.mark.parametrize("grad", [True, False])
@@ -451,7 +451,7 @@ class TestConfig:
             (
                 {"position": "sinusoid"},
                 ValueError,
-                "position must be \"rotary\", \"relative\", \"alibi\" or None, got 'sinusoid'",
+                'position must be "rotary", "relative", "alibi" or None, got \'sinusoid\'',
             ),
             ({"relative_dim": 0}, ValueError, "relative_dim must be even and positive, got 0"),
             (

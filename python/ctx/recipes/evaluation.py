@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ctx.memory import Memory
 from ctx.recipes.data import unigram_entropy
 from ctx.recipes.errors import RecipeError
-from ctx.memory import Memory
 from ctx.transformer import CompressiveTransformer
 
 __all__ = ["Result", "evaluate", "side_by_side", "stream", "table"]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from ctx.memory import Memory
 from ctx.recipes.errors import RecipeError
 from ctx.recipes.recall_task import RecallTask, Tally
-from ctx.memory import Memory
 from ctx.transformer import CompressiveTransformer
 
 __all__ = ["measure", "train"]

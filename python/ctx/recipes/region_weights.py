@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ctx.recipes.evaluation import side_by_side
 from ctx.memory import Memory
+from ctx.recipes.evaluation import side_by_side
 from ctx.transformer import CompressiveTransformer
 
 __all__ = ["region_weights", "region_weights_table"]
