@@ -85,7 +85,7 @@ def test_a_memory_and_its_rows():
     }
     used.load_state_dict(state)
     same(used.tensors, want.tensors)
-    rows = ctx.rows.select([used.tensors], [I64(1), I64(0)])
+    rows = ctx.rows.select(used.memory, [I64(1), I64(0)])
     ctx.rows.rewind(rows, I64(1))
     ctx.rows.reset(rows, np.array([True, False]))
-    assert rows[0]["seen"].tolist() == [0, 8]
+    assert rows["seen"].tolist() == [0, 8]

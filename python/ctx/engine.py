@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ctx.state import OPEN, writing
+from ctx.state import OPEN, ordinary, writing
 
 __all__ = [
     "Law", "Plan", "Scores", "advance", "append", "attend", "begin", "choose", "evicted_groups",
@@ -99,8 +99,8 @@ def plans(
     """
     if lengths is not None:
         lengths = lengths.clone()  # a memory's own counter changes before the next layer
-    max_rewind = min([layer.max_rewind for layer in layers])
-    counts = any([layer.compressor.by_usage for layer in layers])
+    max_rewind = min(layer.max_rewind for layer in layers)
+    counts = any(layer.compressor.by_usage for layer in layers)
     made: dict[Law, Plan] = {}
     for layer in layers:
         if layer.law not in made:
@@ -110,6 +110,11 @@ def plans(
 
 def ends(call: Plan) -> tuple[Tensor, Tensor]:
     """seen and rewindable after a call, int64 [B] each, new tensors."""
+    with ordinary():
+        return _ends(call)
+
+
+def _ends(call: Plan) -> tuple[Tensor, Tensor]:
     count: Any = call.tokens if call.lengths is None else call.lengths
     seen, rewindable = call.seen + count, call.rewindable + count
     if call.reset_at is not None and call.tokens:

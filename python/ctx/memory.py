@@ -107,13 +107,15 @@ class Memory:
         """Layer `key` as a memory on the same clock; by name, a tensor of a one-layer memory.
 
         Raises:
-            IndexError, KeyError: there is no such layer or tensor.
+            IndexError, KeyError, TypeError: there is no such layer or tensor.
         """
         if isinstance(key, str):
             if key in CLOCK:
                 return self.seen if key == "seen" else self.rewindable
             self._one_layer(repr(key))
             return self.rings[0][PLACE[key]]
+        if not isinstance(key, int):
+            key = _check.integer(key, "layer", "ctx.Memory")
         if not -len(self.rings) <= key < len(self.rings):
             raise IndexError(
                 f"ctx.Memory: layer must be between 0 and {len(self.rings) - 1}, got {key}"
@@ -180,7 +182,12 @@ class Memory:
         return memory_rows.clone(self)
 
     def to(
-        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        place: torch.device | str | int | None = None,
+        /,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> Memory:
         """A new memory that holds the same, in another dtype or on another device.
 
@@ -189,12 +196,18 @@ class Memory:
         memory, which has one dtype.
 
         Args:
+            place: a device, as tools that move all arguments of a call give it (accelerate): then
+                a memory that is there already is returned itself.
             dtype: of pairs: float32, float64, bfloat16 or float16; default as it is.
             device: default as it is.
 
         Raises:
             TypeError, ValueError: there is no such dtype or device for a memory.
         """
+        if place is not None:
+            device = _check.device(place, "ctx.Memory.to")
+            if dtype is None and self.seen.device == device:
+                return self
         return memory_rows.to(self, dtype, device)
 
     def resized(self, schedule: Schedule | Sequence[Schedule]) -> Memory:

@@ -48,15 +48,15 @@ def resized(memory: Memory, schedule: Schedule | Sequence[Schedule], where: str)
         for spec, made, ring in zip(memory.spec.layers, specs, memory.rings, strict=True)
     ]
     with ordinary():
-        clock = memory.seen.clone(), torch.tensor(rewindable).to(memory.seen)
+        clock = memory.seen.clone(), memory.seen.new_tensor(rewindable)
     return type(memory)(Spec(tuple(specs)), *clock, rings)
 
 
 def _layer(old: LayerSpec, new: LayerSpec, held: list[Tensor], seen: Tensor) -> list[Tensor]:
     keys, slots = held[PLACE["window_keys"]], held[PLACE["compressed_keys"]]
     made = memory_check.zeros(new, len(keys), keys.dtype, keys.device, slots.dtype)
-    groups = torch.tensor([old.schedule.groups(count - 1) for count in seen.tolist()])
-    newest = {"window": seen - 1, "compressed": groups.to(seen) - 1}
+    groups = seen.new_tensor([old.schedule.groups(count - 1) for count in seen.tolist()])
+    newest = {"window": seen - 1, "compressed": groups - 1}
     oldest = {"window": old.sinks, "compressed": 0}
     with ordinary():
         for name in ("sink_keys", "sink_values"):
