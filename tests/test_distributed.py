@@ -64,7 +64,7 @@ def check(losses, memory, weights, rank):
         torch.testing.assert_close(weights[name], parameter.detach(), atol=1e-5, rtol=1e-4)
     for layer, expected in zip(memory, whole, strict=True):
         assert layer["seen"].tolist() == [STEPS * LENGTH] * ROWS
-        for name in layer:
+        for name in layer.tensors:
             torch.testing.assert_close(layer[name], expected[name][mine], atol=1e-5, rtol=1e-4)
     assert len(losses) == STEPS
     keys = memory[0]["window_keys"]

@@ -202,7 +202,7 @@ def _read(model: Any, tokens: Tensor, lengths: Tensor | None, memory: Memory) ->
 
 
 def _take_over(memory: Memory, after: Memory) -> None:
-    """Writes to `memory` what a call left elsewhere: FSDP2's mixed precision casts its inputs."""
+    """Writes to `memory` what a call left elsewhere: a wrapper may copy what a block is given."""
     for mine, made in zip(leaves(memory), leaves(after), strict=True):
         if mine is not made:
             mine.copy_(made)

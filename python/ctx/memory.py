@@ -183,9 +183,7 @@ class Memory:
 
     def to(
         self,
-        place: torch.device | str | int | None = None,
-        /,
-        *,
+        *place: torch.device | str | int | None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Memory:
@@ -196,17 +194,17 @@ class Memory:
         memory, which has one dtype.
 
         Args:
-            place: a device, as tools that move all arguments of a call give it (accelerate): then
-                a memory that is there already is returned itself.
+            place: a device or None, as tools that move all arguments of a call give it (accelerate).
+                A memory that is there already is then returned itself.
             dtype: of pairs: float32, float64, bfloat16 or float16; default as it is.
             device: default as it is.
 
         Raises:
             TypeError, ValueError: there is no such dtype or device for a memory.
         """
-        if place is not None:
-            device = _check.device(place, "ctx.Memory.to")
-            if dtype is None and self.seen.device == device:
+        if place:
+            (device,) = place
+            if device is None or self.seen.device == _check.device(device, "ctx.Memory.to"):
                 return self
         return memory_rows.to(self, dtype, device)
 

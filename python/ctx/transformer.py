@@ -149,8 +149,8 @@ class CompressiveTransformer(nn.Module):
             and with `update=False`; then the loss with `return_aux`, then the shares with
             `return_region_weights`. Where a call without grad is interrupted (an exception in a
             hook, Ctrl-C), the memory passed is as it was before the call, or refused from then on
-            where the rings no longer hold that. Mixed precision of FSDP2 casts the memory to a copy
-            before the call: go on with the one returned then.
+            where the rings no longer hold that. Where a wrapper of a block copies what the block is
+            given, the memory returned is another one: go on with that.
 
         Raises:
             TypeError, ValueError, IndexError: before any memory is written.
@@ -204,7 +204,7 @@ class CompressiveTransformer(nn.Module):
             memory = Memory(self.spec, *engine.ends(plan), rings)
         else:
             engine.advance(plan, clock)
-            # Mixed precision of FSDP2 casts a block's inputs to copies, which have been written.
+            # A wrapper that moves or casts a block's inputs copies them; the copies were written.
             if any(mine is not made for mine, made in zip(memory.rings, rings, strict=True)):
                 memory = Memory(memory.spec, *clock, rings)
         asked = [torch.stack(losses).mean()] if return_aux else []
@@ -337,14 +337,6 @@ class CompressiveTransformer(nn.Module):
         stop: generation.Stop | None,
     ) -> Iterator[Tensor]:
         where = settings.where
-        if memory is not None and transformer_inputs.casts_what_is_given(
-            self, where.rpartition(".")[2]
-        ):
-            raise ValueError(
-                f"{where}: memory must not be given to a registered method under mixed precision, "
-                "which would stream into copies of another dtype, got one: call the method "
-                "without registering it, or set cast_forward_inputs=False"
-            )
         held = None if memory is None else widened(memory)
         self._check_call(tokens, held, where, lengths, mask)
         if tokens.shape[1] < 1:

@@ -11,7 +11,7 @@ from ctx import memory_check
 from ctx.padding import check_rows
 from ctx.spec import Spec
 
-__all__ = ["casts_what_is_given", "check"]
+__all__ = ["check"]
 
 
 def check(
@@ -64,12 +64,3 @@ def _device(module: nn.Module) -> torch.device | None:
         for tensor in tensors:
             return None if hasattr(type(tensor), "__tensor_flatten__") else tensor.device
     return None
-
-
-def casts_what_is_given(model: Any, method: str) -> bool:
-    """Whether `register_fsdp_forward_method` stands around a method, and casts its arguments."""
-    if method not in vars(model) or not hasattr(model, "_get_fsdp_state"):
-        return False
-    policy = getattr(model._get_fsdp_state(), "_mp_policy", None)
-    casts = getattr(policy, "cast_forward_inputs", False)
-    return bool(casts) and getattr(policy, "param_dtype", None) is not None
