@@ -14,7 +14,7 @@ from torch import Tensor
 
 import ctx
 from benchmarks._memories import fill, visible
-from ctx.state import STATE, StateShape
+from ctx.state import CLOCK, STATE, TENSORS, StateShape, empty_clock
 
 __all__ = ["Segment"]
 
@@ -44,7 +44,9 @@ class Segment:
         self.schedule = ctx.Schedule(size, size, self.ratio, size)
         seen = 2 * size * self.ratio
         empty = StateShape.of(self.schedule, heads, head_dim, head_dim, size)
-        state = fill(empty.zeros(batch, dtype, torch.device("cpu")), seen)
+        clock = zip(CLOCK, empty_clock(batch, "cpu"), strict=True)
+        rings = zip(TENSORS, empty.zeros(batch, dtype, "cpu"), strict=True)
+        state = fill({**dict(clock), **dict(rings)}, seen)
         self.state = [state[name] for name in STATE]
         self.q, self.k, self.v = (torch.randn(shape).to(dtype) for _ in range(3))
         self.grad = torch.randn(shape).to(dtype)

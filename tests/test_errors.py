@@ -9,6 +9,7 @@ import ctx
 import test_errors_modules
 import test_errors_rows
 import test_errors_state
+from bad_input import changed
 from ctx.state import STATE
 from strategies import assert_same_bits
 
@@ -238,10 +239,10 @@ class TestAttention:
         attn = ctx.CompressiveAttention(8, 2, **SIZES)
         with torch.no_grad():
             _, carried = attn(torch.randn(2, 9, 8), attn.init_memory(2))
-        before = {name: tensor.clone() for name, tensor in carried.items()}
+        before = carried.clone()
         with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"\b(x|k|q)\b must"):
             attn(torch.randn(shape), carried)
-        for name, tensor in carried.items():
+        for name, tensor in carried.tensors.items():
             assert_same_bits(tensor, before[name])
 
     @pytest.mark.parametrize("grad", [True, False])
@@ -253,12 +254,10 @@ class TestAttention:
             with pytest.raises(ValueError, match=r"memory must be made for sinks=0, got .*sinks=3"):
                 attn(x, other.init_memory(2))
             for name in STATE:
-                missing = attn.init_memory(2)
-                del missing[name]
-                with pytest.raises(ValueError, match=f"memory.*{name}"):
+                missing = changed(**{name: lambda part: None})(attn.init_memory(2))
+                with pytest.raises(TypeError, match=f"{name} must be a tensor, got NoneType"):
                     attn(x, missing)
-                wrong = attn.init_memory(2)
-                wrong[name] = wrong[name].to(torch.float16)
+                wrong = changed(**{name: torch.Tensor.half})(attn.init_memory(2))
                 with pytest.raises(TypeError, match=r"must be"):
                     attn(x, wrong)
 

@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 import ctx
-from bad_input import Bad
+from bad_input import Bad, changed, with_rings
+from ctx.memory_rows import leaves
+from ctx.state import PLACE
 from test_errors_rows import SCHEDULE, bools, ints
 
 B, T, E = 2, 3, 8
@@ -239,14 +242,6 @@ ROWS = {
 }
 
 
-def without(name):
-    return lambda m: {key: value for key, value in m.items() if key != name}
-
-
-def changed(name, change):
-    return lambda m: {**m, name: change(m[name])}
-
-
 def expanded(tensor):
     return tensor[:1].expand_as(tensor)
 
@@ -256,36 +251,51 @@ def strided(tensor):
 
 
 LAYERS = {
-    "a list": (lambda m: list(m.values()), "memory", ValueError, "list"),
-    "a KVMemory": (lambda m: kv_memory(), "memory", ValueError, "KVMemory"),
-    "a part too many": (lambda m: {**m, "x": m["seen"]}, "memory", ValueError, "x"),
-    "other names": (lambda m: {1: 2}, "memory", ValueError, "1"),
+    "a list": (leaves, "memory", TypeError, "list"),
+    "a dict": (lambda m: m[-1].tensors, "memory", TypeError, "dict"),
+    "a number": (lambda m: 3, "memory", TypeError, "int"),
+    "an iterator": (lambda m: iter([m]), "memory", TypeError, "iterator"),
+    "a KVMemory": (lambda m: kv_memory(), "memory", TypeError, "KVMemory"),
+    "a part too many": (
+        with_rings(lambda rings: [*rings[:-1], [*rings[-1], rings[-1][0]]]),
+        "rings",
+        ValueError,
+        "9",
+    ),
+    "a part less": (
+        with_rings(lambda rings: [*rings[:-1], rings[-1][:7]]),
+        "rings",
+        ValueError,
+        "7",
+    ),
+    "a layer more": (with_rings(lambda rings: [*rings, rings[0]]), "layers", ValueError, r"[23]"),
+    "a layer less": (with_rings(lambda rings: rings[:-1]), "layers", ValueError, r"[01]"),
     "of more rows": (
-        lambda m: {name: torch.cat([part, part]) for name, part in m.items()},
+        lambda m: pytree.tree_map(lambda part: torch.cat([part, part]), m),
         "x|tokens",
         ValueError,
         "2",
     ),
-    "seen a list": (changed("seen", list), "seen", TypeError, "list"),
-    "seen int32": (changed("seen", lambda s: s.int()), "seen", TypeError, "int32"),
-    "seen 2 dimensions": (changed("seen", lambda s: s[None]), "seen", ValueError, r"\[1, 2\]"),
-    "seen negative": (changed("seen", lambda s: s - 30), "seen", ValueError, "-7 in row 0"),
-    "seen huge": (changed("seen", lambda s: s + 2**62), "seen", ValueError, r"\d+ in row 0"),
-    "seen expanded": (changed("seen", expanded), "seen", ValueError, r"\(0,\)"),
+    "seen a list": (changed(seen=list), "seen", TypeError, "list"),
+    "seen int32": (changed(seen=lambda s: s.int()), "seen", TypeError, "int32"),
+    "seen 2 dimensions": (changed(seen=lambda s: s[None]), "seen", ValueError, r"\[1, 2\]"),
+    "seen negative": (changed(seen=lambda s: s - 30), "seen", ValueError, "-7 in row 0"),
+    "seen huge": (changed(seen=lambda s: s + 2**62), "seen", ValueError, r"\d+ in row 0"),
+    "seen expanded": (changed(seen=expanded), "seen", ValueError, r"\(0,\)"),
     "rewindable negative": (
-        changed("rewindable", lambda s: s - 30),
+        changed(rewindable=lambda s: s - 30),
         "rewindable",
         ValueError,
         r"-\d+ in row 0",
     ),
     "rewindable beyond": (
-        changed("rewindable", lambda s: s + 30),
+        changed(rewindable=lambda s: s + 30),
         "rewindable",
         ValueError,
         r"\d+ in row 0",
     ),
     **{
-        f"{name}: {what}": (changed(name, change), name, error, got)
+        f"{name}: {what}": (changed(**{name: change}), name, error, got)
         for name in ("window_keys", "compressed_values")
         for what, change, error, got in (
             ("None", lambda s: None, TypeError, "NoneType"),
@@ -297,7 +307,7 @@ LAYERS = {
         )
     },
     "keys of another dtype": (
-        changed("sink_keys", lambda s: s.half()),
+        changed(sink_keys=lambda s: s.half()),
         "sink_keys",
         TypeError,
         "float16",
@@ -371,18 +381,16 @@ def model_table():
 
     yield from calls(where, good, TOKENS, "tokens")
     for name, (change, named, error, got) in LAYERS.items():
-        # The first layer's memory is good, and must not be written before the second is checked.
-        call = lambda run, m, change=change: run(good(), [m[0], change(m[1])])  # noqa: E731
-        yield f"{where}: memory {name}", Bad(f"{where}: memory[1]", named, error, call, got)
-    for name, change, got in (
-        ("a dict", lambda m: m[0], "dict"),
-        ("a layer less", lambda m: m[:1], "1"),
-        ("a layer more", lambda m: [*m, m[0]], "3"),
-        ("a number", lambda m: 3, "int"),
-        ("an iterator", iter, "iterator"),
+        # The first layer's rings are good, and must not be written before the second's are checked.
+        call = lambda run, m, change=change: run(good(), change(m))  # noqa: E731
+        at = f"{where}: memory[1]" if named in PLACE or named == "rings" else where
+        yield f"{where}: memory {name}", Bad(at, named, error, call, got)
+    for name, change, error, got in (
+        ("its first layer", lambda m: m[0], ValueError, "1"),
+        ("layers in a list", list, TypeError, "list"),
     ):
         call = lambda run, m, change=change: run(good(), change(m))  # noqa: E731
-        yield f"{where}: memory {name}", Bad(where, "memory", ValueError, call, got)
+        yield f"{where}: memory {name}", Bad(where, "memory", error, call, got)
 
 
 MODULE_TABLE, MODEL_TABLE = dict(module_table()), dict(model_table())
@@ -409,7 +417,7 @@ def test_transformer(name, grad):
     with torch.no_grad():
         model(torch.randint(11, (B, 23)), held)
     with torch.set_grad_enabled(grad):
-        MODEL_TABLE[name].refused(model, held, first=held[0], second=held[1])
+        MODEL_TABLE[name].refused(model, held, memory=held)
 
 
 def function_table():

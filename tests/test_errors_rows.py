@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ctx
-from bad_input import Bad
+from bad_input import Bad, changed, with_rings
 
 B, HKV, H, D, DV, T = 2, 2, 4, 6, 4, 3
 SIZES = {"window": 4, "compressed": 3, "ratio": 2}
@@ -232,27 +232,23 @@ def layer(batch=B, **options):
     return held
 
 
-def changed(**parts):
-    """A call's memory with other parts."""
-    return lambda m: {**m, **{name: make(m[name]) for name, make in parts.items()}}
-
-
 # what is wrong with a layer's memory: (what is made of it, argument, type of error, what it was)
 LAYERS = {
     "None": (lambda m: None, "memory", TypeError, "NoneType"),
     "a number": (lambda m: 3, "memory", TypeError, "int"),
     "a tensor": (lambda m: m["seen"], "memory", TypeError, "Tensor"),
-    "None in a list": (lambda m: [m, None], "memory", TypeError, "NoneType"),
+    "a list": (lambda m: [m, m], "memory", TypeError, "list"),
     "a KVMemory": (lambda m: memory(), "memory", TypeError, "KVMemory"),
-    "an empty dict": (lambda m: {}, "memory", ValueError, "empty"),
-    "other names": (lambda m: {1: m["seen"]}, "memory", ValueError, "1"),
-    "a part too many": (lambda m: {**m, "x": m["seen"]}, "memory", ValueError, "x"),
-    "a part missing": (
-        lambda m: {name: x for name, x in m.items() if name != "seen"},
-        "memory",
+    "a dict": (lambda m: m.tensors, "memory", TypeError, "dict"),
+    "no layer": (with_rings(lambda rings: []), "layers", ValueError, "0"),
+    "a layer too many": (with_rings(lambda rings: rings * 2), "layers", ValueError, "2"),
+    "a part too many": (
+        with_rings(lambda rings: [[*rings[0], rings[0][0]]]),
+        "rings",
         ValueError,
-        "rewindable",
+        "9",
     ),
+    "a part missing": (with_rings(lambda rings: [rings[0][1:]]), "rings", ValueError, "7"),
     "no tensor": (changed(window_keys=lambda x: None), "window_keys", TypeError, "NoneType"),
     "seen a list": (changed(seen=lambda x: x.tolist()), "seen", TypeError, "list"),
     "seen int32": (changed(seen=lambda x: x.int()), "seen", TypeError, "int32"),
@@ -271,7 +267,7 @@ LAYERS = {
 
 
 def rows_bad(where, argument, error, call, got=""):
-    return Bad(f"ctx.rows.{where}", argument, error, call, got)
+    return Bad(f"ctx.Memory.{where}", argument, error, call, got)
 
 
 def pair(change):
@@ -285,7 +281,7 @@ def rows_table():
         if name not in NO_ROWS:
             call = lambda m, rows=rows: ctx.rows.reset(m, rows)  # noqa: E731
             yield f"reset: {name}", rows_bad("reset", "rows", error, call, got)
-        call = lambda m, rows=rows: ctx.rows.select([m], rows)  # noqa: E731
+        call = lambda m, rows=rows: ctx.rows.select(m, rows)  # noqa: E731
         yield f"select: {name}", rows_bad("select", "rows", error, call, got)
     for name, (count, error, got) in COUNTS.items():
         call = lambda m, count=count: ctx.rows.rewind(m, count)  # noqa: E731
@@ -309,29 +305,27 @@ def rows_table():
 
     yield "merge: nothing", entry("memories", ValueError, lambda m: ctx.rows.merge([]), "none")
     yield "merge: None", entry("memories", TypeError, lambda m: ctx.rows.merge(None), "NoneType")
-    yield "merge: one", entry("memories", TypeError, ctx.rows.merge, "dict")
+    yield "merge: one", entry("memories", TypeError, ctx.rows.merge, "Memory")
     yield (
         "merge: an iterator",
         entry("memories", TypeError, lambda m: ctx.rows.merge(iter([m])), "iterator"),
     )
-    yield "merge: other layers", entry("memories", ValueError, pair(lambda m: [m, m]), r"\[1, 2\]")
-    yield (
-        "merge: window",
-        entry(
-            "window_keys",
-            ValueError,
-            pair(changed(window_keys=lambda x: x[:, :, 1:])),
-            "float32",
-        ),
-    )
-    yield (
-        "merge: dtype",
-        entry("sink_keys", ValueError, pair(changed(sink_keys=lambda x: x.double())), "float64"),
-    )
-    yield (
-        "merge: device",
-        entry("seen", ValueError, pair(changed(seen=lambda x: x.to("meta"))), "meta"),
-    )
+
+    def two(m):
+        spec, rings = ctx.Spec(m.spec.layers * 2), [*m.rings, *m.clone().rings]
+        return ctx.Memory(spec, *m.clock, rings)
+
+    yield "merge: other layers", entry("memory", ValueError, pair(two), "2")
+    shorter = pair(changed(window_keys=lambda x: x[:, :, 1:]))
+    yield "merge: window", entry("window_keys", ValueError, shorter, r"\[2, 2, 11, 4\]")
+    one = pair(changed(sink_keys=lambda x: x.double()))
+    yield "merge: dtype of one", entry("sink_keys", TypeError, one, "float64")
+    wider = pair(lambda m: m.to(dtype=torch.float64))
+    yield "merge: dtype", entry("window_keys", ValueError, wider, "float64")
+    elsewhere = pair(lambda m: m.to(device="meta"))
+    yield "merge: device", entry("window_keys", ValueError, elsewhere, "meta")
+    clock = pair(changed(seen=lambda x: x.to("meta")))
+    yield "merge: device of the clock", entry("window_keys", ValueError, clock, "cpu")
 
 
 ROWS_TABLE = dict(rows_table())
@@ -344,14 +338,16 @@ def test_rows(name):
 
 
 def test_a_later_layer_is_checked_before_the_first_is_written():
-    held = [layer(), layer()]
-    held[1]["rewindable"].zero_()
-    Bad("ctx.rows.rewind", "tokens", ValueError, lambda m: ctx.rows.rewind(m, 1), "1").refused(
-        held, first=held[0], second=held[1]
+    one, other = layer(), layer()
+    spec = ctx.Spec(one.spec.layers * 2)
+    held = ctx.Memory(spec, *one.clock, [*one.rings, *other.rings])
+    held.rewindable.zero_()
+    Bad("ctx.Memory.rewind", "tokens", ValueError, lambda m: ctx.rows.rewind(m, 1), "1").refused(
+        held, memory=held
     )
-    held = [layer(), layer(1)]
-    Bad("ctx.rows.reset", "rows", IndexError, lambda m: ctx.rows.reset(m, 1), "1").refused(
-        held, first=held[0], second=held[1]
+    held = ctx.Memory(spec, *one.clock, [*one.rings, *layer(1).rings])
+    Bad("ctx.Memory.reset", "window_keys", ValueError, lambda m: ctx.rows.reset(m, 1), "1").refused(
+        held, memory=held
     )
 
 
@@ -366,10 +362,10 @@ def test_what_stands_for_rows(rows):
     used.rewind(np.int64(0))
 
 
-def test_layers_may_stand_in_any_sequence():
-    """A model may keep its layers' memories in nested lists and tuples."""
-    held = ([layer()], (layer(), layer()))
-    chosen = ctx.rows.select(held, [1, 0])
-    assert isinstance(chosen, tuple) and isinstance(chosen[1], tuple)
-    with pytest.raises(TypeError, match=r"ctx.rows.clone: memory must"):
-        ctx.rows.clone(types.MappingProxyType(layer()))
+def test_layers_stand_in_one_memory():
+    """Not in sequences or mappings, which would each have a clock of their own."""
+    for held in ([layer()], (layer(), [layer()]), types.MappingProxyType(layer().tensors)):
+        with pytest.raises(TypeError, match=r"ctx.Memory.select: memory must be a ctx.Memory"):
+            ctx.rows.select(held, [1, 0])
+        with pytest.raises(TypeError, match=r"ctx.Memory.clone: memory must be a ctx.Memory"):
+            ctx.rows.clone(held)

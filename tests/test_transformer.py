@@ -451,7 +451,7 @@ class TestConfig:
             (
                 {"position": "sinusoid"},
                 ValueError,
-                'position must be "rotary", "relative", "alibi" or None, got \'sinusoid\'',
+                "position must be one of 'rotary', 'relative', 'alibi', None, got 'sinusoid'",
             ),
             ({"relative_dim": 0}, ValueError, "relative_dim must be even and positive, got 0"),
             (
@@ -462,8 +462,8 @@ class TestConfig:
             ({"window": -1}, ValueError, "window"),
             ({"ratio": 0}, ValueError, "ratio"),
             ({"segment": 0}, ValueError, "segment"),
-            ({"compressor": "zip"}, ValueError, "compressor must be one of \"mean\".* got 'zip'"),
-            ({"mlp": "relu"}, ValueError, 'mlp must be one of "swiglu", "gelu", got .relu.'),
+            ({"compressor": "zip"}, ValueError, "compressor must be one of 'mean'.* got 'zip'"),
+            ({"mlp": "relu"}, ValueError, "mlp must be one of 'swiglu', 'gelu', got 'relu'"),
             ({"norm": None}, ValueError, "norm must be one of"),
             ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1, got 1.0"),
             ({"dropout": math.nan}, ValueError, "dropout"),

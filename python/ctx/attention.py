@@ -448,10 +448,11 @@ class CompressiveAttention(nn.Module):
         passed, alone = memory, plan is None
         if memory is not None:
             memory = widened(memory)
+        if alone:
+            self._check(x, memory, lengths, mask, reset_at, update, return_aux)
         if memory is not None and update:
             attention_inputs.refuse_recomputation(x, _WHERE)
         if plan is None:
-            self._check(x, memory, lengths, mask, reset_at, update, return_aux)
             if mask is not None:
                 x, lengths = to_right_padded(x, mask)
                 if reset_at is not None:

@@ -121,5 +121,5 @@ def bias_start(value: Any, kind: str, where: str) -> float:
 def one_of(name: str, value: Any, allowed: tuple[str, ...], where: str) -> None:
     """Raises unless `value` is one of the names allowed."""
     if not isinstance(value, str) or value not in allowed:
-        choices = ", ".join(f'"{one}"' for one in allowed)
+        choices = ", ".join(map(repr, allowed))
         raise ValueError(f"{where}: {name} must be one of {choices}, got {value!r}")

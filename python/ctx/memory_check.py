@@ -96,6 +96,7 @@ def tensors(memory: Memory, where: str) -> None:
     """Raises unless all tensors have the shapes of the spec, one device, and fitting dtypes, and
     none stands in two places.
     """
+    _check.tensors(where, seen=memory.seen, rewindable=memory.rewindable)
     rows, device = memory.seen.shape, memory.seen.device
     several = len(memory.rings) > 1
     owners: dict[int, tuple[str, str]] = {}
@@ -157,8 +158,8 @@ def _own_storage(
 
 
 def widened(memory: Any) -> Any:
-    """A memory with float32 where that must stay though the whole was cast: mixed precision of
-    FSDP2 casts all floating-point inputs of a module. Without such tensors the memory itself.
+    """A memory with float32 where that must stay though the whole was cast: tools of
+    mixed precision cast whatever tensors a module is given. Without such tensors the memory itself.
     """
     rings = getattr(memory, "rings", None)
     if not isinstance(rings, list) or all(_is_wide(ring) for ring in rings):
@@ -175,7 +176,7 @@ def widened(memory: Any) -> Any:
 
 def _is_wide(ring: list[Tensor]) -> bool:
     """Whether nothing was cast with the pairs; float16 and bfloat16 are all that can be."""
-    pairs = ring[0].dtype
+    pairs = getattr(ring[0], "dtype", None) if len(ring) == len(TENSORS) else None
     narrow = pairs in (torch.bfloat16, torch.float16)
     return not narrow or all(ring[PLACE[name]].dtype != pairs for name in WIDE)
 

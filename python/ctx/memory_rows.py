@@ -134,6 +134,7 @@ def merge(memories: Any) -> Memory:
 
 
 def clone(memory: Memory) -> Memory:
+    _whole(memory, "ctx.Memory.clone")
     return _mapped(memory, memory.spec, lambda name, x: x.clone())
 
 

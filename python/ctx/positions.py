@@ -137,9 +137,8 @@ def check_position(position: Any, where: str) -> str | None:
         ValueError: it is neither.
     """
     if not (position is None or isinstance(position, str)) or position not in POSITIONS:
-        raise ValueError(
-            f'{where}: position must be "rotary", "relative", "alibi" or None, got {position!r}'
-        )
+        choices = ", ".join(map(repr, POSITIONS))
+        raise ValueError(f"{where}: position must be one of {choices}, got {position!r}")
     return position
 
 
