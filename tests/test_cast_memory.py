@@ -1,6 +1,8 @@
 """A memory whose tensors were all cast keeps what must stay float32: usage is widened where the
 memory is written, and a call that only reads it leaves it as it was."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -18,7 +20,7 @@ def cast(memory):
 
 def widened(memory):
     """A copy in which what must be float32 is."""
-    made = memory.clone()
+    made = copy.deepcopy(memory)
     for ring in made.rings:
         ring[PLACE["attention_received"]] = ring[PLACE["attention_received"]].float()
     return made

@@ -128,9 +128,9 @@ def differentiable(
     scores, positions = layer.scores(q.device), None
     if chooses:  # what stays is what streaming keeps
         with torch.no_grad():
-            tokens, operands = _detached((q, k, v)), engine.Scores(*_detached(scores))
+            tokens, operands = [x.detach() for x in (q, k, v)], engine.Scores(*_detached(scores))
             chosen, positions = engine.choose(
-                *tokens, plan, rings, law, operands, block, keys.shape[2]
+                tokens[0], tokens[1], tokens[2], plan, rings, law, operands, block, keys.shape[2]
             )
         slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
     else:

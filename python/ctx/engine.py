@@ -131,13 +131,13 @@ def _ends(call: Plan) -> tuple[Tensor, Tensor]:
     return seen, rewindable.clamp_max(call.max_rewind)
 
 
-def begin(call: Plan, clock: tuple[Tensor, Tensor]) -> None:
+def begin(call: Plan) -> None:
     """Says in the clock, before a ring is written, what an interrupted call would leave.
 
     Entries that could be rewound to are going to be overwritten, so `rewindable` is lowered; rows
     in which visible entries are going to be, become open.
     """
-    _, rewindable = clock
+    rewindable = call.rewindable
     with writing(rewindable):
         if (
             call.lengths is None
@@ -160,9 +160,9 @@ def begin(call: Plan, clock: tuple[Tensor, Tensor]) -> None:
         rewindable.copy_(torch.where(opened, OPEN, left))
 
 
-def advance(call: Plan, clock: tuple[Tensor, Tensor]) -> None:
+def advance(call: Plan) -> None:
     """Counts the call's tokens, in place, once every layer has written."""
-    seen, rewindable = clock
+    seen, rewindable = call.clock
     with writing(seen):
         if call.after is None:
             seen.add_(call.tokens)

@@ -651,8 +651,8 @@ class KVMemory:
             if operator not in ("ctx.evicted_groups", "ctx.step_", "ctx.append_"):
                 raise
             raise type(error)(f"{where}: {rest}") from None
-        engine.begin(plan, memory.clock)
-        engine.advance(plan, memory.clock)
+        engine.begin(plan)
+        engine.advance(plan)
         return out
 
     def _settings_now(self) -> dict[str, Any]:

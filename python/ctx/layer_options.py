@@ -7,10 +7,15 @@ from typing import Any
 
 from ctx import _check
 from ctx.compression import COMPRESSORS, check_kernel
+from ctx.frequencies import default_inv_freq
 from ctx.losses import LOSSES
 from ctx.positions import check_position
+from ctx.schedule import SIZES
+from ctx.settings import AttentionSettings
 
-__all__ = ["LayerOptions", "bias_start", "check_options", "one_of"]
+__all__ = [
+    "LayerOptions", "bias_start", "check_by_usage", "check_options", "one_of", "with_settings",
+]  # fmt: skip
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "memory_content": ("kv", "hidden"),
@@ -18,6 +23,25 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "compressed_bias": ("none", "log_ratio", "learned"),
     "compressor_grad": ("task", "aux"),
     "aux_loss": LOSSES,
+}
+#: Options that are fields of AttentionSettings, and their defaults as arguments of a layer.
+_FLAT: dict[str, Any] = {
+    "position": "rotary",
+    "distance": "slot",
+    "compressed_bias": "learned",
+    "rotary_base": 10000.0,
+    "rotary_dim": None,
+    "rotary_interleaved": False,
+    "sinks": 0,
+}
+_SETTINGS = tuple(name for name in _FLAT if name != "sinks")
+#: Settings that the operators of a layer do not take yet.
+_NOT_YET: dict[str, Any] = {
+    "inv_freq": None,
+    "attention_factor": 1.0,
+    "keys": "plain",
+    "slot_mass": False,
+    "logit_softcap": None,
 }
 _SIZES = ("embed_dim", "num_heads", "num_kv_heads", "max_rewind")
 
@@ -90,6 +114,30 @@ def check_options(options: LayerOptions, ratios: tuple[int, ...], where: str) ->
     if isinstance(options["compressor"], str) and COMPRESSORS[called].by_usage:
         check_by_usage(plain, where)
     return plain
+
+
+def with_settings(settings: AttentionSettings, options: LayerOptions, where: str) -> LayerOptions:
+    """The options with those that `settings` has fields of, sizes of the memory included.
+
+    Args:
+        settings: what attention to the memory is.
+        options: every argument of :class:`ctx.CompressiveAttention` but dtype and device, as given.
+        where: what the message begins with.
+
+    Raises:
+        ValueError: an option is given twice, or the layer does not compute what a setting asks for.
+    """
+    for name in (*SIZES, *_SETTINGS):
+        if options[name] != _FLAT.get(name):
+            got = options[name]
+            raise ValueError(f"{where}: {name} must be given by settings alone, got {got!r}, too")
+    usual = default_inv_freq(settings.rotary_base, settings.rotary_dim or 0)
+    for name, only in _NOT_YET.items():
+        got = getattr(settings, name)
+        if got != only and not (name == "inv_freq" and got == usual):
+            raise ValueError(f"{where}: settings.{name} must be {only!r} in a layer, got {got!r}")
+    given = {name: getattr(settings, name) for name in (*_SETTINGS, "scale")}
+    return options | given | {name: getattr(settings.schedule, name) for name in SIZES}
 
 
 def check_by_usage(options: LayerOptions, where: str) -> None:

@@ -194,8 +194,8 @@ class Memory:
         memory, which has one dtype.
 
         Args:
-            place: a device or None, as tools that move all arguments of a call give it (accelerate).
-                A memory that is there already is then returned itself.
+            place: a device or None, as tools that move all arguments of a call give it
+                (accelerate). A memory that is there already is then returned itself.
             dtype: of pairs: float32, float64, bfloat16 or float16; default as it is.
             device: default as it is.
 
@@ -203,8 +203,10 @@ class Memory:
             TypeError, ValueError: there is no such dtype or device for a memory.
         """
         if place:
-            (device,) = place
-            if device is None or self.seen.device == _check.device(device, "ctx.Memory.to"):
+            if place[0] is None:
+                return self
+            device = _check.device(place[0], "ctx.Memory.to")
+            if self.seen.device == device:
                 return self
         return memory_rows.to(self, dtype, device)
 

@@ -172,7 +172,7 @@ class CompressiveTransformer(nn.Module):
             if reset_at is not None:
                 reset_at, _ = to_right_padded(reset_at, mask)
         in_place = update and memory is not None and not torch.is_grad_enabled()
-        if in_place and passed is not memory:
+        if in_place and memory is not passed and memory is not None and passed is not None:
             for mine, wide in zip(passed.rings, memory.rings, strict=True):
                 mine[:] = wide
             memory = passed
@@ -181,7 +181,7 @@ class CompressiveTransformer(nn.Module):
         plan = plans[layers[0].law]
         x: Tensor = self.dropout(self.embedding(tokens))
         if in_place:
-            engine.begin(plan, clock)
+            engine.begin(plan)
         rings: list[list[Tensor]] = []
         losses: list[Tensor] = []
         weights: list[Tensor] = []
@@ -202,8 +202,8 @@ class CompressiveTransformer(nn.Module):
             memory = passed
         elif not in_place:
             memory = Memory(self.spec, *engine.ends(plan), rings)
-        else:
-            engine.advance(plan, clock)
+        elif memory is not None:
+            engine.advance(plan)
             # A wrapper that moves or casts a block's inputs copies them; the copies were written.
             if any(mine is not made for mine, made in zip(memory.rings, rings, strict=True)):
                 memory = Memory(memory.spec, *clock, rings)
