@@ -28,7 +28,7 @@ _PARTS: dict[str, Any] = {
     "weights": dict,
     "optimizer": dict,
     "gradients": dict,  # by parameter, summed since the last update; empty right behind one
-    "memory": (dict, list, type(None)),  # Memory.state_dict(); a dict per layer in version 0.1
+    "memory": (dict, list, type(None)),  # Memory.state_dict(); once a dict per layer
     "rng": torch.Tensor,
     "seconds": float,  # spent in training so far
 }

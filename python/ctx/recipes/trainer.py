@@ -115,8 +115,8 @@ class Trainer:
         }
 
     def _carried(self, memory: dict[str, Any] | list[dict[str, Tensor]] | None) -> Memory | None:
-        """A checkpoint's memory. Version 0.1 wrote a dict of tensors per layer, each with counters
-        of its own, which were equal.
+        """A checkpoint's memory. Before there was :class:`ctx.Memory`, checkpoints had a dict of
+        tensors per layer, each with counters of its own, which were equal.
         """
         if memory is None:
             return None
