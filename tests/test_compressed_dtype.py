@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import ctx
 import strategies
+from bad_input import changed
 from ctx import reference
 from strategies import CLOSE, assert_close, assert_same_bits, cases, stream
 
@@ -155,6 +156,6 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"compressed_dtype must be one of torch\.float32"):
             attn.init_memory(1, compressed_dtype=torch.int32)
         held = attn.init_memory(1)
-        held["compressed_keys"] = held["compressed_keys"].to(torch.int32)
+        held = changed(compressed_keys=torch.Tensor.int)(held)
         with pytest.raises(TypeError, match="compressed_keys must be one of"), torch.no_grad():
             attn(torch.randn(1, 3, 32), held)
