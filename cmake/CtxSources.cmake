@@ -40,13 +40,14 @@ set(CTX_CUDA_SOURCES)
 
 set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp)
 
-# One program each, named after the file.
-set(CTX_TEST_SOURCES tests/cpp/test_attention.cpp tests/cpp/test_kernels.cpp
-                     tests/cpp/test_kernels_spans.cpp tests/cpp/test_memory.cpp
-                     tests/cpp/test_schedule.cpp tests/cpp/test_snapshot.cpp)
 # These include kernels, whose pragmas the compiler would warn of.
-set_source_files_properties(tests/cpp/test_kernels.cpp tests/cpp/test_kernels_spans.cpp
-                            PROPERTIES COMPILE_OPTIONS -fopenmp-simd)
+set(CTX_KERNEL_TEST_SOURCES tests/cpp/test_kernels.cpp tests/cpp/test_kernels_spans.cpp)
+set_source_files_properties(${CTX_KERNEL_TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -fopenmp-simd)
+
+# One program each, named after the file.
+set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/test_attention.cpp
+                     tests/cpp/test_memory.cpp tests/cpp/test_schedule.cpp
+                     tests/cpp/test_snapshot.cpp)
 
 set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>
                             <torch/library.h>)
