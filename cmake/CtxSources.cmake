@@ -3,27 +3,33 @@
 set(CTX_SOURCES
     csrc/core/archive.cpp
     csrc/core/attention.cpp
-    csrc/core/calls.cpp
     csrc/core/compressor.cpp
     csrc/core/init.cpp
     csrc/core/memory.cpp
     csrc/core/rows.cpp
     csrc/core/schedule.cpp
+    csrc/core/settings.cpp
     csrc/core/snapshot.cpp
     csrc/kernels/cpu/capability.cpp
     csrc/ops/attend.cpp
+    csrc/ops/attend_composite.cpp
+    csrc/ops/attend_kernels.cpp
     csrc/ops/composite.cpp
     csrc/ops/compress.cpp
     csrc/ops/derivatives.cpp
+    csrc/ops/groups.cpp
     csrc/ops/memory.cpp
-    csrc/ops/past.cpp
+    csrc/ops/plan.cpp
+    csrc/ops/reader.cpp
     csrc/ops/registry.cpp
+    csrc/ops/relative.cpp
     csrc/ops/rotary.cpp
-    csrc/ops/sequence.cpp
     csrc/ops/settings.cpp
+    csrc/ops/shapes.cpp
     csrc/ops/spans.cpp
     csrc/ops/state.cpp
-    csrc/ops/tokens.cpp)
+    csrc/ops/step.cpp
+    csrc/ops/writer.cpp)
 
 # Compiled once for each instruction set.
 set(CTX_CPU_KERNEL_SOURCES

@@ -23,47 +23,72 @@ ctx::Schedule make_schedule(
   return schedule;
 }
 
-std::shared_ptr<ctx::KVMemory> make_memory(const ctx::Schedule& schedule,
+ctx::AttentionSettings make_settings(const ctx::Schedule& schedule,
+                                     const std::string& distance,
+                                     int64_t rotary_dim,
+                                     double rotary_base,
+                                     bool rotary_interleaved,
+                                     const std::vector<double>& inv_freq,
+                                     double attention_factor,
+                                     bool keys_rotated,
+                                     double scale,
+                                     bool slot_mass,
+                                     double logit_softcap,
+                                     const std::optional<at::Tensor>& alibi_slopes,
+                                     const std::vector<at::Tensor>& relative) {
+  return {schedule,
+          distance,
+          rotary_dim,
+          rotary_base,
+          rotary_interleaved,
+          inv_freq,
+          attention_factor,
+          keys_rotated,
+          scale,
+          slot_mass,
+          logit_softcap,
+          alibi_slopes,
+          relative};
+}
+
+ctx::Compressor make_compressor(const std::string& name,
+                                const std::vector<at::Tensor>& parameters,
+                                ctx::Compressor::Function function,
+                                int64_t overlap) {
+  return {name, parameters, std::move(function), overlap};
+}
+
+// What operators take of settings: `int[] settings` and `float[] numbers`.
+std::pair<std::vector<int64_t>, std::vector<double>> pack(const ctx::AttentionSettings& settings,
+                                                          const std::string& compressor,
+                                                          int64_t head_dim,
+                                                          int64_t overlap) {
+  auto packed = ctx::packed(settings.resolved(head_dim, overlap), compressor);
+  return {std::move(packed.settings), std::move(packed.numbers)};
+}
+
+std::shared_ptr<ctx::KVMemory> make_memory(const ctx::AttentionSettings& settings,
                                            int64_t batch_size,
                                            int64_t kv_heads,
                                            int64_t head_dim,
                                            int64_t value_dim,
-                                           const std::string& compressor,
-                                           const std::vector<at::Tensor>& parameters,
-                                           ctx::Compressor::Function function,
-                                           int64_t overlap,
-                                           const std::string& distance,
-                                           int64_t rotary_dim,
-                                           double rotary_base,
-                                           bool rotary_interleaved,
+                                           const ctx::Compressor& compressor,
                                            const std::optional<at::Tensor>& compressed_bias,
-                                           const std::optional<at::Tensor>& alibi_slopes,
-                                           const std::vector<at::Tensor>& relative,
-                                           double scale,
                                            int64_t max_rewind,
                                            at::ScalarType dtype,
                                            const std::optional<at::ScalarType>& compressed_dtype,
                                            const at::Device& device) {
-  ctx::MemoryOptions options;
-  options.attention = {schedule,
-                       distance,
-                       rotary_dim,
-                       rotary_base,
-                       rotary_interleaved,
-                       scale,
-                       alibi_slopes,
-                       relative};
-  options.batch_size = batch_size;
-  options.kv_heads = kv_heads;
-  options.head_dim = head_dim;
-  options.value_dim = value_dim;
-  options.compressor = {compressor, parameters, std::move(function), overlap};
-  options.compressed_bias = compressed_bias;
-  options.max_rewind = max_rewind;
-  options.dtype = dtype;
-  options.compressed_dtype = compressed_dtype;
-  options.device = device;
-  return std::make_shared<ctx::KVMemory>(std::move(options));
+  return std::make_shared<ctx::KVMemory>(ctx::MemoryOptions{settings,
+                                                            batch_size,
+                                                            kv_heads,
+                                                            head_dim,
+                                                            value_dim,
+                                                            compressor,
+                                                            compressed_bias,
+                                                            max_rewind,
+                                                            dtype,
+                                                            device,
+                                                            compressed_dtype});
 }
 
 using Memory = std::shared_ptr<ctx::KVMemory>;
@@ -152,25 +177,45 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("max_slots", &Schedule::max_slots)
       .def_property_readonly("reach", &Schedule::reach);
 
+  py::class_<ctx::AttentionSettings>(m, "AttentionSettings")
+      .def(py::init(wrap_pybind_function(make_settings)),
+           "schedule"_a,
+           "distance"_a,
+           "rotary_dim"_a,
+           "rotary_base"_a,
+           "rotary_interleaved"_a,
+           "inv_freq"_a,
+           "attention_factor"_a,
+           "keys_rotated"_a,
+           "scale"_a,
+           "slot_mass"_a,
+           "logit_softcap"_a,
+           "alibi_slopes"_a = py::none(),
+           "relative"_a = std::vector<at::Tensor>());
+
+  py::class_<ctx::Compressor>(m, "Compressor")
+      .def(py::init(wrap_pybind_function(make_compressor)),
+           "name"_a,
+           "parameters"_a,
+           "function"_a,
+           "overlap"_a);
+
+  m.def("pack",
+        wrap_pybind_function(pack),
+        "settings"_a,
+        "compressor"_a,
+        "head_dim"_a,
+        "overlap"_a);
+
   py::class_<KVMemory, std::shared_ptr<KVMemory>>(m, "KVMemory")
       .def(py::init(wrap_pybind_function_no_gil(make_memory)),
-           "schedule"_a,
+           "settings"_a,
            "batch_size"_a,
            "kv_heads"_a,
            "head_dim"_a,
            "value_dim"_a,
            "compressor"_a,
-           "parameters"_a,
-           "function"_a,
-           "overlap"_a,
-           "distance"_a,
-           "rotary_dim"_a,
-           "rotary_base"_a,
-           "rotary_interleaved"_a,
            "compressed_bias"_a,
-           "alibi_slopes"_a,
-           "relative"_a,
-           "scale"_a,
            "max_rewind"_a,
            "dtype"_a,
            "compressed_dtype"_a,

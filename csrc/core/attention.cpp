@@ -3,134 +3,147 @@
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
 
-#include <cmath>
-
-#include "core/calls.h"
-#include "core/check.h"
-#include "ops/settings.h"
+#include "core/settings.h"
+#include "ops/attend.h"
+#include "ops/check.h"
+#include "ops/groups.h"
+#include "ops/plan.h"
+#include "ops/shapes.h"
 #include "ops/state.h"
+#include "ops/step.h"
 
 namespace ctx {
-
-void AttentionOptions::validate(int64_t head_dim) const {
-  constexpr const char* where = "ctx.AttentionOptions";
-  schedule.validate();
-  ops::parse_token_distance(distance, where);
-  ops::parse_rotary(rotary_dim, rotary_base, rotary_interleaved, head_dim, where);
-  CTX_CHECK_VALUE(std::isfinite(scale), where, "scale must be finite, got ", scale);
-  CTX_CHECK_VALUE((rotary_dim > 0) + alibi_slopes.has_value() + !relative.empty() <= 1,
-                  where,
-                  "position must be one of rotary_dim > 0, alibi_slopes and relative, got more");
-}
-
-std::string AttentionOptions::position() const {
-  if (!relative.empty()) return "relative";
-  if (alibi_slopes) return "alibi";
-  return rotary_dim > 0 ? "rotary" : "none";
-}
-
 namespace {
 
-// The pairs that become slots, chosen by usage: what a copy of the memory makes of the call. Keys
-// and values are the groups' [B, Hkv, G, c, width].
-std::tuple<at::Tensor, at::Tensor, at::Tensor> most_used(const at::Tensor& q,
-                                                         const calls::Tokens& tokens,
-                                                         const std::vector<at::Tensor>& memory,
-                                                         const std::optional<at::Tensor>& bias,
-                                                         const AttentionOptions& options,
-                                                         const at::Tensor& keys,
-                                                         const at::Tensor& values,
-                                                         const at::Tensor& block) {
-  ops::State copy;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kWhere = "ctx.compressive_attention";
+
+OptionalTensor detached(const OptionalTensor& x) {
+  return x ? OptionalTensor(x->detach()) : std::nullopt;
+}
+
+std::vector<Tensor> empty_rings(const Tensor& k, const Tensor& v, const AttentionSettings& settings) {
+  const ops::StateShape shape{settings.schedule,
+                              k.size(0),
+                              k.size(1),
+                              k.size(3),
+                              v.size(3),
+                              /*max_rewind=*/64,
+                              k.scalar_type(),
+                              /*counts=*/true,
+                              settings.slot_mass};
+  const auto sizes = shape.sizes();
+  std::vector<Tensor> rings;
+  for (int i = 0; i < ops::kRings; ++i)
+    rings.push_back(at::zeros_symint(
+        sizes[i], k.options().dtype(ops::state_type(i, k.scalar_type(), k.scalar_type()))));
+  return rings;
+}
+
+// Slots that are tokens, chosen by attention: what a copy of the memory makes of the call.
+std::vector<Tensor> most_used(const Tensor& q,
+                              const Tensor& k,
+                              const Tensor& v,
+                              const Tensor& plan,
+                              const std::vector<Tensor>& rings,
+                              const OptionalTensor& bias,
+                              const AttentionSettings& settings,
+                              const ops::PackedSettings& packed,
+                              const Tensor& keys,
+                              const Tensor& values) {
+  std::vector<Tensor> copy;
   {
     const at::NoGradGuard no_grad;
-    const auto sizes = ops::state_sizes(options.schedule,
-                                        tokens.k.size(0),
-                                        tokens.k.size(1),
-                                        tokens.k.size(3),
-                                        tokens.v.size(3),
-                                        /*max_rewind=*/64,
-                                        tokens.k.scalar_type(),
-                                        /*used=*/true);
-    for (int i = 0; i < ops::kStateTensors; ++i) {
-      copy[i] = memory.empty()
-                    ? at::zeros_symint(sizes[i],
-                                       tokens.k.options().dtype(ops::state_type(
-                                           i, tokens.k.scalar_type(), tokens.k.scalar_type())))
-                    : memory[i].detach().clone();
-    }
+    copy = rings.empty() ? empty_rings(k, v, settings) : rings;
+    for (Tensor& ring : copy) ring = ring.detach().clone();
   }
-  const at::Tensor k = tokens.k.detach(), v = tokens.v.detach();
-  AttentionOptions constant = options;
-  if (constant.alibi_slopes) constant.alibi_slopes = constant.alibi_slopes->detach();
-  for (at::Tensor& part : constant.relative) part = part.detach();
-  const auto [chosen, positions] =
-      calls::choose_(q.detach(),
-                     {k, v, tokens.lengths, tokens.reset_at},
-                     copy,
-                     bias ? std::optional<at::Tensor>(bias->detach()) : std::nullopt,
-                     constant,
-                     block,
-                     keys.sym_size(2));
-  const auto taken = [&index = chosen](const at::Tensor& groups) {
+  const OptionalTensor slopes = detached(settings.alibi_slopes), constant = detached(bias);
+  std::vector<Tensor> relative = settings.relative;
+  for (Tensor& part : relative) part = part.detach();
+  const auto [out, weights, chosen, positions] =
+      ops::step_(q.detach(),
+                 k.detach(),
+                 v.detach(),
+                 plan,
+                 copy,
+                 {},
+                 {constant, slopes, relative},
+                 packed,
+                 /*with_region_weights=*/false);
+  const auto taken = [&index = chosen](const Tensor& groups) {
     return groups.flatten(2, 3).gather(2, index.unsqueeze(-1).expand({-1, -1, -1, groups.size(4)}));
   };
-  return {taken(keys), taken(values), positions};
+  const Tensor mass =
+      settings.slot_mass ? at::zeros(chosen.sizes(), keys.options()) : at::empty({0}, keys.options());
+  return {taken(keys), taken(values), mass, positions};
 }
 
 }  // namespace
 
-at::Tensor compressive_attention(const at::Tensor& q,
-                                 const at::Tensor& k,
-                                 const at::Tensor& v,
-                                 const std::vector<at::Tensor>& memory,
-                                 const Compressor& compressor,
-                                 const std::optional<at::Tensor>& bias,
-                                 const AttentionOptions& options,
-                                 bool constant_slots,
-                                 const std::optional<at::Tensor>& lengths,
-                                 const std::optional<at::Tensor>& reset_at) {
-  using at::Tensor;
-  CTX_CHECK_VALUE(
-      q.dim() == 4, "ctx.compressive_attention", "q must be [B, H, T, D], got ", q.sizes());
-  CTX_CHECK_VALUE(
-      k.dim() == 4, "ctx.compressive_attention", "k must be [B, Hkv, T, D], got ", k.sizes());
-  AttentionOptions resolved = options;
-  resolved.schedule.overlap = compressor.reads_left(resolved.schedule.ratio);
-  resolved.validate(q.size(3));
-  ops::check_rows(k, lengths, reset_at, "ctx.compressive_attention");
-  ops::check_lengths(lengths, k.size(2), "ctx.compressive_attention");
+Tensor compressive_attention(const Tensor& q,
+                             const Tensor& k,
+                             const Tensor& v,
+                             const std::vector<Tensor>& memory,
+                             const Compressor& compressor,
+                             const OptionalTensor& bias,
+                             const AttentionSettings& settings,
+                             bool constant_slots,
+                             const OptionalTensor& lengths,
+                             const OptionalTensor& reset_at) {
+  ops::check_shape(kWhere, "q", q, {{"B"}, {"H"}, {"T"}, {"D"}});
+  ops::check_shape(kWhere, "k", k, {{"B"}, {"Hkv"}, {"T"}, {"D"}});
+  const AttentionSettings resolved =
+      settings.resolved(q.size(3), compressor.reads_left(settings.schedule.ratio));
+  ops::check_rows(k, k.sym_size(2), lengths, reset_at, kWhere);
+  ops::check_lengths(lengths, k.size(2), kWhere);
+  std::vector<Tensor> rings;
+  Tensor seen = at::zeros({k.size(0)}, k.options().dtype(at::kLong));
   if (!memory.empty()) {
-    ops::check_state(memory, resolved.schedule, "ctx.compressive_attention");
-    ops::check_seen(memory[ops::kSeen], "ctx.compressive_attention");
+    CTX_CHECK_VALUE(memory.size() == ops::kStateTensors,
+                    kWhere,
+                    "memory must be empty or ",
+                    int{ops::kStateTensors},
+                    " tensors, got ",
+                    memory.size());
+    rings.assign(memory.begin(), memory.begin() + ops::kRings);
+    ops::check_rings(rings, resolved.schedule, kWhere);
+    seen = memory[ops::kSeen];
+    ops::check_seen(seen, kWhere);
   }
-  if (resolved.scale == 0.0) resolved.scale = 1.0 / std::sqrt(static_cast<double>(q.size(3)));
-  const calls::Tokens tokens{k, v, lengths, reset_at};
-  const auto [keys, values, block] = calls::evicted_groups(tokens, memory, resolved);
-  const std::optional<Tensor> given = bias && bias->defined() ? bias : std::nullopt;
-  Tensor slot_keys, slot_values;
-  std::optional<Tensor> slot_positions;
+  const ops::PackedSettings packed = pack(resolved, compressor.name);
+  const Tensor plan = ops::plan(
+      seen, lengths, reset_at, k.sym_size(2), packed.settings, /*carried=*/!rings.empty());
+  const auto [keys, values] = ops::evicted_groups(k, v, plan, rings, packed);
+  const OptionalTensor given = bias && bias->defined() ? bias : std::nullopt;
+  std::vector<Tensor> slots;
   if (compressor.name == "most_used") {
-    std::tie(slot_keys, slot_values, slot_positions) =
-        most_used(q, tokens, memory, given, resolved, keys, values, block);
+    slots = most_used(q, k, v, plan, rings, given, resolved, packed, keys, values);
   } else {
-    std::tie(slot_keys, slot_values) = compress(keys, values, compressor);
+    const int64_t ratio = resolved.slot_mass ? resolved.schedule.ratio : 0;
+    const auto [slot_keys, slot_values, mass] = compress(keys, values, compressor, ratio);
+    slots = {slot_keys, slot_values, mass};
   }
   // The graph reads rings where they lie, and the caller's may be written to before its backward.
-  std::vector<Tensor> held = memory;
   if (at::GradMode::is_enabled()) {
-    for (int i = 0; i < ops::kSinkKeys && !held.empty(); ++i) held[i] = held[i].clone();
+    for (Tensor& ring : rings) ring = ring.clone();
   }
-  if (constant_slots) slot_keys = slot_keys.detach(), slot_values = slot_values.detach();
-  return std::get<0>(calls::attend_sequence(q,
-                                            tokens,
-                                            held,
-                                            slot_keys,
-                                            slot_values,
-                                            slot_positions,
-                                            given,
-                                            resolved,
-                                            /*with_region_weights=*/false));
+  if (constant_slots) {
+    for (Tensor& part : slots) part = part.detach();
+  }
+  const ops::AttendCall call{q,
+                             k,
+                             v,
+                             plan,
+                             rings,
+                             slots,
+                             given,
+                             resolved.alibi_slopes,
+                             resolved.relative,
+                             packed.settings,
+                             packed.numbers};
+  return std::get<0>(ops::attend(call, /*with_region_weights=*/false));
 }
 
 }  // namespace ctx

@@ -3,7 +3,9 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include "core/check.h"
+#include <cmath>
+
+#include "ops/check.h"
 #include "ops/settings.h"
 
 namespace ctx {
@@ -80,21 +82,36 @@ int64_t Compressor::reads_left(int64_t ratio) const {
   return kind == CompressorKind::kGiven ? overlap : ops::overlap_of(kind, parameters, ratio);
 }
 
-std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
-                                            const at::Tensor& values,
-                                            const Compressor& compressor) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> compress(const at::Tensor& keys,
+                                                        const at::Tensor& values,
+                                                        const Compressor& compressor,
+                                                        int64_t ratio) {
+  constexpr const char* where = "ctx.compress";
   if (compressor.name == "custom") {
     CTX_CHECK_VALUE(compressor.function != nullptr,
-                    "ctx.compress",
+                    where,
                     "function must be set for the compressor \"custom\", got none");
-    return compressor.function(keys, values);
+    std::vector<at::Tensor> made = compressor.function(keys, values);
+    CTX_CHECK_VALUE(made.size() == 2 || made.size() == 3,
+                    where,
+                    "function must return key slots, value slots and perhaps their mass, got ",
+                    made.size());
+    if (ratio == 0) return {made[0], made[1], keys.new_empty({0})};
+    const auto usual = [&] {
+      return at::full_symint(
+          keys.sym_sizes().slice(0, 3), std::log(static_cast<double>(ratio)), keys.options());
+    };
+    return {made[0], made[1], made.size() == 3 ? made[2] : usual()};
   }
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("ctx::compress", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(
-              const at::Tensor&, const at::Tensor&, ops::OptionalList, c10::string_view)>();
-  return op.call(keys, values, compressor.parameters, compressor.name);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::compress", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                                 const at::Tensor&,
+                                 const at::Tensor&,
+                                 ops::OptionalList,
+                                 c10::string_view,
+                                 int64_t)>();
+  return op.call(keys, values, compressor.parameters, compressor.name, ratio);
 }
 
 }  // namespace ctx

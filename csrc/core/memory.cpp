@@ -3,13 +3,16 @@
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 
-#include <cmath>
-
-#include "core/calls.h"
-#include "core/check.h"
+#include "core/settings.h"
+#include "ops/check.h"
+#include "ops/attend.h"
+#include "ops/groups.h"
+#include "ops/plan.h"
 #include "ops/registry.h"
 #include "ops/settings.h"
+#include "ops/shapes.h"
 #include "ops/state.h"
+#include "ops/step.h"
 
 namespace ctx {
 namespace {
@@ -24,7 +27,7 @@ void check_tokens(at::TensorList state,
                   const OptionalTensor& reset_at,
                   const char* where) {
   ops::check_pairs(state, k, v, where);
-  ops::check_rows(k, lengths, reset_at, where);
+  ops::check_rows(k, k.sym_size(2), lengths, reset_at, where);
   ops::check_lengths(lengths, k.size(2), where);
 }
 
@@ -113,19 +116,19 @@ void MemoryOptions::validate() const {
 KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
   options_.validate();
   if (options_.value_dim == 0) options_.value_dim = options_.head_dim;
-  Schedule& schedule = options_.attention.schedule;
-  schedule.overlap = options_.compressor.reads_left(schedule.ratio);
-  if (options_.attention.scale == 0.0) {
-    options_.attention.scale = 1.0 / std::sqrt(static_cast<double>(options_.head_dim));
-  }
-  const auto sizes = ops::state_sizes(options_.attention.schedule,
-                                      options_.batch_size,
-                                      options_.kv_heads,
-                                      options_.head_dim,
-                                      options_.value_dim,
-                                      options_.max_rewind,
-                                      options_.slot_dtype(),
-                                      /*used=*/options_.compressor.name == "most_used");
+  const int64_t ratio = options_.attention.schedule.ratio;
+  options_.attention =
+      options_.attention.resolved(options_.head_dim, options_.compressor.reads_left(ratio));
+  const ops::StateShape shape{options_.attention.schedule,
+                              options_.batch_size,
+                              options_.kv_heads,
+                              options_.head_dim,
+                              options_.value_dim,
+                              options_.max_rewind,
+                              options_.slot_dtype(),
+                              /*counts=*/options_.compressor.name == "most_used",
+                              options_.attention.slot_mass};
+  const auto sizes = shape.sizes();
   const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
   const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
   for (int i = 0; i < ops::kStateTensors; ++i) {
@@ -137,17 +140,25 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
 KVMemory::KVMemory(MemoryOptions options, Tensors tensors)
     : options_(std::move(options)), tensors_(std::move(tensors)) {}
 
-// What the memory's own function makes of the groups that a call makes due; none for a compressor
-// of the engine, which needs none of this.
-std::vector<Tensor> KVMemory::custom_slots(const Tensor& k,
-                                           const Tensor& v,
-                                           const OptionalTensor& lengths,
-                                           const OptionalTensor& reset_at) const {
-  if (options_.compressor.name != "custom") return {};
-  const auto [keys, values, block] =
-      calls::evicted_groups({k, v, lengths, reset_at}, tensors_, options_.attention);
-  auto [slot_keys, slot_values] = compress(keys, values, options_.compressor);
-  return {slot_keys, slot_values, block};
+Tensor KVMemory::plan(const Tensor& k,
+                      const OptionalTensor& lengths,
+                      const OptionalTensor& reset_at) const {
+  const auto packed = pack(options_.attention, options_.compressor.name);
+  return ops::plan(
+      seen(), lengths, reset_at, k.sym_size(2), packed.settings, /*carried=*/true);
+}
+
+// What the operators take of the compressor: its parameters, or what its function makes of the groups
+// that may fall due.
+std::vector<Tensor> KVMemory::operands(const Tensor& k, const Tensor& v, const Tensor& plan) const {
+  const Compressor& compressor = options_.compressor;
+  if (compressor.name != "custom") return compressor.parameters;
+  const AttentionSettings& a = options_.attention;
+  const auto [keys, values] =
+      ops::evicted_groups(k, v, plan, rings(), pack(a, compressor.name));
+  const auto [slot_keys, slot_values, mass] =
+      compress(keys, values, compressor, a.slot_mass ? a.schedule.ratio : 0);
+  return {slot_keys, slot_values, mass};
 }
 
 Tensor KVMemory::step(const Tensor& q,
@@ -173,20 +184,28 @@ std::tuple<Tensor, Tensor> KVMemory::stepped(const Tensor& q,
                                              const OptionalTensor& reset_at,
                                              bool with_region_weights) {
   constexpr const char* where = "ctx.KVMemory.step";
-  check_tokens(tensors_, k, v, lengths, reset_at, where);
-  const AttentionOptions& a = options_.attention;
+  check_tokens(rings(), k, v, lengths, reset_at, where);
+  const AttentionSettings& a = options_.attention;
   ops::check_queries(
-      tensors_, q, k.size(2), {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
-  const Compressor& compressor = options_.compressor;
+      rings(), q, k.size(2), {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
   at::NoGradGuard no_grad;
-  return calls::step_(
-      q,
-      {k, v, lengths, reset_at},
-      tensors_,
-      {compressor.parameters, compressor.name, custom_slots(k, v, lengths, reset_at)},
-      options_.compressed_bias,
-      a,
-      with_region_weights);
+  const Tensor plan = this->plan(k, lengths, reset_at);
+  if (k.size(2) == 0) {
+    return {at::empty({q.size(0), q.size(1), 0, v.size(3)}, q.options()),
+            ops::new_region_weights(q, with_region_weights)};
+  }
+  const auto [out, weights, chosen, positions] =
+      ops::step_(q,
+                 k,
+                 v,
+                 plan,
+                 rings(),
+                 operands(k, v, plan),
+                 {options_.compressed_bias, a.alibi_slopes, a.relative},
+                 pack(a, options_.compressor.name),
+                 with_region_weights);
+  ops::advance_(seen(), rewindable(), plan, options_.max_rewind);
+  return {out, weights};
 }
 
 void KVMemory::append(const Tensor& k,
@@ -194,16 +213,16 @@ void KVMemory::append(const Tensor& k,
                       const OptionalTensor& lengths,
                       const OptionalTensor& reset_at) {
   constexpr const char* where = "ctx.KVMemory.append";
-  check_tokens(tensors_, k, v, lengths, reset_at, where);
+  check_tokens(rings(), k, v, lengths, reset_at, where);
   const Compressor& compressor = options_.compressor;
   CTX_CHECK_VALUE(compressor.name != "most_used",
                   where,
                   "compressor must be one that needs no queries, got \"most_used\": use step");
   at::NoGradGuard no_grad;
-  calls::append_({k, v, lengths, reset_at},
-                 tensors_,
-                 {compressor.parameters, compressor.name, custom_slots(k, v, lengths, reset_at)},
-                 options_.attention);
+  const Tensor plan = this->plan(k, lengths, reset_at);
+  ops::append_(
+      k, v, plan, rings(), operands(k, v, plan), pack(options_.attention, compressor.name));
+  ops::advance_(seen(), rewindable(), plan, options_.max_rewind);
 }
 
 Tensor KVMemory::attend(const Tensor& q) const { return std::get<0>(attended(q, false)); }
@@ -214,9 +233,9 @@ std::tuple<Tensor, Tensor> KVMemory::attend_with_region_weights(const Tensor& q)
 
 std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_region_weights) const {
   constexpr const char* where = "ctx.KVMemory.attend";
-  const AttentionOptions& a = options_.attention;
+  const AttentionSettings& a = options_.attention;
   ops::check_queries(
-      tensors_, q, -1, {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
+      rings(), q, -1, {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
   CTX_CHECK_VALUE(q.size(2) <= options_.max_rewind,
                   where,
                   "q must have at most max_rewind = ",
@@ -238,7 +257,26 @@ std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_region_
     }
   }
   at::NoGradGuard no_grad;
-  return calls::attend_memory(q, tensors_, options_.compressed_bias, a, with_region_weights);
+  const int64_t tokens = q.size(2);
+  const auto packed = pack(a, options_.compressor.name);
+  const Tensor before = seen().sub(tokens);
+  const Tensor plan = ops::plan(
+      before.clamp_min(0), {}, {}, tokens, packed.settings, /*carried=*/true);
+  const Tensor none = at::empty({options_.batch_size, options_.kv_heads, 0, options_.head_dim},
+                                q.options());
+  const Tensor no_values = at::empty({options_.batch_size, options_.kv_heads, 0, options_.value_dim},
+                                     q.options());
+  const auto [out, weights, chosen, positions] =
+      ops::step_(q,
+                 none,
+                 no_values,
+                 plan,
+                 rings(),
+                 {},
+                 {options_.compressed_bias, a.alibi_slopes, a.relative},
+                 packed,
+                 with_region_weights);
+  return {out, weights};
 }
 
 int64_t KVMemory::nbytes() const {

@@ -8,7 +8,7 @@
 #include <charconv>
 #include <sstream>
 
-#include "core/check.h"
+#include "ops/check.h"
 #include "ctx/memory.h"
 #include "ops/registry.h"
 #include "ops/state.h"
@@ -19,11 +19,11 @@ namespace {
 using at::Tensor;
 
 constexpr const char* kFormat = "ctx.KVMemory";
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 // The settings that what is stored depends on, by name.
 Snapshot geometry(const MemoryOptions& options) {
-  const AttentionOptions& a = options.attention;
+  const AttentionSettings& a = options.attention;
   const Schedule& s = a.schedule;
   return {{"batch_size", options.batch_size},
           {"kv_heads", options.kv_heads},
@@ -40,6 +40,10 @@ Snapshot geometry(const MemoryOptions& options) {
           {"rotary_dim", a.rotary_dim},
           {"rotary_base", a.rotary_base},
           {"rotary_interleaved", int64_t{a.rotary_interleaved}},
+          {"inv_freq", at::tensor(a.inv_freq, at::kDouble)},
+          {"attention_factor", a.attention_factor},
+          {"keys", std::string(a.keys_rotated ? "rotated" : "plain")},
+          {"slot_mass", int64_t{a.slot_mass}},
           {"distance", a.distance},
           {"compressor", options.compressor.name}};
 }
@@ -69,13 +73,26 @@ bool equal(const Snapshot::mapped_type& one, const Snapshot::mapped_type& other)
       [&](const auto& value) {
         using Value = std::decay_t<decltype(value)>;
         if constexpr (std::is_same_v<Value, Tensor>) {
-          return false;
+          const auto* same = std::get_if<Tensor>(&other);
+          return same != nullptr && same->defined() && !same->is_meta() &&
+                 same->scalar_type() == value.scalar_type() && same->is_cpu() &&
+                 at::equal(*same, value);
         } else {
           const auto* same = std::get_if<Value>(&other);
           return same != nullptr && *same == value;
         }
       },
       one);
+}
+
+// Numbers and names first: a message about one of them says more than one about frequencies that
+// follow from it.
+template <typename F>
+void for_each_part(const Snapshot& snapshot, const F& run) {
+  for (const bool tensors : {false, true}) {
+    for (const auto& [name, part] : snapshot)
+      if (std::holds_alternative<Tensor>(part) == tensors) run(name, part);
+  }
 }
 
 const Snapshot::mapped_type& find(const Snapshot& snapshot,
@@ -213,7 +230,7 @@ KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
   const Snapshot wanted = geometry(options);
   for (size_t i = 1; i < memories.size(); ++i) {
     const MemoryOptions& other = memories[i]->options_;
-    for (const auto& [name, part] : geometry(other)) {
+    for_each_part(geometry(other), [&](const std::string& name, const auto& part) {
       CTX_CHECK_VALUE(name == "batch_size" || equal(part, wanted.at(name)),
                       where,
                       "memories must have one ",
@@ -222,7 +239,7 @@ KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
                       describe(wanted.at(name)),
                       ", got ",
                       describe(part));
-    }
+    });
     CTX_CHECK_TYPE(other.dtype == options.dtype,
                    where,
                    "memories must have one dtype = ",
@@ -263,7 +280,7 @@ KVMemory KVMemory::to(at::ScalarType dtype, at::Device device) const {
   if (dtype == at::kDouble) options.compressed_dtype = std::nullopt;
   for (Tensor& parameter : options.compressor.parameters) parameter = parameter.to(device);
   if (options.compressed_bias) options.compressed_bias = options.compressed_bias->to(device);
-  AttentionOptions& attention = options.attention;
+  AttentionSettings& attention = options.attention;
   if (attention.alibi_slopes) attention.alibi_slopes = attention.alibi_slopes->to(device);
   for (Tensor& operand : attention.relative) operand = operand.to(device);
   options.validate();
@@ -308,7 +325,7 @@ void KVMemory::load_state_dict(const Snapshot& snapshot) {
                     " holds, got another part: ",
                     name);
   }
-  for (const auto& [name, part] : geometry(options_)) {
+  for_each_part(geometry(options_), [&](const std::string& name, const auto& part) {
     const auto& theirs = find(snapshot, name, where);
     CTX_CHECK_VALUE(equal(theirs, part),
                     where,
@@ -317,7 +334,7 @@ void KVMemory::load_state_dict(const Snapshot& snapshot) {
                     describe(part),
                     " as the memory's, got ",
                     describe(theirs));
-  }
+  });
   Tensors tensors;
   for (int i = 0; i < ops::kStateTensors; ++i)
     tensors[i] = find_tensor(snapshot, i, tensors_[i].sizes(), options_.slot_dtype(), where);

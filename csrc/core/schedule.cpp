@@ -1,6 +1,6 @@
 #include "ctx/schedule.h"
 
-#include "core/check.h"
+#include "ops/check.h"
 
 namespace ctx {
 namespace {

@@ -18,7 +18,7 @@
 #include <system_error>
 
 #include "core/archive.h"
-#include "core/check.h"
+#include "ops/check.h"
 
 namespace ctx {
 namespace {

@@ -1,603 +1,421 @@
-// ctx::attend: attention over three spans as a functional operator, and its backward, which
-// recomputes the weights from the log-sum-exp instead of keeping them. On the CPU both are kernels
-// of our own (spans.h); elsewhere, and for what those leave out, composites of torch's operators.
+// ctx::attend and ctx::attend_backward: registration, checks, autograd. The backward recomputes the
+// weights from the log-sum-exp instead of keeping them.
 #include "ops/attend.h"
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <array>
+#include <algorithm>
 
-#include "core/check.h"
-#include "ops/composite.h"
+#include "ops/check.h"
 #include "ops/derivatives.h"
-#include "ops/settings.h"
-#include "ops/spans.h"
+#include "ops/plan.h"
+#include "ops/shapes.h"
 
 namespace ctx::ops {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<at::Tensor>;
+using c10::SymInt;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::variable_list;
 
-void check_spans(const Tensor& q,
-                 const Tensor& position,
-                 const Spans& s,
-                 const Scores& scores,
-                 const Schedule& schedule) {
-  constexpr const char* where = "ctx.attend";
-  CTX_CHECK_VALUE(q.dim() == 4, where, "q must be [B, H, T, D], got ", q.sizes());
-  storage_of(q.scalar_type(), where, "q");
-  const int64_t batch = q.size(0);
-  CTX_CHECK_VALUE(s.window_values.dim() == 4,
-                  where,
-                  "window_values must be [B, Hkv, K, Dv], got ",
-                  s.window_values.sizes());
-  const int64_t kv_heads = s.window_values.size(1);
-  const auto pair = [&](const Tensor& keys,
-                        const Tensor& values,
-                        const char* keys_name,
-                        const char* values_name) {
-    CTX_CHECK_VALUE(keys.dim() == 4 && keys.size(0) == batch && keys.size(1) == kv_heads &&
-                        keys.size(3) == q.size(3),
-                    where,
-                    keys_name,
-                    " must be [B, Hkv, keys, D] = [",
-                    batch,
-                    ", ",
-                    kv_heads,
-                    ", keys, ",
-                    q.size(3),
-                    "], got ",
-                    keys.sizes());
-    CTX_CHECK_VALUE(values.dim() == 4 && values.size(0) == batch && values.size(1) == kv_heads &&
-                        values.size(2) == keys.size(2) && values.size(3) == s.window_values.size(3),
-                    where,
-                    values_name,
-                    " must be [B, Hkv, keys, Dv] = [",
-                    batch,
-                    ", ",
-                    kv_heads,
-                    ", ",
-                    keys.size(2),
-                    ", ",
-                    s.window_values.size(3),
-                    "], got ",
-                    values.sizes());
-    CTX_CHECK_TYPE(keys.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(),
-                   where,
-                   keys_name,
-                   " and ",
-                   values_name,
-                   " must be ",
-                   q.scalar_type(),
-                   " as q, got ",
-                   keys.scalar_type(),
-                   " and ",
-                   values.scalar_type());
-  };
-  pair(s.sink_keys, s.sink_values, "sink_keys", "sink_values");
-  pair(s.compressed_keys, s.compressed_values, "compressed_keys", "compressed_values");
-  pair(s.window_keys, s.window_values, "window_keys", "window_values");
-  CTX_CHECK_VALUE(kv_heads > 0 && q.size(1) % kv_heads == 0,
-                  where,
-                  "q must have a multiple of ",
-                  kv_heads,
-                  " heads, got ",
-                  q.size(1));
-  const auto integers = [&](const Tensor& x, const char* name) {
-    CTX_CHECK_VALUE(x.dim() == 2 && x.size(0) == batch && x.size(1) == q.size(2) &&
-                        x.scalar_type() == at::kLong,
-                    where,
-                    name,
-                    " must be int64 [B, T] = [",
-                    batch,
-                    ", ",
-                    q.size(2),
-                    "], got ",
-                    x.scalar_type(),
-                    " ",
-                    x.sizes());
-  };
-  integers(position, "position");
-  integers(s.first_sink, "first_sink");
-  integers(s.first_slot, "first_slot");
-  integers(s.first_token, "first_token");
-  const auto per_head = [&](const OptionalTensor& x, const char* name) {
-    CTX_CHECK_VALUE(!x || (x->dim() == 1 && (x->size(0) == q.size(1) || x->size(0) == 1)),
-                    where,
-                    name,
-                    " must be [",
-                    q.size(1),
-                    "], got ",
-                    x ? x->sizes() : at::IntArrayRef{});
-  };
-  per_head(scores.bias, "bias");
-  per_head(scores.slopes, "slopes");
-  s.past.check(schedule, s.window_keys, s.window_values, where);
-  if (s.slot_positions.defined()) {
-    const std::vector<int64_t> sizes = {
-        batch, kv_heads, s.past.size(schedule, kCompressed) + s.compressed_keys.size(2)};
-    CTX_CHECK_VALUE(s.slot_positions.sizes() == at::IntArrayRef(sizes) &&
-                        s.slot_positions.scalar_type() == at::kLong,
-                    where,
-                    "slot_positions must be int64 [B, Hkv, G] = ",
-                    at::IntArrayRef(sizes),
-                    ", got ",
-                    s.slot_positions.scalar_type(),
-                    " ",
-                    s.slot_positions.sizes());
-  }
-  CTX_CHECK_VALUE(scores.relative.has_value() == scores.compressed_relative.has_value(),
-                  where,
-                  "relative and compressed_relative must come together, got one");
-  if (!scores.relative) return;
-  for (const Tensor& x : {*scores.relative, *scores.compressed_relative}) {
-    CTX_CHECK_VALUE(x.dim() == 4 && x.sizes().slice(0, 3) == q.sizes().slice(0, 3) &&
-                        x.size(3) > 0 && x.size(3) % 2 == 0,
-                    where,
-                    "relative must be [B, H, T, P] with q's B, H, T and an even P, got ",
-                    x.sizes());
-  }
+constexpr const char* kWhere = "ctx.attend";
+constexpr int kMemoryGrads = kSinkValues + 1;  // rings of pairs
+
+Tensor nothing(const Tensor& like) { return at::zeros({0}, like.options()); }
+
+// --- kernels by dispatch key
+
+template <Attended (*Run)(const AttendCall&, bool)>
+Attended forward(const Tensor& q,
+                 const Tensor& k,
+                 const Tensor& v,
+                 const Tensor& plan,
+                 OptionalList memory,
+                 at::TensorList slots,
+                 const OptionalTensor& bias,
+                 const OptionalTensor& slopes,
+                 OptionalList relative,
+                 at::IntArrayRef settings,
+                 at::ArrayRef<double> numbers,
+                 bool with_region_weights) {
+  return Run({q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings,
+              numbers},
+             with_region_weights);
 }
 
-// The operators' common arguments, in the order of their schemas.
-#define CTX_ATTEND_PARAMETERS                                                                     \
-  const Tensor &q, [[maybe_unused]] const Tensor &position,                                       \
-      [[maybe_unused]] const Tensor &sink_keys, [[maybe_unused]] const Tensor &sink_values,       \
-      [[maybe_unused]] const Tensor &compressed_keys,                                             \
-      [[maybe_unused]] const Tensor &compressed_values,                                           \
-      [[maybe_unused]] const Tensor &window_keys, [[maybe_unused]] const Tensor &window_values,   \
-      [[maybe_unused]] const Tensor &first_sink, [[maybe_unused]] const Tensor &first_slot,       \
-      [[maybe_unused]] const Tensor &first_token,                                                 \
-      [[maybe_unused]] const OptionalTensor &slot_positions,                                      \
-      [[maybe_unused]] const OptionalTensor &bias, [[maybe_unused]] const OptionalTensor &slopes, \
-      [[maybe_unused]] const OptionalTensor &relative,                                            \
-      [[maybe_unused]] const OptionalTensor &compressed_relative,                                 \
-      [[maybe_unused]] at::IntArrayRef schedule, [[maybe_unused]] c10::string_view distance,      \
-      [[maybe_unused]] int64_t rotary_dim, [[maybe_unused]] double rotary_base,                   \
-      [[maybe_unused]] bool rotary_interleaved, [[maybe_unused]] double scale,                    \
-      [[maybe_unused]] OptionalList past
-#define CTX_ATTEND_ARGUMENTS                                                                       \
-  q, position, sink_keys, sink_values, compressed_keys, compressed_values, window_keys,            \
-      window_values, first_sink, first_slot, first_token, slot_positions, bias, slopes, relative,  \
-      compressed_relative, schedule, distance, rotary_dim, rotary_base, rotary_interleaved, scale, \
-      past
-
-AttendCall check_call(CTX_ATTEND_PARAMETERS) {
-  constexpr const char* where = "ctx.attend";
-  const Spans spans{sink_keys,
-                    sink_values,
-                    compressed_keys,
-                    compressed_values,
-                    window_keys,
-                    window_values,
-                    first_sink,
-                    first_slot,
-                    first_token,
-                    slot_positions.value_or(Tensor()),
-                    Past::of(or_empty(past), where)};
-  const Scores scores{bias, slopes, relative, compressed_relative};
-  check_spans(q, position, spans, scores, parse_schedule(schedule, where));
-  const Clock clock{parse_schedule(schedule, where),
-                    parse_token_distance({distance.data(), distance.size()}, where)};
-  const BasedRotary turned =
-      parse_rotary(rotary_dim, rotary_base, rotary_interleaved, q.size(3), where);
-  return {q, position, spans, bias, slopes, clock, turned, scale};
-}
-
-Composite make_composite(CTX_ATTEND_PARAMETERS, bool recorded) {
-  const AttendCall c = check_call(CTX_ATTEND_ARGUMENTS);
-  const Scores scores{bias, slopes, relative, compressed_relative};
-  return {q,
-          position,
-          joined(c.spans, c.clock.schedule, arithmetic_type(q.scalar_type())),
-          scores,
-          c.clock,
-          c.rotary,
-          scale,
-          recorded};
-}
-
-std::tuple<Tensor, Tensor, Tensor> attend_composite(CTX_ATTEND_PARAMETERS,
-                                                    bool with_region_weights,
-                                                    bool recorded) {
-  const auto precision = own_precision();
-  auto [out, logsumexp, region_weights] =
-      make_composite(CTX_ATTEND_ARGUMENTS, recorded).forward(with_region_weights);
-  return {out.to(q.scalar_type()), logsumexp, region_weights};
-}
-
-std::tuple<Tensor, Tensor, Tensor> attend_forward(CTX_ATTEND_PARAMETERS, bool with_region_weights) {
-  return attend_composite(CTX_ATTEND_ARGUMENTS, with_region_weights, /*recorded=*/false);
-}
-
-std::tuple<Tensor, Tensor, Tensor> attend_meta(CTX_ATTEND_PARAMETERS, bool with_region_weights) {
-  auto sizes = q.sym_sizes().vec();
-  const Tensor logsumexp = q.new_empty_symint(c10::SymIntArrayRef(sizes).slice(0, 3),
-                                              q.options().dtype(arithmetic_type(q.scalar_type())));
-  sizes[3] = window_values.sym_size(3);
-  return {q.new_empty_symint(sizes), logsumexp, new_region_weights(q, with_region_weights)};
-}
-
-// Of q, sink keys and values, compressed, window, bias, and the queries of relative positions.
-using Gradients =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// The sum of what the regions give; zeros where none of them has keys.
-Tensor relative_gradient(const OptionalTensor& like,
-                         std::initializer_list<Tensor> parts,
-                         const Tensor& q) {
-  if (!like) return at::zeros({0}, q.options());
-  Tensor sum = at::zeros_like(*like);
-  for (const Tensor& part : parts) {
-    if (part.defined()) sum = sum + part.to(sum.scalar_type());
-  }
-  return sum;
-}
-
-Gradients backward_composite(const Tensor& grad_out,
+template <std::vector<Tensor> (*Run)(const AttendCall&, const AttendOutputs&, bool)>
+std::vector<Tensor> backward(const Tensor& grad_out,
                              const Tensor& grad_logsumexp,
                              const Tensor& out,
                              const Tensor& logsumexp,
-                             CTX_ATTEND_PARAMETERS,
-                             bool recorded) {
+                             const Tensor& q,
+                             const Tensor& k,
+                             const Tensor& v,
+                             const Tensor& plan,
+                             OptionalList memory,
+                             at::TensorList slots,
+                             const OptionalTensor& bias,
+                             const OptionalTensor& slopes,
+                             OptionalList relative,
+                             at::IntArrayRef settings,
+                             at::ArrayRef<double> numbers,
+                             bool memory_grads) {
+  return Run({q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings,
+              numbers},
+             {grad_out, grad_logsumexp, out, logsumexp},
+             memory_grads);
+}
+
+Attended forward_elsewhere(const AttendCall& call, bool with_region_weights) {
+  call.check();
   const auto precision = own_precision();
-  auto g = make_composite(CTX_ATTEND_ARGUMENTS, recorded)
-               .backward(grad_out, grad_logsumexp, out, logsumexp);
-  const auto type = q.scalar_type();
-  const auto own = [&](const Tensor& grad, const Tensor& keys) {  // without the past's
-    const int64_t count = keys.size(2);
-    return grad.narrow(2, grad.size(2) - count, count).to(type).contiguous();
-  };
-  return {g.q.to(type),
-          g.keys[kSinks].to(type),
-          g.values[kSinks].to(type),
-          own(g.keys[kCompressed], compressed_keys),
-          own(g.values[kCompressed], compressed_values),
-          own(g.keys[kWindow], window_keys),
-          own(g.values[kWindow], window_values),
-          bias ? g.bias.to(bias->scalar_type()) : at::zeros({0}, q.options()),
-          relative_gradient(relative, {g.relative[kWindow], g.relative[kSinks]}, q),
-          relative_gradient(compressed_relative, {g.relative[kCompressed]}, q)};
+  return attend_composite(call, with_region_weights, /*recorded=*/false);
 }
 
-Gradients attend_backward(const Tensor& grad_out,
-                          const Tensor& grad_logsumexp,
-                          const Tensor& out,
-                          const Tensor& logsumexp,
-                          CTX_ATTEND_PARAMETERS) {
-  return backward_composite(
-      grad_out, grad_logsumexp, out, logsumexp, CTX_ATTEND_ARGUMENTS, /*recorded=*/false);
-}
-
-// What the kernels of spans.h leave to torch's operators: relative positions, and distances to slots
-// that are single tokens.
-bool is_composite(const OptionalTensor& slot_positions,
-                  const OptionalTensor& slopes,
-                  const OptionalTensor& relative,
-                  c10::string_view distance) {
-  return relative || (slopes && slot_positions && distance == "token");
-}
-
-std::tuple<Tensor, Tensor, Tensor> attend_forward_cpu(CTX_ATTEND_PARAMETERS,
-                                                      bool with_region_weights) {
-  if (is_composite(slot_positions, slopes, relative, distance))
-    return attend_forward(CTX_ATTEND_ARGUMENTS, with_region_weights);
+Attended forward_cpu(const AttendCall& call, bool with_region_weights) {
+  call.check();
   const auto precision = own_precision();
-  return spans_forward(check_call(CTX_ATTEND_ARGUMENTS), with_region_weights);
+  return has_kernels(call) ? attend_by_kernels(call, with_region_weights)
+                           : attend_composite(call, with_region_weights, /*recorded=*/false);
 }
 
-Gradients attend_backward_cpu(const Tensor& grad_out,
-                              const Tensor& grad_logsumexp,
-                              const Tensor& out,
-                              const Tensor& logsumexp,
-                              CTX_ATTEND_PARAMETERS) {
-  if (is_composite(slot_positions, slopes, relative, distance)) {
-    return attend_backward(grad_out, grad_logsumexp, out, logsumexp, CTX_ATTEND_ARGUMENTS);
-  }
+Attended forward_meta(const AttendCall& call, bool with_region_weights) {
+  const Tensor& q = call.q;
+  auto sizes = q.sym_sizes().vec();
+  const Tensor logsumexp = q.new_empty_symint(c10::SymIntArrayRef(sizes).slice(0, 3),
+                                              q.options().dtype(arithmetic_type(q.scalar_type())));
+  sizes[3] = call.v.sym_size(3);
+  return {q.new_empty_symint(sizes), logsumexp, new_region_weights(q, with_region_weights)};
+}
+
+std::vector<Tensor> backward_elsewhere(const AttendCall& call,
+                                       const AttendOutputs& outputs,
+                                       bool memory_grads) {
   const auto precision = own_precision();
-  const auto g =
-      spans_backward(check_call(CTX_ATTEND_ARGUMENTS), grad_out, grad_logsumexp, out, logsumexp);
-  const auto none = [&] { return at::zeros({0}, q.options()); };  // outputs share no memory
-  return {g.q,
-          g.keys[kSinks],
-          g.values[kSinks],
-          g.keys[kCompressed],
-          g.values[kCompressed],
-          g.keys[kWindow],
-          g.values[kWindow],
-          bias ? g.bias : none(),
-          none(),
-          none()};
+  return attend_backward_composite(call, outputs, memory_grads, /*recorded=*/false).list();
 }
 
-Gradients attend_backward_meta(const Tensor& /*grad_out*/,
-                               const Tensor& /*grad_logsumexp*/,
-                               const Tensor& /*out*/,
-                               const Tensor& /*logsumexp*/,
-                               CTX_ATTEND_PARAMETERS) {
+std::vector<Tensor> backward_cpu(const AttendCall& call,
+                                 const AttendOutputs& outputs,
+                                 bool memory_grads) {
+  if (!has_kernels(call)) return backward_elsewhere(call, outputs, memory_grads);
+  const auto precision = own_precision();
+  return attend_backward_by_kernels(call, outputs, memory_grads).list();
+}
+
+std::vector<Tensor> backward_meta(const AttendCall& call,
+                                  const AttendOutputs& /*outputs*/,
+                                  bool memory_grads) {
   const auto like = [](const Tensor& x) { return x.new_empty_symint(x.sym_sizes()); };
-  return {like(q),
-          like(sink_keys),
-          like(sink_values),
-          like(compressed_keys),
-          like(compressed_values),
-          like(window_keys),
-          like(window_values),
-          bias ? like(*bias) : q.new_empty({0}),
-          relative ? like(*relative) : q.new_empty({0}),
-          compressed_relative ? like(*compressed_relative) : q.new_empty({0})};
+  AttendGradients g{like(call.q),
+                    like(call.k),
+                    like(call.v),
+                    like(call.slots[0]),
+                    like(call.slots[1]),
+                    call.mass().defined() ? like(call.mass()) : call.q.new_empty({0}),
+                    call.bias ? like(*call.bias) : call.q.new_empty({0}),
+                    {},
+                    {}};
+  for (const Tensor& x : call.relative) g.relative.push_back(like(x));
+  for (int i = 0; memory_grads && i < kMemoryGrads; ++i) g.memory.push_back(like(call.memory[i]));
+  return g.list();
 }
+
+auto forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::attend", "")
+                             .typed<decltype(forward<forward_cpu>)>();
+  return op;
+}
+
+auto backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::attend_backward", "")
+                             .typed<decltype(backward<backward_cpu>)>();
+  return op;
+}
+
+Attended dispatch(const AttendCall& x, bool with_region_weights) {
+  return forward_op().call(x.q,
+                           x.k,
+                           x.v,
+                           x.plan,
+                           x.memory,
+                           x.slots,
+                           x.bias,
+                           x.slopes,
+                           x.relative,
+                           x.packed,
+                           x.numbers,
+                           with_region_weights);
+}
+
+// --- autograd
+
+// A call as one list of tensors, and how to read it.
+struct CallList {
+  std::vector<Tensor> tensors;
+  int64_t slots = 0, relative = 0, memory = 0;
+  bool bias = false, slopes = false;
+
+  explicit CallList(const AttendCall& x)
+      : tensors{x.q, x.k, x.v, x.plan},
+        slots(static_cast<int64_t>(x.slots.size())),
+        relative(static_cast<int64_t>(x.relative.size())),
+        memory(static_cast<int64_t>(x.memory.size())),
+        bias(x.bias.has_value()),
+        slopes(x.slopes.has_value()) {
+    const auto add = [&](at::TensorList list) {
+      tensors.insert(tensors.end(), list.begin(), list.end());
+    };
+    add(x.slots);
+    if (x.bias) tensors.push_back(*x.bias);
+    add(x.relative);
+    add(x.memory);
+    if (x.slopes) tensors.push_back(*x.slopes);
+  }
+
+  int64_t first_bias() const { return 4 + slots; }
+  int64_t first_relative() const { return first_bias() + bias; }
+  int64_t first_memory() const { return first_relative() + relative; }
+  int64_t first_slopes() const { return first_memory() + memory; }
+};
 
 class AttendFunction : public torch::autograd::Function<AttendFunction> {
  public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* saved,
-                                                CTX_ATTEND_PARAMETERS,
-                                                bool with_region_weights) {
+  static variable_list forward(torch::autograd::AutogradContext* saved,
+                               at::TensorList /*for autograd*/,
+                               const AttendCall& call,
+                               const CallList& list,
+                               bool memory_grads,
+                               bool with_region_weights) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ctx::attend", "")
-                               .typed<decltype(attend_forward)>();
-    auto [out, logsumexp, region_weights] = op.call(CTX_ATTEND_ARGUMENTS, with_region_weights);
+    const auto [out, logsumexp, region_weights] = dispatch(call, with_region_weights);
     saved->mark_non_differentiable({region_weights});
-    torch::autograd::variable_list kept = {out,
-                                           logsumexp,
-                                           q,
-                                           position,
-                                           sink_keys,
-                                           sink_values,
-                                           compressed_keys,
-                                           compressed_values,
-                                           window_keys,
-                                           window_values,
-                                           first_sink,
-                                           first_slot,
-                                           first_token,
-                                           slot_positions.value_or(Tensor()),
-                                           bias.value_or(Tensor()),
-                                           slopes.value_or(Tensor()),
-                                           relative.value_or(Tensor()),
-                                           compressed_relative.value_or(Tensor())};
-    const at::TensorList rings = or_empty(past);
-    kept.insert(kept.end(), rings.begin(), rings.end());
+    variable_list kept = {out, logsumexp};
+    kept.insert(kept.end(), list.tensors.begin(), list.tensors.end());
     saved->save_for_backward(kept);
-    saved->saved_data["schedule"] = schedule.vec();
-    saved->saved_data["distance"] = std::string(distance);
-    saved->saved_data["rotary_dim"] = rotary_dim;
-    saved->saved_data["rotary_base"] = rotary_base;
-    saved->saved_data["rotary_interleaved"] = rotary_interleaved;
-    saved->saved_data["scale"] = scale;
+    saved->saved_data["lists"] = std::vector<int64_t>{
+        list.slots, list.relative, list.memory, list.bias, list.slopes, memory_grads};
+    saved->saved_data["settings"] = call.packed.vec();
+    saved->saved_data["numbers"] = call.numbers.vec();
     return {out, logsumexp, region_weights};
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved,
-                                                 torch::autograd::variable_list grads) {
-    const auto x = saved->get_saved_variables();
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ctx::attend_backward", "")
-                               .typed<decltype(attend_backward)>();
+  static variable_list backward(torch::autograd::AutogradContext* saved, variable_list grads) {
+    const variable_list x = saved->get_saved_variables();
+    const auto lists = saved->saved_data["lists"].toIntVector();
+    const int64_t slots = lists[0], relative = lists[1], memory = lists[2];
+    const bool bias = lists[3] != 0, slopes = lists[4] != 0, memory_grads = lists[5] != 0;
+    const int64_t first_bias = 6 + slots, first_relative = first_bias + bias;
+    const int64_t first_memory = first_relative + relative;
+    const at::TensorList all(x);
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(x[0]);
     const Tensor grad_logsumexp = grads[1].defined() ? grads[1] : at::zeros_like(x[1]);
-    const auto given = [&](size_t i) {
-      return x[i].defined() ? OptionalTensor(x[i]) : std::nullopt;
-    };
-    const auto& data = saved->saved_data;
-    const at::TensorList past = at::TensorList(x).slice(18);
-    auto [q, sk, sv, ck, cv, wk, wv, b, r, cr] = op.call(grad_out,
-                                                         grad_logsumexp,
-                                                         x[0],
-                                                         x[1],
-                                                         x[2],
-                                                         x[3],
-                                                         x[4],
-                                                         x[5],
-                                                         x[6],
-                                                         x[7],
-                                                         x[8],
-                                                         x[9],
-                                                         x[10],
-                                                         x[11],
-                                                         x[12],
-                                                         given(13),
-                                                         given(14),
-                                                         given(15),
-                                                         given(16),
-                                                         given(17),
-                                                         data.at("schedule").toIntVector(),
-                                                         data.at("distance").toStringView(),
-                                                         data.at("rotary_dim").toInt(),
-                                                         data.at("rotary_base").toDouble(),
-                                                         data.at("rotary_interleaved").toBool(),
-                                                         data.at("scale").toDouble(),
-                                                         past);
-    torch::autograd::variable_list result(24);  // one for each argument of forward
-    result[0] = q, result[2] = sk, result[3] = sv, result[4] = ck, result[5] = cv, result[6] = wk,
-    result[7] = wv;
-    if (given(14)) result[12] = b;
-    if (given(16)) result[14] = r;
-    if (given(17)) result[15] = cr;
+    const auto made = backward_op().call(
+        grad_out,
+        grad_logsumexp,
+        x[0],
+        x[1],
+        x[2],
+        x[3],
+        x[4],
+        x[5],
+        all.slice(first_memory, memory),
+        all.slice(6, slots),
+        bias ? OptionalTensor(x[first_bias]) : std::nullopt,
+        slopes ? OptionalTensor(x[first_memory + memory]) : std::nullopt,
+        all.slice(first_relative, relative),
+        saved->saved_data["settings"].toIntVector(),
+        saved->saved_data["numbers"].toDoubleVector(),
+        memory_grads);
+    // One for each tensor of the list, and for each other argument of forward.
+    variable_list result(x.size() - 2 + 4);
+    for (int i = 0; i < 3; ++i) result[i] = made[i];
+    result[4] = made[3], result[5] = made[4];
+    if (slots > 2 && x[8].dim() == 3) result[6] = made[5];
+    if (bias) result[first_bias - 2] = made[6];
+    for (int64_t i = 0; i < relative; ++i) result[first_relative - 2 + i] = made[7 + i];
+    for (int64_t i = 0; memory_grads && i < kMemoryGrads; ++i)
+      result[first_memory - 2 + i] = made[7 + relative + i];
     return result;
   }
 };
 
-#define CTX_DIFFERENTIABLE                                                                         \
-  q, sink_keys, sink_values, compressed_keys, compressed_values, window_keys, window_values, bias, \
-      relative, compressed_relative
+bool differentiable(const AttendCall& x, bool (*has)(const Tensor&)) {
+  const auto any = [&](at::TensorList list) {
+    return std::any_of(list.begin(), list.end(), [&](const Tensor& y) { return has(y); });
+  };
+  return has(x.q) || has(x.k) || has(x.v) || any(x.slots) || (x.bias && has(*x.bias)) ||
+         any(x.relative) || any(x.memory);
+}
 
-std::tuple<Tensor, Tensor, Tensor> attend_autograd(CTX_ATTEND_PARAMETERS,
-                                                   bool with_region_weights) {
-  if (is_recorded(CTX_DIFFERENTIABLE))
-    return attend_composite(CTX_ATTEND_ARGUMENTS, with_region_weights, /*recorded=*/true);
-  auto results = AttendFunction::apply(CTX_ATTEND_ARGUMENTS, with_region_weights);
-  return {results[0], results[1], results[2]};
+bool needs(const Tensor& x) { return needs_grad(x); }
+bool tangent(const Tensor& x) { return has_tangent(x); }
+
+Attended forward_autograd(const AttendCall& call, bool with_region_weights) {
+  if (is_transformed() || differentiable(call, tangent)) {
+    call.check();
+    const auto precision = own_precision();
+    return attend_composite(call, with_region_weights, /*recorded=*/true);
+  }
+  // Autograd keeps the rings, and cannot keep a tensor that was made in inference mode.
+  std::vector<Tensor> memory = call.memory.vec();
+  if (at::GradMode::is_enabled()) {
+    for (Tensor& ring : memory)
+      if (ring.is_inference()) ring = ring.clone();
+  }
+  const AttendCall own{call.q,      call.k,     call.v,        call.plan,   memory,      call.slots,
+                       call.bias,   call.slopes, call.relative, call.packed, call.numbers};
+  const bool memory_grads = std::any_of(memory.begin(), memory.end(), needs);
+  const CallList list(own);
+  const auto made =
+      AttendFunction::apply(at::TensorList(list.tensors), own, list, memory_grads,
+                            with_region_weights);
+  return {made[0], made[1], made[2]};
 }
 
 // Where a backward is differentiated it is recorded, too, so every order has its value.
-Gradients backward_autograd(c10::DispatchKeySet keys,
-                            const Tensor& grad_out,
-                            const Tensor& grad_logsumexp,
-                            const Tensor& out,
-                            const Tensor& logsumexp,
-                            CTX_ATTEND_PARAMETERS) {
-  const auto requires_grad = [](const auto&... x) { return (needs_grad(x) || ...); };
-  const bool differentiated =
-      at::GradMode::is_enabled() &&
-      requires_grad(grad_out, grad_logsumexp, out, logsumexp, CTX_DIFFERENTIABLE);
-  if (differentiated || is_recorded(grad_out, grad_logsumexp, out, logsumexp, CTX_DIFFERENTIABLE)) {
-    return backward_composite(
-        grad_out, grad_logsumexp, out, logsumexp, CTX_ATTEND_ARGUMENTS, /*recorded=*/true);
+std::vector<Tensor> backward_autograd(c10::DispatchKeySet keys,
+                                      const Tensor& grad_out,
+                                      const Tensor& grad_logsumexp,
+                                      const Tensor& out,
+                                      const Tensor& logsumexp,
+                                      const Tensor& q,
+                                      const Tensor& k,
+                                      const Tensor& v,
+                                      const Tensor& plan,
+                                      OptionalList memory,
+                                      at::TensorList slots,
+                                      const OptionalTensor& bias,
+                                      const OptionalTensor& slopes,
+                                      OptionalList relative,
+                                      at::IntArrayRef settings,
+                                      at::ArrayRef<double> numbers,
+                                      bool memory_grads) {
+  const AttendCall call{q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative),
+                        settings, numbers};
+  const AttendOutputs outputs{grad_out, grad_logsumexp, out, logsumexp};
+  const auto some = [&](bool (*has)(const Tensor&)) {
+    return has(grad_out) || has(grad_logsumexp) || has(out) || has(logsumexp) ||
+           differentiable(call, has);
+  };
+  if (is_transformed() || some(tangent) || (at::GradMode::is_enabled() && some(needs))) {
+    const auto precision = own_precision();
+    return attend_backward_composite(call, outputs, memory_grads, /*recorded=*/true).list();
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctx::attend_backward", "")
-                             .typed<decltype(attend_backward)>();
-  return op.redispatch(keys & c10::after_autograd_keyset,
-                       grad_out,
-                       grad_logsumexp,
-                       out,
-                       logsumexp,
-                       CTX_ATTEND_ARGUMENTS);
+  return backward_op().redispatch(keys & c10::after_autograd_keyset,
+                                  grad_out,
+                                  grad_logsumexp,
+                                  out,
+                                  logsumexp,
+                                  q,
+                                  k,
+                                  v,
+                                  plan,
+                                  memory,
+                                  slots,
+                                  bias,
+                                  slopes,
+                                  relative,
+                                  settings,
+                                  numbers,
+                                  memory_grads);
 }
-
-// What is multiplied with keys, and with the encodings of distances.
-struct Queries {
-  Tensor content;                      // q + u, [B, H, T, D]
-  OptionalTensor relative;             // (q + v) W, [B, H, T, P]
-  OptionalTensor compressed_relative;  // the same with those of compressed slots
-
-  // `operands`: as AttentionOptions::relative.
-  Queries(const Tensor& q, at::TensorList operands) : content(q) {
-    if (operands.empty()) return;
-    const auto type = arithmetic_type(q.scalar_type());
-    Tensor wide = q.to(type);
-    const auto biased = [&](int i) { return wide + operands[i].to(type).unsqueeze(1); };
-    content = biased(0).to(q.scalar_type());
-    // A query that is not finite is so in `content`; here its product with a gradient of zero would
-    // make that of the whole weight NaN.
-    wide = wide.masked_fill(at::isfinite(wide.detach()).all(-1, true).logical_not(), 0.0);
-    relative = at::matmul(biased(1), operands[2].to(type));
-    compressed_relative = at::matmul(biased(3), operands[4].to(type));
-  }
-};
 
 }  // namespace
 
-Spans joined(Spans s, const Schedule& schedule, at::ScalarType type) {
-  if (!s.past.defined()) return s;
-  const auto join = [&](const Tensor& ring, Tensor& keys, Region region) {
-    if (s.past.size(schedule, region) == 0) return;
-    keys = at::cat({s.past.read(ring, schedule, region, type), keys.to(type)}, 2);
-  };
-  join(s.past.window_keys, s.window_keys, kWindow);
-  join(s.past.window_values, s.window_values, kWindow);
-  join(s.past.compressed_keys, s.compressed_keys, kCompressed);
-  join(s.past.compressed_values, s.compressed_values, kCompressed);
-  s.past = {};
-  return s;
-}
-
-std::tuple<Tensor, Tensor> attend(const Tensor& q,
-                                  const Tensor& position,
-                                  const Spans& s,
-                                  const ScoreOperands& operands,
-                                  const Clock& clock,
-                                  const BasedRotary& rotary,
-                                  double scale,
-                                  bool with_region_weights) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctx::attend", "")
-                             .typed<decltype(attend_forward)>();
-  const Schedule& l = clock.schedule;
-  const Queries queries(q, operands.relative);
-  auto [out, logsumexp, region_weights] =
-      op.call(queries.content,
-              position,
-              s.sink_keys,
-              s.sink_values,
-              s.compressed_keys,
-              s.compressed_values,
-              s.window_keys,
-              s.window_values,
-              s.first_sink,
-              s.first_slot,
-              s.first_token,
-              s.slot_positions.defined() ? OptionalTensor(s.slot_positions) : std::nullopt,
-              operands.bias,
-              operands.slopes,
-              queries.relative,
-              queries.compressed_relative,
-              {l.window, l.compressed, l.ratio, l.segment, l.sinks},
-              clock.token_distance ? "token" : "slot",
-              rotary.dim,
-              rotary.base,
-              rotary.interleaved,
-              scale,
-              s.past.list(),
-              with_region_weights);
-  return {out, region_weights};
-}
-
-Attended attend_now(const Tensor& q,
-                    const Tensor& position,
-                    const Spans& spans,
-                    const ScoreOperands& operands,
-                    const Clock& clock,
-                    const BasedRotary& rotary,
-                    double scale,
-                    bool with_region_weights,
-                    bool with_usage) {
-  const Queries queries(q, operands.relative);
-  const Scores scores{
-      operands.bias, operands.slopes, queries.relative, queries.compressed_relative};
-  const Spans all = joined(spans, clock.schedule, arithmetic_type(q.scalar_type()));
-  const Composite call(queries.content, position, all, scores, clock, rotary, scale);
-  Tensor usage;
-  if (with_usage) {
-    usage = at::zeros({q.size(0), all.window_keys.size(1), all.window_keys.size(2), 1},
-                      q.options().dtype(arithmetic_type(q.scalar_type())));
+void AttendCall::check() const {
+  const Settings x = settings();
+  check_shape(kWhere, "q", q, {{"B"}, {"H"}, {"T"}, {"D"}});
+  storage_of(q.scalar_type(), kWhere, "q");
+  const SymInt batch = q.sym_size(0), tokens = q.sym_size(2), width = q.sym_size(3);
+  check_shape(kWhere, "k", k, {{"B", batch}, {"Hkv"}, {"T", tokens}, {"D", width}});
+  const SymInt kv_heads = k.sym_size(1);
+  check_shape(kWhere, "v", v, {{"B", batch}, {"Hkv", kv_heads}, {"T", tokens}, {"Dv"}});
+  for (const auto& [y, name] : {std::pair{k, "k"}, {v, "v"}})
+    check_type(kWhere, name, y, q.scalar_type(), " as q");
+  CTX_CHECK_VALUE(kv_heads > 0 && q.sym_size(1) % kv_heads == 0,
+                  kWhere,
+                  "q must have a multiple of Hkv = ",
+                  kv_heads,
+                  " heads, got ",
+                  q.sym_size(1));
+  check_head_dim(x, width, kWhere);
+  const PlanTensors tensors(plan, batch, tokens, kWhere);
+  CTX_CHECK_VALUE(slots.size() >= 2 && slots.size() <= 4,
+                  kWhere,
+                  "slots must be keys, values, and perhaps mass and positions, got ",
+                  slots.size());
+  const SymInt groups = tensors.groups();
+  check_shape(kWhere,
+              "slot keys",
+              slots[0],
+              {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}, {"D", width}});
+  check_shape(kWhere,
+              "slot values",
+              slots[1],
+              {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}, {"Dv", v.sym_size(3)}});
+  if (mass().defined())
+    check_shape(kWhere, "slot mass", slots[2], {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}});
+  CTX_CHECK_VALUE(mass().defined() == x.slot_mass,
+                  kWhere,
+                  "slots must have a mass where slot_mass is set, and none elsewhere, got ",
+                  mass().defined() ? "one" : "none");
+  if (single_tokens()) {
+    check_shape(
+        kWhere, "slot positions", slots[3], {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}});
+    check_type(kWhere, "slot positions", slots[3], at::kLong);
   }
-  const auto [out, logsumexp, region_weights] = call.forward(with_region_weights, usage);
-  return {out.to(q.scalar_type()), region_weights, with_usage ? usage.squeeze(-1) : usage};
+  check_score_operands(q, {bias, slopes, relative}, kWhere);
+  if (memory.empty()) return;
+  check_rings(memory, x.schedule(), kWhere);
+  check_pairs(memory, k, v, kWhere);
 }
 
-#define CTX_ATTEND_SCHEMA                                                                          \
-  "Tensor q, Tensor position, Tensor sink_keys, Tensor sink_values, Tensor compressed_keys, "      \
-  "Tensor compressed_values, Tensor window_keys, Tensor window_values, Tensor first_sink, Tensor " \
-  "first_slot, Tensor "                                                                            \
-  "first_token, Tensor? slot_positions, "                                                          \
-  "Tensor? bias, Tensor? slopes, Tensor? relative, Tensor? compressed_relative, int[] schedule, "  \
-  "str distance, int rotary_dim, float rotary_base, bool "                                         \
-  "rotary_interleaved, "                                                                           \
-  "float scale, Tensor[]? past"
+std::vector<Tensor> AttendGradients::list() const {
+  std::vector<Tensor> all = {q, k, v, slot_keys, slot_values, slot_mass, bias};
+  all.insert(all.end(), relative.begin(), relative.end());
+  all.insert(all.end(), memory.begin(), memory.end());
+  return all;
+}
+
+Attended attend(const AttendCall& call, bool with_region_weights) {
+  return dispatch(call, with_region_weights);
+}
+
+#define CTX_ATTEND_SCHEMA                                                                         \
+  "Tensor q, Tensor k, Tensor v, Tensor plan, Tensor[]? memory, Tensor[] slots, Tensor? bias, " \
+  "Tensor? slopes, Tensor[]? relative, int[] settings, float[] numbers, "
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def("attend(" CTX_ATTEND_SCHEMA
-        ", bool with_region_weights) -> (Tensor out, Tensor logsumexp, Tensor region_weights)",
+        "bool with_region_weights) -> (Tensor out, Tensor logsumexp, Tensor region_weights)",
         {at::Tag::pt2_compliant_tag});
-  m.def(
-      "attend_backward(Tensor grad_out, Tensor grad_logsumexp, Tensor out, Tensor "
-      "logsumexp, " CTX_ATTEND_SCHEMA
-      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+  m.def("attend_backward(Tensor grad_out, Tensor grad_logsumexp, Tensor out, Tensor "
+        "logsumexp, " CTX_ATTEND_SCHEMA "bool memory_grads) -> Tensor[]",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {
-  m.impl("attend", attend_forward);
-  m.impl("attend_backward", attend_backward);
+  m.impl("attend", forward<forward_elsewhere>);
+  m.impl("attend_backward", backward<backward_elsewhere>);
 }
 
 TORCH_LIBRARY_IMPL(ctx, CPU, m) {
-  m.impl("attend", attend_forward_cpu);
-  m.impl("attend_backward", attend_backward_cpu);
+  m.impl("attend", forward<forward_cpu>);
+  m.impl("attend_backward", backward<backward_cpu>);
 }
 
 TORCH_LIBRARY_IMPL(ctx, Meta, m) {
-  m.impl("attend", attend_meta);
-  m.impl("attend_backward", attend_backward_meta);
+  m.impl("attend", forward<forward_meta>);
+  m.impl("attend_backward", backward<backward_meta>);
 }
 
 TORCH_LIBRARY_IMPL(ctx, Autograd, m) {
-  m.impl("attend", attend_autograd);
+  m.impl("attend", forward<forward_autograd>);
   m.impl("attend_backward", backward_autograd);
 }
 

@@ -1,38 +1,17 @@
+// ctx::attend: attention of a call's queries to what a memory holds and to the call's own pairs and
+// slots, as a function without side effects.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
-#include "ops/kernels.h"
-#include "ops/past.h"
 #include "ops/settings.h"
 #include "ops/state.h"
 
 namespace ctx::ops {
-
-// What queries attend to: three spans of keys, already rotated to their clocks, and which number
-// the first key of each span has in the stream of the query (a call may hold several streams of a
-// row). The past's tokens and slots are the first keys of their spans.
-struct Spans {
-  at::Tensor sink_keys;          // [B, Hkv, sinks, D]
-  at::Tensor sink_values;        // [B, Hkv, sinks, Dv]
-  at::Tensor compressed_keys;    // [B, Hkv, G, D]
-  at::Tensor compressed_values;  // [B, Hkv, G, Dv]
-  at::Tensor window_keys;        // [B, Hkv, K, D]
-  at::Tensor window_values;      // [B, Hkv, K, Dv]
-  at::Tensor first_sink;         // int64 [B, T]: token, negative where the stream begins later
-  at::Tensor first_slot;         // int64 [B, T]: group
-  at::Tensor first_token;        // int64 [B, T]: token
-  at::Tensor slot_positions;  // int64 [B, Hkv, G], of the past's slots, too: tokens that the slots
-                              // are; undefined: they are groups
-  Past past;
-};
-
-// The past's keys in one tensor with the others, for torch's operators; those that the next token does
-// not see are zero. Spans that had a past become `type`.
-Spans joined(Spans spans, const Schedule& schedule, at::ScalarType type);
 
 // [B, H, T, 3] in the arithmetic's type where it is asked for, else [0].
 inline at::Tensor new_region_weights(const at::Tensor& q, bool with_region_weights) {
@@ -41,35 +20,74 @@ inline at::Tensor new_region_weights(const at::Tensor& q, bool with_region_weigh
   return at::empty_symint({q.sym_size(0), q.sym_size(1), q.sym_size(2), 3}, options);
 }
 
-// Dispatches ctx::attend: q [B, H, T, D] un-rotated, tokens of their streams by position [B, T] ->
-// [B, H, T, Dv]; differentiable, in the operands, too, but for slopes. Keys of a span that the law
-// does not show to a query are masked, whatever they hold, as long as it is finite. Also returns the
-// weight of each region, [B, H, T, 3], where it is asked for: a constant.
-std::tuple<at::Tensor, at::Tensor> attend(const at::Tensor& q,
-                                          const at::Tensor& position,
-                                          const Spans& spans,
-                                          const ScoreOperands& operands,
-                                          const Clock& clock,
-                                          const BasedRotary& rotary,
-                                          double scale,
-                                          bool with_region_weights);
+// The arguments of ctx::attend; the caller keeps them.
+//
+//   q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv] as the memory is given them
+//   plan      of this call
+//   memory    the rings, none where the plan is not of a carried memory
+//   slots     of the groups that the plan lays out: keys [B, Hkv, G, D] and values [B, Hkv, G, Dv],
+//             un-rotated; their log-mass [B, Hkv, G], or [0] for none; and, where slots are tokens,
+//             which ones, int64 [B, Hkv, G]. The last two may be left out.
+//   bias, slopes, relative   ScoreOperands
+struct AttendCall {
+  const at::Tensor& q;
+  const at::Tensor& k;
+  const at::Tensor& v;
+  const at::Tensor& plan;
+  at::TensorList memory;
+  at::TensorList slots;
+  const std::optional<at::Tensor>& bias;
+  const std::optional<at::Tensor>& slopes;
+  at::TensorList relative;
+  at::IntArrayRef packed;
+  at::ArrayRef<double> numbers;
 
-// The same at once, without autograd, and what each key of the window was attended to: its weights,
-// averaged over the query heads of a kv head and summed over queries, [B, Hkv, K]; where it is asked
-// for. Queries before their streams add nothing, and their outputs mean nothing.
-struct Attended {
-  at::Tensor out;
-  at::Tensor region_weights;
-  at::Tensor usage;
+  Settings settings() const { return unpack(packed, numbers, "ctx.attend"); }
+  // Raises unless the arguments belong together.
+  void check() const;
+  // The log-mass of the call's slots; undefined: they have none.
+  at::Tensor mass() const { return slots.size() > 2 && slots[2].dim() == 3 ? slots[2] : at::Tensor(); }
+  // Whether slots are tokens that keep their own positions.
+  bool single_tokens() const { return slots.size() > 3; }
 };
-Attended attend_now(const at::Tensor& q,
-                    const at::Tensor& position,
-                    const Spans& spans,
-                    const ScoreOperands& operands,
-                    const Clock& clock,
-                    const BasedRotary& rotary,
-                    double scale,
-                    bool with_region_weights,
-                    bool with_usage);
+
+// out [B, H, T, Dv] in q's dtype, zero at padding; log-sum-exp [B, H, T] in the arithmetic's, minus
+// infinity there; region weights (new_region_weights).
+using Attended = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Gradients of a call's arguments; [0] of what is not there.
+struct AttendGradients {
+  at::Tensor q, k, v;
+  at::Tensor slot_keys, slot_values, slot_mass;
+  at::Tensor bias;
+  std::vector<at::Tensor> relative;  // as many as the call has
+  std::vector<at::Tensor> memory;    // of the first six rings, where they are asked for
+
+  std::vector<at::Tensor> list() const;
+};
+
+struct AttendOutputs {
+  const at::Tensor& grad_out;
+  const at::Tensor& grad_logsumexp;
+  const at::Tensor& out;
+  const at::Tensor& logsumexp;
+};
+
+// By the CPU's kernels (attend_kernels.cpp), for what they know.
+bool has_kernels(const AttendCall& call);
+Attended attend_by_kernels(const AttendCall& call, bool with_region_weights);
+AttendGradients attend_backward_by_kernels(const AttendCall& call,
+                                           const AttendOutputs& outputs,
+                                           bool memory_grads);
+
+// Out of torch's own operators (attend_composite.cpp); `recorded`: autograd records them.
+Attended attend_composite(const AttendCall& call, bool with_region_weights, bool recorded);
+AttendGradients attend_backward_composite(const AttendCall& call,
+                                          const AttendOutputs& outputs,
+                                          bool memory_grads,
+                                          bool recorded);
+
+// Dispatches ctx::attend.
+Attended attend(const AttendCall& call, bool with_region_weights);
 
 }  // namespace ctx::ops

@@ -13,9 +13,7 @@
 namespace ctx::ops {
 namespace {
 
-BasedRotary sinusoids(int64_t width) {
-  return parse_rotary(width, 10000.0, false, width, "ctx.attend");
-}
+Rotary sinusoids(int64_t width) { return {width, inverse_frequencies(width, 10000.0)}; }
 
 // Rows of x [..., width] that are not finite, bool [...].
 at::Tensor bad_rows(const at::Tensor& x) { return at::isfinite(x).all(-1).logical_not(); }
@@ -35,50 +33,42 @@ at::Tensor nan_where(const at::Tensor& mask, at::ScalarType type) {
 }  // namespace
 
 Composite::Composite(const at::Tensor& q,
-                     const at::Tensor& position,
-                     const Spans& spans,
-                     const Scores& operands,
-                     const Clock& clock,
-                     const BasedRotary& rotary,
-                     double scale,
+                     const EncodedQueries& encoded,
+                     const CallSpans& spans,
+                     const AttendCall& call,
                      bool recorded)
     : type_(arithmetic_type(q.scalar_type())),
       recorded_(recorded),
-      clock_(clock),
-      rotary_(rotary),
-      scale_(scale),
       batch_(q.size(0)),
       heads_(q.size(1)),
       tokens_(q.size(2)),
       head_dim_(q.size(3)),
-      kv_heads_(spans.window_keys.size(1)),
-      keys_{
-          spans.sink_keys.to(type_), spans.compressed_keys.to(type_), spans.window_keys.to(type_)},
-      values_{spans.sink_values.to(type_),
-              spans.compressed_values.to(type_),
-              spans.window_values.to(type_)},
-      t_(position),
-      first_{spans.first_sink, spans.first_slot, spans.first_token} {
-  if (operands.bias) bias_ = operands.bias->to(type_);
-  const Schedule& s = clock.schedule;
+      kv_heads_(call.k.size(1)),
+      mass_(spans.mass()),
+      t_(spans.plan().token(kPlanPosition)) {
+  const Settings settings = call.settings();
+  clock_ = settings.clock, rotary_ = settings.rotary;
+  scale_ = settings.scale, softcap_ = settings.logit_softcap;
+  if (call.bias) bias_ = call.bias->to(type_);
+  if (call.slopes) slopes_ = call.slopes->to(type_).view({1, -1, 1, 1});
+  const Schedule& s = clock_.schedule;
   groups_ = groups_of(s, t_);
-  edge_ = window_begin_of(s, groups_);
+  window_begin_ = groups_.mul(s.ratio).add(s.sinks);
   held_ = groups_.clamp_max(s.compressed);
-  clocks_ = {clock.token_distance ? t_ : t_ - edge_ + held_ + s.sinks,
-             clock.token_distance ? t_ : t_ - edge_ + groups_,
+  clocks_ = {clock_.token_distance ? t_ : t_ - window_begin_ + held_ + s.sinks,
+             clock_.token_distance ? t_ : t_ - window_begin_ + groups_,
              t_};
   const at::Tensor wide = q.to(type_);
-  const bool relative = operands.relative.has_value();
-  if (operands.slopes) slopes_ = operands.slopes->to(type_).view({1, -1, 1, 1});
-  for (int region = 0; region < kRegions; ++region) {
-    if (size(region) == 0) continue;
-    if (relative || slopes_.defined()) measure(region, spans.slot_positions);
-    queries_[region] = rotate(wide, clocks_[region], rotary_) * scale_;
-    if (relative) {
-      const std::optional<at::Tensor>& queries =
-          region == kCompressed ? operands.compressed_relative : operands.relative;
-      add_relative(region, queries->to(type_));
-    }
+  const at::Tensor positions = spans.positions();
+  for (int i = 0; i < kRegions; ++i) {
+    const auto region = static_cast<Region>(i);
+    keys_[i] = spans.keys(region), values_[i] = spans.values(region);
+    first_[i] = spans.first(region);
+    if (size(i) == 0) continue;
+    const at::Tensor& queries = region == kCompressed ? encoded.compressed : encoded.relative;
+    if (queries.defined() || slopes_.defined()) measure(i, positions);
+    queries_[i] = rotate(wide, clocks_[i], rotary_) * scale_;
+    if (queries.defined()) add_relative(i, queries.to(type_));
   }
   set_apart();
 }
@@ -120,12 +110,12 @@ at::Tensor Composite::poison(const Tile& tile) const {
   return nan_where(bad.unsqueeze(-1), type_);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> Composite::forward(bool with_region_weights,
-                                                                  const at::Tensor& usage) const {
+Attended Composite::forward(bool with_region_weights) const {
+  const auto options = values_[kWindow].options();
   const at::Tensor region_weights =
-      new_region_weights(queries_[kWindow], with_region_weights).zero_();
-  const at::Tensor out =
-      at::empty({batch_, heads_, tokens_, values_[kWindow].size(3)}, values_[kWindow].options());
+      with_region_weights ? at::zeros({batch_, heads_, tokens_, kRegions}, options)
+                          : at::zeros({0}, options);
+  const at::Tensor out = at::empty({batch_, heads_, tokens_, values_[kWindow].size(3)}, options);
   const at::Tensor logsumexp = at::empty({batch_, heads_, tokens_}, out.options());
   for_each_tile([&](const Tile& tile) {
     std::vector<at::Tensor> parts;
@@ -152,12 +142,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Composite::forward(bool with_regi
       const at::Tensor mine = weights.narrow(-1, begin, count);
       if (with_region_weights)
         cut(region_weights, tile).select(-1, region).copy_(mine.detach().sum(-1));
-      if (usage.defined() && region == kWindow) {
-        const at::Tensor seen = mine.masked_fill(absent(tile), 0.0)
-                                    .sum(2)
-                                    .unflatten(1, {kv_heads_, heads_ / kv_heads_});
-        keyed(usage, tile, region).add_(seen.mean(2).unsqueeze(-1));
-      }
       const at::Tensor part = at::matmul(per_kv_head(mine), keyed(values_[region], tile, region));
       sum = sum.defined() ? sum.add_(part) : part;
       begin += count;
@@ -196,6 +180,7 @@ Composite::Gradients Composite::backward(const at::Tensor& grad_out,
     base = base.masked_fill(bad, 0.0), total = total.masked_fill(bad, 0.0);
   }
   at::Tensor bias = bias_.defined() ? at::zeros({batch_, heads_}, base.options()) : at::Tensor();
+  if (mass_.defined()) g.mass = at::zeros_like(mass_);
   for_each_tile([&](const Tile& tile) {
     const at::Tensor grad_rows = per_kv_head(cut(grad, tile));
     const auto rows = [&](const at::Tensor& x) { return cut(x, tile).unsqueeze(-1); };
@@ -213,6 +198,16 @@ Composite::Gradients Composite::backward(const at::Tensor& grad_out,
       d = d.sub_(rows(base)).mul_(weights).masked_fill_(mask, 0.0);  // gradient of the scores
       if (region == kCompressed && bias_.defined())
         row_range(bias, tile).add_(d.sum(at::IntArrayRef{2, 3}));
+      if (region == kCompressed && mass_.defined()) {
+        const at::Tensor heads = d.sum(2).unflatten(1, {kv_heads_, heads_ / kv_heads_}).sum(2);
+        row_range(g.mass, tile)
+            .narrow(2, tile.keys[region].begin, tile.keys[region].size())
+            .add_(heads);
+      }
+      if (softcap_ > 0) {  // d (c tanh(x / c)) = 1 - tanh(x / c)^2, where the pair is seen
+        const at::Tensor part = products(region, tile) / softcap_;
+        d = (d * (1 - part * part)).masked_fill(mask, 0.0);
+      }
       const at::Tensor d_rows = per_kv_head(d);
       keyed(g.keys[region], tile, region)
           .add_(at::matmul(d_rows.transpose(-1, -2), per_kv_head(cut(queries_[region], tile))));
@@ -290,15 +285,26 @@ at::Tensor Composite::distances(int region, const Tile& tile) const {
   return offset - place.unsqueeze(2);
 }
 
-// Scores of one region, minus infinity where the law shows nothing: [rows, H, tokens, keys].
-at::Tensor Composite::scores(int region, const Tile& tile) const {
+// Products of queries and keys, capped: [rows, H, tokens, keys].
+at::Tensor Composite::products(int region, const Tile& tile) const {
   const at::Tensor product = at::matmul(per_kv_head(cut(queries_[region], tile)),
                                         keyed(keys_[region], tile, region).transpose(-1, -2));
-  at::Tensor s =
+  const at::Tensor s =
       product.view({tile.rows.size(), heads_, tile.tokens.size(), tile.keys[region].size()});
-  if (region == kCompressed && bias_.defined()) s = s.add_(bias_.view({1, -1, 1, 1}));
-  if (slopes_.defined()) s = s.sub_(distances(region, tile).to(type_) * slopes_);
-  return s.masked_fill_(hidden(region, tile), -std::numeric_limits<double>::infinity());
+  return softcap_ > 0 ? at::tanh(s / softcap_) * softcap_ : s;
+}
+
+// Scores of one region, minus infinity where the law shows nothing: [rows, H, tokens, keys].
+at::Tensor Composite::scores(int region, const Tile& tile) const {
+  at::Tensor s = products(region, tile);
+  if (region == kCompressed && bias_.defined()) s = s + bias_.view({1, -1, 1, 1});
+  if (region == kCompressed && mass_.defined()) {
+    const Range& keys = tile.keys[region];
+    const at::Tensor mine = row_range(mass_, tile).narrow(2, keys.begin, keys.size());
+    s = s + mine.repeat_interleave(heads_ / kv_heads_, 1).unsqueeze(2);
+  }
+  if (slopes_.defined()) s = s - distances(region, tile).to(type_) * slopes_;
+  return s.masked_fill(hidden(region, tile), -std::numeric_limits<double>::infinity());
 }
 
 // True where a query of the tile does not see a key: [rows, 1, tokens, keys].
@@ -317,7 +323,7 @@ at::Tensor Composite::hidden(int region, const Tile& tile) const {
     case kCompressed:
       return number.ge(tokens(groups_)).logical_or_(number.lt(tokens(groups_ - held_)));
     default:
-      return number.gt(tokens(t_)).logical_or_(number.lt(tokens(edge_)));
+      return number.gt(tokens(t_)).logical_or_(number.lt(tokens(window_begin_)));
   }
 }
 

@@ -9,8 +9,7 @@
 #include <optional>
 
 #include "ops/attend.h"
-#include "ops/rotary.h"
-#include "ops/settings.h"
+#include "ops/spans.h"
 
 namespace ctx::ops {
 
@@ -25,13 +24,10 @@ struct Tile {
 // the last use.
 constexpr int64_t kTileScores = 1 << 17;
 
-// What is added to the product of queries and keys. The queries of relative positions, [B, H, T, P],
-// are what is multiplied with the encoding of a distance.
-struct Scores {
-  const std::optional<at::Tensor>& bias;                 // [H]
-  const std::optional<at::Tensor>& slopes;               // [H]
-  const std::optional<at::Tensor>& relative;             // for the window and the sinks
-  const std::optional<at::Tensor>& compressed_relative;  // for compressed slots
+// What is multiplied with the encodings of distances, [B, H, T, P]; undefined: nothing.
+struct EncodedQueries {
+  at::Tensor relative;    // for the window and the sinks
+  at::Tensor compressed;  // for compressed slots
 };
 
 // One call, in the arithmetic's type.
@@ -41,21 +37,16 @@ struct Scores {
 // is added to the outputs of these. In the backward a query without a gradient takes part in nothing.
 class Composite {
  public:
-  // `recorded`: autograd records the operators, so that what they give has derivatives of any order
-  // and mode.
+  // q [B, H, T, D] are what is multiplied with keys. `recorded`: autograd records the operators, so
+  // that what they give has derivatives of any order and mode.
   Composite(const at::Tensor& q,
-            const at::Tensor& position,
-            const Spans& spans,
-            const Scores& operands,
-            const Clock& clock,
-            const BasedRotary& rotary,
-            double scale,
-            bool recorded = false);
+            const EncodedQueries& encoded,
+            const CallSpans& spans,
+            const AttendCall& call,
+            bool recorded);
 
-  // Outputs, log-sum-exp, and region_weights where it is asked for. `usage` [B, Hkv, window keys, 1] is added
-  // to, where it is defined.
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(bool with_region_weights,
-                                                         const at::Tensor& usage = {}) const;
+  // Outputs, log-sum-exp, and region weights where they are asked for.
+  Attended forward(bool with_region_weights) const;
 
   struct Gradients {
     at::Tensor q;
@@ -63,6 +54,7 @@ class Composite {
     std::array<at::Tensor, kRegions> keys;
     std::array<at::Tensor, kRegions> values;
     at::Tensor bias;
+    at::Tensor mass;  // [B, Hkv, slots]
   };
 
   Gradients backward(const at::Tensor& grad_out,
@@ -76,15 +68,6 @@ class Composite {
   void add_relative(int region, const at::Tensor& queries);
   void set_apart();
   at::Tensor poison(const Tile& tile) const;
-
-  // Queries before their streams: [rows, 1, tokens, 1].
-  at::Tensor absent(const Tile& tile) const {
-    return row_range(t_, tile)
-        .narrow(1, tile.tokens.begin, tile.tokens.size())
-        .lt(0)
-        .unsqueeze(1)
-        .unsqueeze(-1);
-  }
 
   at::Tensor distances(int region, const Tile& tile) const;
 
@@ -108,6 +91,7 @@ class Composite {
     return row_range(x, tile).narrow(2, tile.keys[region].begin, tile.keys[region].size());
   }
 
+  at::Tensor products(int region, const Tile& tile) const;
   at::Tensor scores(int region, const Tile& tile) const;
   at::Tensor hidden(int region, const Tile& tile) const;
 
@@ -119,8 +103,9 @@ class Composite {
   at::ScalarType type_;
   bool recorded_;
   Clock clock_;
-  BasedRotary rotary_;
+  Rotary rotary_;
   double scale_;
+  double softcap_;
   int64_t batch_;
   int64_t heads_;
   int64_t tokens_;
@@ -129,11 +114,12 @@ class Composite {
   std::array<at::Tensor, kRegions> keys_;
   std::array<at::Tensor, kRegions> values_;
   at::Tensor bias_;
+  at::Tensor mass_;                         // [B, Hkv, slots]
   at::Tensor slopes_;                       // [1, H, 1, 1]
   at::Tensor t_;                            // [B, T], and so are the others
   std::array<at::Tensor, kRegions> first_;  // number of a region's first key in the query's stream
   at::Tensor groups_;
-  at::Tensor edge_;
+  at::Tensor window_begin_;
   at::Tensor held_;
   std::array<at::Tensor, kRegions> clocks_;
   std::array<at::Tensor, kRegions>

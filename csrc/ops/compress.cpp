@@ -4,9 +4,13 @@
 
 #include <torch/library.h>
 
-#include "core/check.h"
+#include <cmath>
+#include <optional>
+
+#include "ops/check.h"
 #include "ops/finite.h"
 #include "ops/settings.h"
+#include "ops/shapes.h"
 
 namespace ctx::ops {
 namespace {
@@ -74,30 +78,48 @@ at::Tensor convolve_dilated(const at::Tensor& x,
   return convolve(hidden, weight, {});
 }
 
-at::Tensor gate(const at::Tensor& keys,
-                const at::Tensor& x,
-                const at::Tensor& direction,
-                const at::Tensor& position) {
-  const auto type = x.scalar_type();
-  const Apart from(keys.flatten(3));
-  const at::Tensor read = from.rows().unflatten_symint(-1, keys.sym_sizes().slice(3));
-  const at::Tensor content =
-      at::matmul(read, direction.to(type).unsqueeze(1).unsqueeze(-1)).squeeze(-1);
-  const Apart scores(content + position.to(type).unsqueeze(1));  // huge keys may overflow it
-  const at::Tensor weight = scores.rows().softmax(-1);           // [B, Hkv, G, c]
-  const Apart pooled(x.flatten(3));
-  const at::Tensor tokens = pooled.rows().unflatten_symint(-1, x.sym_sizes().slice(3));
-  return pooled.mark(from.mark(scores.mark(at::matmul(weight.unsqueeze(-2), tokens).squeeze(-2))));
-}
+// A softmax over the tokens of a group: of what is pooled with its weights, and its entropy.
+class Gate {
+ public:
+  Gate(const at::Tensor& keys, const at::Tensor& direction, const at::Tensor& position)
+      : from_(keys.flatten(3)) {
+    const auto type = keys.scalar_type();
+    const at::Tensor read = from_.rows().unflatten_symint(-1, keys.sym_sizes().slice(3));
+    const at::Tensor content =
+        at::matmul(read, direction.to(type).unsqueeze(1).unsqueeze(-1)).squeeze(-1);
+    scores_.emplace(content + position.to(type).unsqueeze(1));  // huge keys may overflow it
+    weight_ = scores_->rows().softmax(-1);                      // [B, Hkv, G, c]
+  }
 
-std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
-                                            const at::Tensor& values,
-                                            OptionalList operands,
-                                            c10::string_view compressor) {
+  at::Tensor pool(const at::Tensor& x) const {
+    const Apart pooled(x.flatten(3));
+    const at::Tensor tokens = pooled.rows().unflatten_symint(-1, x.sym_sizes().slice(3));
+    return pooled.mark(mark(at::matmul(weight_.unsqueeze(-2), tokens).squeeze(-2)));
+  }
+
+  at::Tensor entropy() const {
+    const at::Tensor made = scores_->rows().log_softmax(-1).mul(weight_).sum(-1, true).neg();
+    return mark(made).squeeze(-1);
+  }
+
+ private:
+  at::Tensor mark(const at::Tensor& made) const { return from_.mark(scores_->mark(made)); }
+
+  Apart from_;
+  std::optional<Apart> scores_;
+  at::Tensor weight_;
+};
+
+Slots compress(const at::Tensor& keys,
+               const at::Tensor& values,
+               OptionalList operands,
+               c10::string_view compressor,
+               int64_t mass_ratio) {
   constexpr const char* where = "ctx.compress";
   const at::TensorList parameters = or_empty(operands);
   const auto precision = own_precision();
-  CTX_CHECK_VALUE(keys.dim() == 5, where, "keys must be [B, Hkv, G, c, D], got ", keys.sym_sizes());
+  CTX_CHECK_VALUE(mass_ratio >= 0, where, "mass_ratio must be at least 0, got ", mass_ratio);
+  check_shape(where, "keys", keys, {{"B"}, {"Hkv"}, {"G"}, {"c"}, {"D"}});
   CTX_CHECK_VALUE(
       values.dim() == 5 && values.sym_sizes().slice(0, 4) == keys.sym_sizes().slice(0, 4),
       where,
@@ -105,16 +127,8 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
       values.sym_sizes(),
       " for keys ",
       keys.sym_sizes());
-  CTX_CHECK_TYPE(values.scalar_type() == keys.scalar_type(),
-                 where,
-                 "values must be ",
-                 keys.scalar_type(),
-                 " as keys, got ",
-                 values.scalar_type());
-  CTX_CHECK_TYPE(at::isFloatingType(keys.scalar_type()),
-                 where,
-                 "keys must be floating point, got ",
-                 keys.scalar_type());
+  check_type(where, "values", values, keys.scalar_type(), " as keys");
+  check_floating(where, "keys", keys);
   const CompressorKind kind = parse_compressor({compressor.data(), compressor.size()}, where);
   const auto size = [](const at::Tensor& x, int64_t dim) {
     return x.sym_size(dim).guard_int(__FILE__, __LINE__);
@@ -141,27 +155,39 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
                    size(values, 4),
                    keys.device(),
                    where);
-  return compress_groups(keys, values, parameters, kind);
+  return compress_groups(keys, values, parameters, kind, mass_ratio);
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
-                                                   const at::Tensor& values,
-                                                   at::TensorList p,
-                                                   CompressorKind kind) {
+Slots compress_groups(const at::Tensor& keys,
+                      const at::Tensor& values,
+                      at::TensorList p,
+                      CompressorKind kind,
+                      int64_t mass_ratio) {
+  const auto mass = [&] {
+    if (mass_ratio == 0) return keys.new_empty({0});
+    return at::full_symint(
+        keys.sym_sizes().slice(0, 3), std::log(static_cast<double>(mass_ratio)), keys.options());
+  };
   switch (kind) {
     case CompressorKind::kMax:
-      return {maximum(keys), maximum(values)};
+      return {maximum(keys), maximum(values), mass()};
     case CompressorKind::kConv: {
       const bool biased = p.size() == 4;
       return {convolve(keys, p[0], biased ? p[2] : at::Tensor()),
-              convolve(values, p[1], biased ? p[3] : at::Tensor())};
+              convolve(values, p[1], biased ? p[3] : at::Tensor()),
+              mass()};
     }
     case CompressorKind::kDilated:
-      return {convolve_dilated(keys, p[0], p[1], p[2]), convolve_dilated(values, p[3], p[4], p[5])};
-    case CompressorKind::kGated:
-      return {gate(keys, keys, p[0], p[1]), gate(keys, values, p[2], p[3])};
+      return {convolve_dilated(keys, p[0], p[1], p[2]),
+              convolve_dilated(values, p[3], p[4], p[5]),
+              mass()};
+    case CompressorKind::kGated: {
+      const Gate of_keys(keys, p[0], p[1]);
+      const at::Tensor entropy = mass_ratio > 0 ? of_keys.entropy() : mass();
+      return {of_keys.pool(keys), Gate(keys, p[2], p[3]).pool(values), entropy};
+    }
     case CompressorKind::kMostUsed:
       CTX_CHECK_VALUE(
           false, "ctx.compress", "compressor must be one that needs no queries, got \"most_used\"");
@@ -171,13 +197,13 @@ std::tuple<at::Tensor, at::Tensor> compress_groups(const at::Tensor& keys,
     case CompressorKind::kMean:
       break;
   }
-  return {keys.mean(3), values.mean(3)};
+  return {keys.mean(3), values.mean(3), mass()};
 }
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
-      "compress(Tensor keys, Tensor values, Tensor[]? parameters, str compressor) -> (Tensor, "
-      "Tensor)",
+      "compress(Tensor keys, Tensor values, Tensor[]? parameters, str compressor, int mass_ratio) "
+      "-> (Tensor keys, Tensor values, Tensor mass)",
       {at::Tag::pt2_compliant_tag});
 }
 

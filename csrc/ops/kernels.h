@@ -96,8 +96,9 @@ struct MemoryView {
   void* compressed_values = nullptr;
   void* sink_keys = nullptr;
   void* sink_values = nullptr;
-  // Log-mass of every slot, added to its scores: [B, Hkv, compressed capacity]; null: none.
-  float* slot_mass = nullptr;
+  // Log-mass of every slot, added to its scores: [B, Hkv, compressed capacity] in the arithmetic's
+  // type; null: none.
+  void* slot_mass = nullptr;
   // Of a memory whose compressor chooses by usage, else null: what every window token was attended
   // to, [B, Hkv, capacity] in the arithmetic's type, and the token that every slot is, [B, Hkv,
   // capacity].
@@ -158,8 +159,8 @@ struct CompressArgs {
   // kGiven: slots [B, Hkv, G, width] in the arithmetic's type, un-rotated.
   Strided slot_keys;
   Strided slot_values;
-  // kGiven: log-mass of these slots, [B, Hkv, G], contiguous; null: log c.
-  const float* given_mass = nullptr;
+  // kGiven: log-mass of these slots, [B, Hkv, G] in the arithmetic's type, contiguous; null: log c.
+  const void* given_mass = nullptr;
   // kMostUsed, null unless asked for: which token each slot is, as its place among the c G tokens
   // of the groups and as its number in its stream, both [B, Hkv, G], contiguous.
   int64_t* chosen = nullptr;
@@ -214,7 +215,7 @@ struct PastSpan {
   void* keys = nullptr;
   void* values = nullptr;
   const int64_t* first = nullptr;  // [B]
-  const float* mass = nullptr;     // [B, Hkv, capacity]; null: none
+  const void* mass = nullptr;      // [B, Hkv, capacity] in the arithmetic's type; null: none
 };
 
 // One of the three spans of the differentiable path: keys and values already rotated to their

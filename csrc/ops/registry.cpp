@@ -2,7 +2,7 @@
 
 #include <array>
 
-#include "core/check.h"
+#include "ops/check.h"
 
 namespace ctx::ops {
 namespace {

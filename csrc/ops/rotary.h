@@ -3,12 +3,17 @@
 #include <ATen/ATen.h>
 
 #include "ops/kernels.h"
-#include "ops/settings.h"
 
 namespace ctx::ops {
 
 // Dispatches ctx::rotary: x [B, heads, T, D] rotated to positions [B, T] (integers or float64);
-// differentiable in x.
-at::Tensor rotate(const at::Tensor& x, const at::Tensor& position, const BasedRotary& rotary);
+// differentiable in x. Rotating to the negative positions is its transpose.
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& position, const Rotary& rotary);
+
+// The same at once by the device's kernels, without autograd; `inverse`: rotated back.
+at::Tensor rotated(const at::Tensor& x,
+                   const at::Tensor& position,
+                   const Rotary& rotary,
+                   bool inverse = false);
 
 }  // namespace ctx::ops

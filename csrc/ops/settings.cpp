@@ -4,7 +4,8 @@
 #include <map>
 #include <mutex>
 
-#include "core/check.h"
+#include "ops/check.h"
+#include "ops/shapes.h"
 
 namespace ctx::ops {
 namespace {
@@ -21,13 +22,8 @@ void check_parameter(const at::Tensor& tensor,
                   sizes,
                   ", got ",
                   tensor.defined() ? tensor.sym_sizes() : c10::SymIntArrayRef{});
-  CTX_CHECK_VALUE(
-      tensor.device() == device, where, name, " must be on ", device, ", got ", tensor.device());
-  CTX_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()),
-                 where,
-                 name,
-                 " must be floating point, got ",
-                 tensor.scalar_type());
+  check_device(where, name, tensor, device);
+  check_floating(where, name, tensor);
 }
 
 }  // namespace
@@ -64,17 +60,63 @@ Storage slot_storage_of(at::ScalarType dtype,
   return storage_of(dtype, where, name);
 }
 
-Schedule parse_schedule(at::IntArrayRef values, const char* where) {
-  CTX_CHECK_VALUE(
-      values.size() == 5 || values.size() == 6,
-      where,
-      "schedule must be [window, compressed, ratio, segment, sinks] and perhaps overlap, "
-      "got ",
-      values);
-  const int64_t overlap = values.size() == 6 ? values[5] : 0;
-  const Schedule schedule{values[0], values[1], values[2], values[3], values[4], overlap};
-  schedule.validate();
-  return schedule;
+PackedSettings pack(const Settings& x) {
+  const Schedule& s = x.schedule();
+  PackedSettings packed{{s.window,
+                         s.compressed,
+                         s.ratio,
+                         s.segment,
+                         s.sinks,
+                         s.overlap,
+                         x.clock.token_distance,
+                         x.rotary.dim,
+                         x.rotary.interleaved,
+                         x.rotary.keys_rotated,
+                         x.slot_mass,
+                         static_cast<int64_t>(x.compressor)},
+                        {x.scale, x.logit_softcap, x.rotary.attention_factor}};
+  const double* const frequency = x.rotary.inv_freq;
+  packed.numbers.insert(packed.numbers.end(), frequency, frequency + x.rotary.dim / 2);
+  return packed;
+}
+
+Settings unpack(at::IntArrayRef i, at::ArrayRef<double> numbers, const char* where) {
+  constexpr size_t kIntegers = 12, kNumbers = 3;
+  CTX_CHECK_VALUE(i.size() == kIntegers, where, "settings must be 12 integers, got ", i);
+  const int64_t dim = i[7];
+  CTX_CHECK_VALUE(dim >= 0 && dim % 2 == 0 && dim <= 2 * Schedule::kLimit,
+                  where,
+                  "rotary_dim must be even and at least 0, got ",
+                  dim);
+  CTX_CHECK_VALUE(numbers.size() == kNumbers + static_cast<size_t>(dim / 2),
+                  where,
+                  "numbers must be ",
+                  kNumbers + static_cast<size_t>(dim / 2),
+                  ", got ",
+                  numbers.size());
+  CTX_CHECK_VALUE(i[11] >= 0 && i[11] <= static_cast<int64_t>(CompressorKind::kGiven),
+                  where,
+                  "compressor must be a number of one, got ",
+                  i[11]);
+  Settings x;
+  x.clock.schedule = {i[0], i[1], i[2], i[3], i[4], i[5]};
+  x.clock.schedule.validate();
+  x.clock.token_distance = i[6] != 0;
+  x.rotary = {dim, numbers.data() + kNumbers, numbers[2], i[8] != 0, i[9] != 0};
+  x.slot_mass = i[10] != 0;
+  x.compressor = static_cast<CompressorKind>(i[11]);
+  x.scale = numbers[0];
+  x.logit_softcap = numbers[1];
+  return x;
+}
+
+void check_head_dim(const Settings& settings, const c10::SymInt& head_dim, const char* where) {
+  CTX_CHECK_VALUE(settings.rotary.dim <= head_dim,
+                  where,
+                  "rotary_dim must be even and between 0 and head_dim = ",
+                  head_dim,
+                  ", got ",
+                  settings.rotary.dim);
 }
 
 bool parse_token_distance(std::string_view distance, const char* where) {
@@ -86,8 +128,7 @@ bool parse_token_distance(std::string_view distance, const char* where) {
   return distance == "token";
 }
 
-// Kept for as long as the program runs: there are few.
-static const double* inverse_frequencies(int64_t dim, double base) {
+const double* inverse_frequencies(int64_t dim, double base) {
   static std::mutex mutex;
   static std::map<std::pair<int64_t, double>, std::vector<double>> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -97,24 +138,6 @@ static const double* inverse_frequencies(int64_t dim, double base) {
       made.push_back(std::pow(base, -2.0 * static_cast<double>(i) / static_cast<double>(dim)));
   }
   return made.data();
-}
-
-BasedRotary parse_rotary(
-    int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where) {
-  CTX_CHECK_VALUE(dim >= 0 && dim <= head_dim && dim % 2 == 0,
-                  where,
-                  "rotary_dim must be even and between 0 and head_dim = ",
-                  head_dim,
-                  ", got ",
-                  dim);
-  CTX_CHECK_VALUE(std::isfinite(base) && base > 0,
-                  where,
-                  "rotary_base must be positive and finite, got ",
-                  base);
-  BasedRotary made;
-  made.dim = dim, made.interleaved = interleaved, made.base = base;
-  made.inv_freq = inverse_frequencies(dim, base);
-  return made;
 }
 
 CompressorKind parse_compressor(std::string_view name, const char* where) {
@@ -204,25 +227,6 @@ void check_parameters(CompressorKind kind,
       check(3, "value_position", {kv_heads, ratio});
       return;
   }
-}
-
-c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens) {
-  return schedule.compressed == 0 ? c10::SymInt(0) : schedule.max_new_groups(tokens);
-}
-
-c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens, int64_t behind) {
-  if (schedule.compressed == 0) return 0;
-  const int64_t c = schedule.ratio;
-  return (tokens + (c - 1)) / c + ((behind + c - 1) / c + 1);
-}
-
-at::Tensor groups_of(const Schedule& s, const at::Tensor& t) {
-  const at::Tensor boundary = t.clamp_min(0).div(s.segment, "floor").mul(s.segment);
-  return boundary.sub(s.sinks + s.window).clamp_min(0).div(s.ratio, "floor");
-}
-
-at::Tensor window_begin_of(const Schedule& s, const at::Tensor& groups) {
-  return groups.mul(s.ratio).add(s.sinks);
 }
 
 }  // namespace ctx::ops

@@ -1,11 +1,14 @@
-// What operators take as plain numbers and strings, parsed and checked.
+// What attention is, as operators take it: `int[] settings` and `float[] numbers`. Packed and
+// unpacked here and nowhere else.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "ctx/schedule.h"
 #include "ops/kernels.h"
@@ -17,8 +20,8 @@ inline at::ScalarType arithmetic_type(at::ScalarType storage) {
   return storage == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// What an operator computes is its dtypes' business: autocast, which stands for whole models, ends
-// where one of ours begins. Lives as long as the operator runs.
+// Autocast ends where one of our operators begins: what it computes is its dtypes' business. Lives as
+// long as the operator runs.
 using OwnPrecision = c10::impl::ExcludeDispatchKeyGuard;
 inline OwnPrecision own_precision() { return OwnPrecision(c10::autocast_dispatch_keyset); }
 
@@ -26,6 +29,33 @@ inline OwnPrecision own_precision() { return OwnPrecision(c10::autocast_dispatch
 // a list that is empty, so no schema may ask for more.
 using OptionalList = std::optional<at::TensorList>;
 inline at::TensorList or_empty(const OptionalList& list) { return list.value_or(at::TensorList()); }
+
+struct Settings {
+  Clock clock;
+  Rotary rotary;  // frequencies are those of the list that was unpacked
+  CompressorKind compressor = CompressorKind::kMean;
+  bool slot_mass = false;
+  double scale = 1.0;
+  double logit_softcap = 0.0;  // 0: none
+
+  const Schedule& schedule() const { return clock.schedule; }
+};
+
+// The two lists; the order of their entries is known to pack() and unpack() alone.
+struct PackedSettings {
+  std::vector<int64_t> settings;
+  std::vector<double> numbers;
+};
+PackedSettings pack(const Settings& settings);
+
+// Throws ValueError for lists that pack() did not make.
+Settings unpack(at::IntArrayRef settings, at::ArrayRef<double> numbers, const char* where);
+
+// Raises unless heads of this width have the channels that are rotated.
+void check_head_dim(const Settings& settings, const c10::SymInt& head_dim, const char* where);
+
+// base^(-2i / dim), i = 0 ... dim / 2 - 1; kept for as long as the program runs.
+const double* inverse_frequencies(int64_t dim, double base);
 
 // The storage of compressed slots in a memory of such pairs: one with the same arithmetic, or int8.
 Storage slot_storage_of(at::ScalarType dtype,
@@ -36,20 +66,8 @@ Storage slot_storage_of(at::ScalarType dtype,
 // The storage of a dtype; throws TypeError for one that a memory cannot have.
 Storage storage_of(at::ScalarType dtype, const char* where, const char* name);
 
-// [window, compressed, ratio, segment, sinks] and perhaps overlap, validated.
-Schedule parse_schedule(at::IntArrayRef values, const char* where);
-
 // "slot" or "token".
 bool parse_token_distance(std::string_view distance, const char* where);
-
-// With the base that the operators' schemas pass on.
-struct BasedRotary : Rotary {
-  double base = 10000.0;
-};
-
-// 0 <= dim <= head_dim and even, base positive and finite.
-BasedRotary parse_rotary(
-    int64_t dim, double base, bool interleaved, int64_t head_dim, const char* where);
 
 CompressorKind parse_compressor(std::string_view name, const char* where);
 
@@ -68,14 +86,5 @@ void check_parameters(CompressorKind kind,
                       int64_t value_dim,
                       at::Device device,
                       const char* where);
-
-// Slots that a call of so many tokens lays out: one for each group that can fall due or, where rows
-// begin anew inside the call, for each block (group_block) from the token `behind` the call on.
-c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens);
-c10::SymInt slot_count(const Schedule& schedule, const c10::SymInt& tokens, int64_t behind);
-
-// n(t) and w(t) of semantics.md for a tensor of positions.
-at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);
-at::Tensor window_begin_of(const Schedule& schedule, const at::Tensor& groups);
 
 }  // namespace ctx::ops

@@ -1,154 +1,182 @@
 #include "ops/spans.h"
 
-#include <ATen/Dispatch.h>
+#include <algorithm>
 
-#include "ops/layout.h"
-#include "ops/registry.h"
-#include "ops/settings.h"
+#include "ops/finite.h"
+#include "ops/rings.h"
+#include "ops/rotary.h"
 
 namespace ctx::ops {
-namespace {
 
 using at::Tensor;
 
-// Keeps what `args` points to.
-struct Prepared {
-  SpansArgs args;
-  std::vector<Tensor> kept;
+namespace {
 
-  const Tensor& keep(Tensor x) { return kept.emplace_back(std::move(x)); }
-  Strided keep_rows(const Tensor& x) { return strided(keep(rows(x))); }
-  const int64_t* keep_integers(const Tensor& x) {
-    return keep(x.contiguous()).const_data_ptr<int64_t>();
-  }
-};
-
-Prepared prepare(const AttendCall& call) {
-  constexpr const char* where = "ctx.attend";
-  const Tensor& q = call.q;
-  const Spans& s = call.spans;
-  const auto type = arithmetic_type(q.scalar_type());
-  Prepared p;
-  SpansArgs& a = p.args;
-  a.clock = call.clock;
-  a.rotary = call.rotary;
-  a.storage = storage_of(q.scalar_type(), where, "q");
-  a.device = device_index(q);
-  a.batch = q.size(0), a.heads = q.size(1), a.tokens = q.size(2), a.head_dim = q.size(3);
-  a.kv_heads = s.window_keys.size(1);
-  a.value_dim = s.window_values.size(3);
-  a.scale = call.scale;
-  const auto per_head = [&](const std::optional<Tensor>& x) -> const void* {
-    return x ? p.keep(x->to(type).expand({a.heads}).contiguous()).data_ptr() : nullptr;
-  };
-  a.bias = per_head(call.bias);
-  a.slopes = per_head(call.slopes);
-  a.position = p.keep_integers(call.position);
-  a.queries = p.keep_rows(q);
-  const auto span = [&](const Tensor& keys, const Tensor& values, const Tensor& first) {
-    return Span{keys.size(2), {}, p.keep_rows(keys), p.keep_rows(values), p.keep_integers(first)};
-  };
-  a.spans[kSinks] = span(s.sink_keys, s.sink_values, s.first_sink);
-  a.spans[kCompressed] = span(s.compressed_keys, s.compressed_values, s.first_slot);
-  a.spans[kWindow] = span(s.window_keys, s.window_values, s.first_token);
-  const auto add_past = [&](Region region, const Tensor& keys, const Tensor& values) {
-    const int64_t size = s.past.size(call.clock.schedule, region);
-    if (size == 0) return;
-    const auto storage = slot_storage_of(keys.scalar_type(), q.scalar_type(), where, "past");
-    const Tensor first = s.past.first(region);
-    a.spans[region].size += size;
-    a.spans[region].past = {size,
-                            keys.size(2),
-                            storage,
-                            p.keep(keys).data_ptr(),
-                            p.keep(values).data_ptr(),
-                            p.keep_integers(first)};
-  };
-  add_past(kCompressed, s.past.compressed_keys, s.past.compressed_values);
-  add_past(kWindow, s.past.window_keys, s.past.window_values);
-  return p;
+int keys_of(Region region) {
+  return region == kSinks ? kSinkKeys : region == kCompressed ? kCompressedKeys : kWindowKeys;
 }
 
-// Sums [B, Hkv, keys, padded width] as a gradient.
-Tensor unpadded(const Tensor& sums, int64_t width, at::ScalarType type) {
-  return sums.narrow(-1, 0, width).to(type).contiguous();
-}
+Tensor column(const Tensor& x) { return x.unsqueeze(1); }
 
-// [B, H] summed over rows, one row after the other: at::sum cuts long sums by the number of threads.
-Tensor sum_rows(const Tensor& x) {
-  const Tensor sum = at::zeros({x.size(1)}, x.options());
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sum_rows", [&] {
-    const auto* from = x.const_data_ptr<scalar_t>();
-    auto* const to = sum.data_ptr<scalar_t>();
-    for (int64_t b = 0; b < x.size(0); ++b)
-      for (int64_t h = 0; h < x.size(1); ++h) to[h] += *from++;
-  });
-  return sum;
-}
+// [B, n] as a mask or an index of [B, heads, n, width].
+Tensor wide(const Tensor& x) { return x.unsqueeze(1).unsqueeze(-1); }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> spans_forward(const AttendCall& call, bool with_region_weights) {
-  Prepared p = prepare(call);
-  SpansArgs& a = p.args;
-  const auto options = call.q.options();
-  const Tensor out = at::empty({a.batch, a.heads, a.tokens, a.value_dim}, options);
-  const Tensor logsumexp =
-      at::empty({a.batch, a.heads, a.tokens}, options.dtype(arithmetic_type(call.q.scalar_type())));
-  a.out = strided(out);
-  a.logsumexp = logsumexp.data_ptr();
-  const Tensor region_weights = new_region_weights(call.q, with_region_weights);
-  if (with_region_weights) a.region_weights = region_weights.data_ptr();
-  if (logsumexp.numel() > 0) kernels_for(call.q.device().type()).spans_forward(a);
-  return {out, logsumexp, region_weights};
+CallSpans::CallSpans(const AttendCall& call)
+    : call_(call),
+      settings_(call.settings()),
+      plan_(call.plan, call.q.sym_size(0), call.q.sym_size(2), "ctx.attend"),
+      own_sinks_(find_own_sinks()) {}
+
+int64_t CallSpans::past(Region region) const {
+  if (call_.memory.empty()) return 0;
+  const Schedule& s = settings_.schedule();
+  return region == kSinks ? s.sinks : region == kCompressed ? s.compressed : s.max_window();
 }
 
-SpanGradients spans_backward(const AttendCall& call,
-                             const Tensor& grad_out,
-                             const Tensor& grad_logsumexp,
-                             const Tensor& out,
-                             const Tensor& logsumexp) {
-  Prepared p = prepare(call);
-  SpansArgs& a = p.args;
-  const auto type = call.q.scalar_type();
-  const auto wide = call.q.options().dtype(arithmetic_type(type));
-  a.out = p.keep_rows(out);
-  a.logsumexp = p.keep(logsumexp.contiguous()).data_ptr();
-  SpansBackwardArgs args;
-  args.grad_out = p.keep_rows(grad_out.to(type));
-  args.grad_logsumexp = p.keep(grad_logsumexp.to(wide.dtype()).contiguous()).data_ptr();
-  const auto padded = [](int64_t width) {
-    return (width + kSpanWidthStep - 1) / kSpanWidthStep * kSpanWidthStep;
+// Where rows begin anew a sink may stand anywhere, and what a device says is not known here.
+int64_t CallSpans::find_own_sinks() const {
+  const int64_t sinks = settings_.schedule().sinks, tokens = call_.k.size(2);
+  if (sinks == 0 || tokens == 0) return 0;
+  if (!is_readable(call_.plan)) return tokens;
+  const PlanRows rows(call_.plan, call_.plan.size(0), tokens, "ctx.attend");
+  for (int64_t b = 0; b < rows.batch(); ++b) {
+    for (int64_t i = 1; i < tokens; ++i)
+      if (rows.token(b, kPlanTokenKey, i) != rows.token(b, kPlanTokenKey, 0)) return tokens;
+  }
+  return std::min(tokens, sinks);
+}
+
+Tensor CallSpans::own_keys() const {
+  const Rotary& rotary = settings_.rotary;
+  return rotary.keys_rotated ? call_.k : rotate(call_.k, plan_.token(kPlanPosition), rotary);
+}
+
+Tensor CallSpans::clock() const {
+  const Schedule& s = settings_.schedule();
+  const Tensor number = plan_.group(kPlanNumber);
+  if (!settings_.clock.token_distance) return number;
+  return number.mul(s.ratio).to(at::kDouble).add(s.sinks + (s.ratio - 1) / 2.0);
+}
+
+Tensor CallSpans::rotate_slots(const Tensor& x, bool transposed) const {
+  const Rotary& rotary = settings_.rotary;
+  if (rotary.dim == 0) return x;
+  const auto towards = [&](const Tensor& position) {
+    return transposed ? position.neg() : position;
   };
-  args.key_width = padded(a.head_dim);
-  args.value_width = padded(a.value_dim);
-  SpanGradients g;
-  g.q = at::empty(call.q.sizes(), call.q.options());
-  args.grad_queries = strided(g.q);
-  for (int i = 0; i < 3; ++i) {
-    const auto sums = [&](int64_t width) {
-      const int64_t keys = a.spans[i].size - a.spans[i].past.size;
-      return at::zeros({a.batch, a.kv_heads, keys, width}, wide);
-    };
-    g.keys[i] = sums(args.key_width), g.values[i] = sums(args.value_width);
-    args.grad_keys[i] = g.keys[i].data_ptr(), args.grad_values[i] = g.values[i].data_ptr();
+  if (!call_.single_tokens() || !settings_.clock.token_distance)
+    return rotate(x, towards(clock()), rotary);
+  const Tensor rows = x.flatten(0, 1).unsqueeze(1);
+  return rotate(rows, towards(call_.slots[3].flatten(0, 1)), rotary).squeeze(1).view_as(x);
+}
+
+Tensor CallSpans::own_slots() const {
+  return rotate_slots(call_.slots[0], false).to(call_.k.scalar_type());
+}
+
+Tensor CallSpans::numbers(Region region) const {
+  const PlanColumn first = region == kSinks        ? kPlanFirstSink
+                           : region == kCompressed ? kPlanFirstSlot
+                                                   : kPlanFirstToken;
+  return count_from(plan_.header(first), past(region));
+}
+
+Tensor CallSpans::held(Region region) const {
+  const Tensor number = numbers(region);
+  if (region == kSinks) return number.ge(0);
+  return number.ge(column(plan_.header(region == kWindow ? kPlanOldestToken : kPlanOldestSlot)));
+}
+
+Tensor CallSpans::read(const Tensor& ring, Region region) const {
+  return read_ring(ring, numbers(region), held(region));
+}
+
+Tensor CallSpans::join(int index, Region region, const Tensor& own) const {
+  const auto type = arithmetic_type(call_.k.scalar_type());
+  if (past(region) == 0) return own.to(type);
+  return at::cat({slots_as(read(ring(index), region), type), own.to(type)}, 2);
+}
+
+Tensor CallSpans::keys(Region region) const {
+  const Tensor own = region == kCompressed ? own_slots()
+                     : region == kSinks    ? own_keys().narrow(2, 0, own_sinks_)
+                                           : own_keys();
+  return join(keys_of(region), region, own);
+}
+
+Tensor CallSpans::values(Region region) const {
+  const Tensor own = region == kCompressed ? call_.slots[1].to(call_.v.scalar_type())
+                     : region == kSinks    ? call_.v.narrow(2, 0, own_sinks_)
+                                           : call_.v;
+  return join(keys_of(region) + 1, region, own);
+}
+
+Tensor CallSpans::mass() const {
+  if (!call_.mass().defined()) return {};
+  const auto type = arithmetic_type(call_.k.scalar_type());
+  if (past(kCompressed) == 0) return call_.mass().to(type);
+  const Tensor held = read(ring(kSlotMass).unsqueeze(-1), kCompressed).squeeze(-1);
+  return at::cat({held, call_.mass().to(type)}, 2);
+}
+
+Tensor CallSpans::positions() const {
+  if (!call_.single_tokens() || !settings_.clock.token_distance) return {};
+  if (past(kCompressed) == 0) return call_.slots[3];
+  const Tensor held = read(ring(kSlotPositions).unsqueeze(-1), kCompressed).squeeze(-1);
+  return at::cat({held, call_.slots[3]}, 2);
+}
+
+Tensor CallSpans::first(Region region) const {
+  return plan_.token(region == kSinks        ? kPlanSinkKey
+                     : region == kCompressed ? kPlanSlotKey
+                                             : kPlanTokenKey);
+}
+
+void CallSpans::backward(const std::array<Tensor, kRegions>& grad_keys,
+                         const std::array<Tensor, kRegions>& grad_values,
+                         const Tensor& grad_mass,
+                         bool memory_grads,
+                         AttendGradients& to) const {
+  const auto own = [](const Tensor& grad, const c10::SymInt& count) {
+    return grad.narrow_symint(2, grad.sym_size(2) - count, count);
+  };
+  const auto tokens = [&](const std::array<Tensor, kRegions>& grads) {
+    const Tensor window = own(grads[kWindow], call_.k.sym_size(2));
+    if (own_sinks_ == 0) return window;
+    const int64_t rest = call_.k.size(2) - own_sinks_;
+    return window + at::constant_pad_nd(own(grads[kSinks], own_sinks_), {0, 0, 0, rest});
+  };
+  Tensor k = tokens(grad_keys);
+  if (!settings_.rotary.keys_rotated)
+    k = rotate(k, plan_.token(kPlanPosition).neg(), settings_.rotary);
+  to.k = k.to(call_.k.scalar_type()).contiguous();
+  to.v = tokens(grad_values).to(call_.v.scalar_type()).contiguous();
+  const auto like = [](const Tensor& grad, const Tensor& x) {
+    return grad.to(x.scalar_type()).contiguous();
+  };
+  const c10::SymInt groups = call_.slots[0].sym_size(2);
+  to.slot_keys = like(rotate_slots(own(grad_keys[kCompressed], groups), true), call_.slots[0]);
+  to.slot_values = like(own(grad_values[kCompressed], groups), call_.slots[1]);
+  to.slot_mass = call_.mass().defined() ? like(own(grad_mass, groups), call_.mass())
+                                        : at::zeros({0}, call_.q.options());
+  if (!memory_grads) return;
+  to.memory.resize(6);
+  for (const Region region : {kSinks, kCompressed, kWindow}) {
+    for (int i = 0; i < 2; ++i) {
+      const Tensor& x = ring(keys_of(region) + i);
+      const Tensor& grads = (i == 0 ? grad_keys : grad_values)[region];
+      Tensor& sum = to.memory[keys_of(region) + i];
+      sum = at::zeros_like(x);
+      const int64_t count = past(region);
+      if (count == 0) continue;
+      const Tensor rows = grads.narrow(2, 0, count).masked_fill(
+          wide(held(region).logical_not()), 0.0);
+      const Tensor index = wide(numbers(region).remainder(x.size(2))).expand_as(rows);
+      sum = sum.scatter_add(2, index, rows.to(x.scalar_type()));
+    }
   }
-  if (call.bias) {
-    g.bias = at::zeros({a.batch, a.heads}, wide);
-    args.grad_bias = g.bias.data_ptr();
-  }
-  args.forward = a;
-  if (logsumexp.numel() > 0) kernels_for(call.q.device().type()).spans_backward(args);
-  for (int i = 0; i < 3; ++i) {
-    g.keys[i] = unpadded(g.keys[i], a.head_dim, type);
-    g.values[i] = unpadded(g.values[i], a.value_dim, type);
-  }
-  if (call.bias) {
-    const Tensor heads = sum_rows(g.bias);
-    const bool shared = call.bias->size(0) == 1;
-    g.bias = (shared ? heads.sum().reshape({1}) : heads).to(call.bias->scalar_type());
-  }
-  return g;
 }
 
 }  // namespace ctx::ops

@@ -1,7 +1,8 @@
 #include "ops/state.h"
 
-#include "core/check.h"
+#include "ops/check.h"
 #include "ops/settings.h"
+#include "ops/shapes.h"
 
 namespace ctx::ops {
 namespace {
@@ -16,38 +17,22 @@ constexpr const char* kNames[kStateTensors] = {"window_keys",
                                                "compressed_values",
                                                "sink_keys",
                                                "sink_values",
-                                               "seen",
-                                               "rewindable",
                                                "attention_received",
-                                               "slot_positions"};
+                                               "slot_positions",
+                                               "slot_mass",
+                                               "seen",
+                                               "rewindable"};
 
 void check_like_memory(const Tensor& x, const Tensor& keys, const char* name, const char* where) {
-  CTX_CHECK_TYPE(x.scalar_type() == keys.scalar_type(),
-                 where,
-                 name,
-                 " must be ",
-                 keys.scalar_type(),
-                 " as the memory, got ",
-                 x.scalar_type());
-  CTX_CHECK_VALUE(x.device() == keys.device(),
-                  where,
-                  name,
-                  " must be on ",
-                  keys.device(),
-                  " as the memory, got ",
-                  x.device());
-  CTX_CHECK_VALUE(
-      x.layout() == at::kStrided, where, name, " must be a dense tensor, got ", x.layout());
+  check_type(where, name, x, keys.scalar_type(), " as the memory");
+  check_device(where, name, x, keys.device(), " as the memory");
+  check_dense(where, name, x);
 }
 
 // What is added to scores, or multiplied with them.
 void check_operand(const Tensor& x, const char* name, at::Device device, const char* where) {
-  CTX_CHECK_VALUE(x.device() == device, where, name, " must be on ", device, ", got ", x.device());
-  CTX_CHECK_TYPE(at::isFloatingType(x.scalar_type()),
-                 where,
-                 name,
-                 " must be floating point, got ",
-                 x.scalar_type());
+  check_device(where, name, x, device);
+  check_floating(where, name, x);
 }
 
 }  // namespace
@@ -69,23 +54,29 @@ Tensor slots_as(const Tensor& rows, at::ScalarType type) {
 }
 
 at::ScalarType state_type(int index, at::ScalarType pairs, at::ScalarType slots) {
-  if (is_slots(index)) return slots;
-  if (index < kSeen) return pairs;
-  return index == kAttentionReceived ? arithmetic_type(pairs) : at::kLong;
+  switch (index) {
+    case kCompressedKeys:
+    case kCompressedValues:
+      return slots;
+    case kAttentionReceived:
+    case kSlotMass:
+      return arithmetic_type(pairs);
+    case kSlotPositions:
+    case kSeen:
+    case kRewindable:
+      return at::kLong;
+    default:
+      return pairs;
+  }
 }
 
-bool counts_usage(at::TensorList state) { return state[kAttentionReceived].sym_size(2) != 0; }
+bool counts_attention(at::TensorList rings) { return rings[kAttentionReceived].sym_size(2) != 0; }
+bool has_mass(at::TensorList rings) { return rings[kSlotMass].sym_size(2) != 0; }
 
-std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
-                                                           const SymInt& batch,
-                                                           const SymInt& kv_heads,
-                                                           const SymInt& head_dim,
-                                                           const SymInt& value_dim,
-                                                           const SymInt& max_rewind,
-                                                           at::ScalarType slots,
-                                                           bool used) {
+std::array<std::vector<SymInt>, kStateTensors> StateShape::sizes() const {
   const SymInt window = schedule.window_capacity(max_rewind);
   const SymInt compressed = schedule.compressed_capacity(max_rewind);
+  const SymInt none = 0;
   return {{
       {batch, kv_heads, window, head_dim},
       {batch, kv_heads, window, value_dim},
@@ -93,28 +84,25 @@ std::array<std::vector<SymInt>, kStateTensors> state_sizes(const Schedule& sched
       {batch, kv_heads, compressed, stored_width(value_dim, slots)},
       {batch, kv_heads, schedule.sinks, head_dim},
       {batch, kv_heads, schedule.sinks, value_dim},
+      {batch, kv_heads, counts ? window : none},
+      {batch, kv_heads, counts ? compressed : none},
+      {batch, kv_heads, mass ? compressed : none},
       {batch},
       {batch},
-      {batch, kv_heads, used ? window : SymInt(0)},
-      {batch, kv_heads, used ? compressed : SymInt(0)},
   }};
 }
 
-SymInt check_state(at::TensorList state, const Schedule& schedule, const char* where) {
-  CTX_CHECK_VALUE(state.size() == kStateTensors,
+SymInt check_rings(at::TensorList rings, const Schedule& schedule, const char* where) {
+  CTX_CHECK_VALUE(rings.size() == kRings,
                   where,
                   "memory must be ",
-                  int{kStateTensors},
+                  int{kRings},
                   " tensors, got ",
-                  state.size());
-  const Tensor& keys = state[kWindowKeys];
-  const Tensor& values = state[kWindowValues];
-  CTX_CHECK_VALUE(
-      keys.dim() == 4, where, "window_keys must be [B, Hkv, capacity, D], got ", keys.sym_sizes());
-  CTX_CHECK_VALUE(values.dim() == 4,
-                  where,
-                  "window_values must be [B, Hkv, capacity, Dv], got ",
-                  values.sym_sizes());
+                  rings.size());
+  const Tensor& keys = rings[kWindowKeys];
+  const Tensor& values = rings[kWindowValues];
+  check_shape(where, "window_keys", keys, {{"B"}, {"Hkv"}, {"capacity"}, {"D"}});
+  check_shape(where, "window_values", values, {{"B"}, {"Hkv"}, {"capacity"}, {"Dv"}});
   const int64_t least = schedule.max_window() + schedule.overlap;
   const SymInt max_rewind = keys.sym_size(2) - least;
   CTX_CHECK_VALUE(max_rewind >= 1,
@@ -123,76 +111,49 @@ SymInt check_state(at::TensorList state, const Schedule& schedule, const char* w
                   least,
                   " tokens for this schedule, got ",
                   keys.sym_size(2));
-  const auto slots = state[kCompressedKeys].scalar_type();
+  const auto slots = rings[kCompressedKeys].scalar_type();
   slot_storage_of(slots, keys.scalar_type(), where, "compressed_keys");
-  CTX_CHECK_VALUE(state[kAttentionReceived].dim() == 3,
-                  where,
-                  "usage must be [B, Hkv, capacity], got ",
-                  state[kAttentionReceived].sym_sizes());
-  const auto sizes = state_sizes(schedule,
-                                 keys.sym_size(0),
-                                 keys.sym_size(1),
-                                 keys.sym_size(3),
-                                 values.sym_size(3),
-                                 max_rewind,
-                                 slots,
-                                 counts_usage(state));
-  for (int i = 0; i < kStateTensors; ++i) {
-    const auto type = state_type(i, keys.scalar_type(), slots);
-    CTX_CHECK_VALUE(state[i].sym_sizes() == c10::SymIntArrayRef(sizes[i]),
+  for (const int i : {kAttentionReceived, kSlotMass})
+    check_shape(where, kNames[i], rings[i], {{"B"}, {"Hkv"}, {"capacity"}});
+  const bool mass = has_mass(rings);
+  const StateShape shape{schedule,
+                         keys.sym_size(0),
+                         keys.sym_size(1),
+                         keys.sym_size(3),
+                         values.sym_size(3),
+                         max_rewind,
+                         slots,
+                         counts_attention(rings),
+                         mass};
+  const auto sizes = shape.sizes();
+  for (int i = 0; i < kRings; ++i) {
+    const c10::SymIntArrayRef size(sizes[i]);
+    CTX_CHECK_VALUE(rings[i].sym_sizes() == size,
                     where,
                     kNames[i],
                     " must be ",
-                    c10::SymIntArrayRef(sizes[i]),
+                    size,
                     ", got ",
-                    state[i].sym_sizes());
-    CTX_CHECK_TYPE(state[i].scalar_type() == type,
-                   where,
-                   kNames[i],
-                   " must be ",
-                   type,
-                   ", got ",
-                   state[i].scalar_type());
-    CTX_CHECK_VALUE(state[i].device() == keys.device(),
-                    where,
-                    kNames[i],
-                    " must be on ",
-                    keys.device(),
-                    ", got ",
-                    state[i].device());
-    CTX_CHECK_VALUE(state[i].is_contiguous(),
+                    rings[i].sym_sizes());
+    check_type(where, kNames[i], rings[i], state_type(i, keys.scalar_type(), slots));
+    check_device(where, kNames[i], rings[i], keys.device());
+    CTX_CHECK_VALUE(rings[i].is_contiguous(),
                     where,
                     kNames[i],
                     " must be contiguous, got strides ",
-                    state[i].sym_strides());
+                    rings[i].sym_strides());
   }
   return max_rewind;
 }
 
-void check_pairs(at::TensorList state, const Tensor& k, const Tensor& v, const char* where) {
-  const Tensor& keys = state[kWindowKeys];
-  const SymInt batch = keys.sym_size(0);
-  const SymInt kv_heads = keys.sym_size(1);
-  const auto check =
-      [&](const Tensor& x, const char* name, const char* width_name, const SymInt& width) {
-        CTX_CHECK_VALUE(x.dim() == 4 && x.sym_size(0) == batch && x.sym_size(1) == kv_heads &&
-                            x.sym_size(3) == width,
-                        where,
-                        name,
-                        " must be [B, Hkv, T, ",
-                        width_name,
-                        "] = [",
-                        batch,
-                        ", ",
-                        kv_heads,
-                        ", T, ",
-                        width,
-                        "], got ",
-                        x.sym_sizes());
-        check_like_memory(x, keys, name, where);
-      };
-  check(k, "k", "D", keys.sym_size(3));
-  check(v, "v", "Dv", state[kWindowValues].sym_size(3));
+void check_pairs(at::TensorList rings, const Tensor& k, const Tensor& v, const char* where) {
+  const Tensor& keys = rings[kWindowKeys];
+  const SymInt batch = keys.sym_size(0), kv_heads = keys.sym_size(1);
+  check_shape(where, "k", k, {{"B", batch}, {"Hkv", kv_heads}, {"T"}, {"D", keys.sym_size(3)}});
+  check_like_memory(k, keys, "k", where);
+  const SymInt width = rings[kWindowValues].sym_size(3);
+  check_shape(where, "v", v, {{"B", batch}, {"Hkv", kv_heads}, {"T"}, {"Dv", width}});
+  check_like_memory(v, keys, "v", where);
   CTX_CHECK_VALUE(v.sym_size(2) == k.sym_size(2),
                   where,
                   "v must have as many tokens as k = ",
@@ -205,13 +166,7 @@ void check_score_operands(const Tensor& q, const ScoreOperands& operands, const 
   const SymInt heads = q.sym_size(1);
   const auto per_head = [&](const OptionalTensor& x, const char* name) {
     if (!x) return;
-    CTX_CHECK_VALUE(x->dim() == 1 && (x->sym_size(0) == heads || x->sym_size(0) == 1),
-                    where,
-                    name,
-                    " must be [H] = [",
-                    heads,
-                    "], got ",
-                    x->sym_sizes());
+    if (x->dim() != 1 || x->sym_size(0) != 1) check_shape(where, name, *x, {{"H", heads}});
     check_operand(*x, name, q.device(), where);
   };
   per_head(operands.bias, "compressed_bias");
@@ -245,35 +200,23 @@ void check_relative(at::TensorList relative,
                   " must be [H, D, P] with an even P, got ",
                   weight.sym_sizes());
   for (size_t i = 0; i < names.size(); ++i) {
-    std::vector<SymInt> sizes = {heads, head_dim};
-    if (i == 2 || i == 4) sizes.push_back(width);
-    CTX_CHECK_VALUE(relative[i].sym_sizes() == c10::SymIntArrayRef(sizes),
-                    where,
-                    names[i],
-                    " must be ",
-                    c10::SymIntArrayRef(sizes),
-                    ", got ",
-                    relative[i].sym_sizes());
+    if (i == 2 || i == 4) {
+      check_shape(where, names[i], relative[i], {{"H", heads}, {"D", head_dim}, {"P", width}});
+    } else {
+      check_shape(where, names[i], relative[i], {{"H", heads}, {"D", head_dim}});
+    }
     check_operand(relative[i], names[i], device, where);
   }
 }
 
-void check_queries(at::TensorList state,
+void check_queries(at::TensorList rings,
                    const Tensor& q,
                    const SymInt& tokens,
                    const ScoreOperands& operands,
                    const char* where) {
-  const Tensor& keys = state[kWindowKeys];
+  const Tensor& keys = rings[kWindowKeys];
   const SymInt kv_heads = keys.sym_size(1);
-  CTX_CHECK_VALUE(
-      q.dim() == 4 && q.sym_size(0) == keys.sym_size(0) && q.sym_size(3) == keys.sym_size(3),
-      where,
-      "q must be [B, H, T, D] = [",
-      keys.sym_size(0),
-      ", H, T, ",
-      keys.sym_size(3),
-      "], got ",
-      q.sym_sizes());
+  check_shape(where, "q", q, {{"B", keys.sym_size(0)}, {"H"}, {"T"}, {"D", keys.sym_size(3)}});
   CTX_CHECK_VALUE(q.sym_size(1) > 0 && q.sym_size(1) % kv_heads == 0,
                   where,
                   "q must have a multiple of Hkv = ",
@@ -290,56 +233,36 @@ void check_queries(at::TensorList state,
   check_score_operands(q, operands, where);
 }
 
-void check_rows(const Tensor& k,
+void check_rows(const Tensor& like,
+                const SymInt& tokens,
                 const OptionalTensor& lengths,
                 const OptionalTensor& reset_at,
                 const char* where) {
   const auto check = [&](const Tensor& x, const char* name, at::ScalarType type) {
-    CTX_CHECK_TYPE(
-        x.scalar_type() == type, where, name, " must be ", type, ", got ", x.scalar_type());
-    CTX_CHECK_VALUE(x.device() == k.device(),
-                    where,
-                    name,
-                    " must be on ",
-                    k.device(),
-                    " as k, got ",
-                    x.device());
-    CTX_CHECK_VALUE(
-        x.layout() == at::kStrided, where, name, " must be a dense tensor, got ", x.layout());
+    check_type(where, name, x, type);
+    check_device(where, name, x, like.device());
+    check_dense(where, name, x);
   };
+  const SymInt batch = like.sym_size(0);
   if (lengths) {
     check(*lengths, "lengths", at::kLong);
-    CTX_CHECK_VALUE(lengths->dim() == 1 && lengths->sym_size(0) == k.sym_size(0),
-                    where,
-                    "lengths must be [B] = [",
-                    k.sym_size(0),
-                    "], got ",
-                    lengths->sym_sizes());
+    check_shape(where, "lengths", *lengths, {{"B", batch}});
   }
   if (reset_at) {
     check(*reset_at, "reset_at", at::kBool);
-    CTX_CHECK_VALUE(reset_at->dim() == 2 && reset_at->sym_size(0) == k.sym_size(0) &&
-                        reset_at->sym_size(1) == k.sym_size(2),
-                    where,
-                    "reset_at must be [B, T] = [",
-                    k.sym_size(0),
-                    ", ",
-                    k.sym_size(2),
-                    "], got ",
-                    reset_at->sym_sizes());
+    check_shape(where, "reset_at", *reset_at, {{"B", batch}, {"T", tokens}});
   }
 }
 
 void check_readable(const Tensor& x, const char* name, const char* where) {
-  CTX_CHECK_VALUE(
-      x.layout() == at::kStrided, where, name, " must be a dense tensor, got ", x.layout());
+  check_dense(where, name, x);
   CTX_CHECK_VALUE(!x.is_meta(), where, name, " must hold numbers, got a tensor on meta");
 }
 
 void check_seen(const Tensor& seen, const char* where) {
   if (!seen.is_cpu()) return;
   for (int64_t b = 0; b < seen.numel(); ++b) {
-    const int64_t count = seen.const_data_ptr<int64_t>()[b];
+    const int64_t count = seen.const_data_ptr<int64_t>()[b * seen.stride(0)];
     CTX_CHECK_VALUE(count >= 0 && count <= Schedule::kLastPosition,
                     where,
                     "seen must be between 0 and ",
@@ -365,6 +288,11 @@ void check_lengths(const OptionalTensor& lengths, int64_t tokens, const char* wh
                     " in row ",
                     b);
   }
+}
+
+Tensor groups_of(const Schedule& s, const Tensor& t) {
+  const Tensor boundary = t.clamp_min(0).div(s.segment, "floor").mul(s.segment);
+  return boundary.sub(s.sinks + s.window).clamp_min(0).div(s.ratio, "floor");
 }
 
 }  // namespace ctx::ops

@@ -10,9 +10,11 @@
 
 namespace ctx::ops {
 
-// In this order everywhere. `seen` is the whole bookkeeping; `rewindable` says how much of it the
-// rings can still take back. The last two have entries only where a compressor chooses by usage:
-// what each token of the window was attended to, and which token each slot is.
+// In this order everywhere: the rings of a layer, as operators take them, and the clock that all
+// layers share, of which `seen` is the whole bookkeeping and `rewindable` says how much of it the
+// rings can still take back. The last three rings have entries only where they are needed:
+// attention that each token of the window received and the token that each slot is, where a
+// compressor chooses by it; and the log-mass of each slot, where it counts.
 enum StateIndex : int {
   kWindowKeys,
   kWindowValues,
@@ -20,10 +22,12 @@ enum StateIndex : int {
   kCompressedValues,
   kSinkKeys,
   kSinkValues,
-  kSeen,
-  kRewindable,
   kAttentionReceived,
   kSlotPositions,
+  kSlotMass,
+  kRings,
+  kSeen = kRings,
+  kRewindable,
   kStateTensors
 };
 
@@ -39,27 +43,33 @@ inline bool is_slots(int index) { return index == kCompressedKeys || index == kC
 c10::SymInt stored_width(const c10::SymInt& width, at::ScalarType slots);
 at::Tensor slots_as(const at::Tensor& rows, at::ScalarType type);  // [..., stored] -> [..., width]
 
-// Sizes of the tensors for a schedule and a max_rewind; `used`: a compressor chooses by usage.
-std::array<std::vector<c10::SymInt>, kStateTensors> state_sizes(const Schedule& schedule,
-                                                                const c10::SymInt& batch,
-                                                                const c10::SymInt& kv_heads,
-                                                                const c10::SymInt& head_dim,
-                                                                const c10::SymInt& value_dim,
-                                                                const c10::SymInt& max_rewind,
-                                                                at::ScalarType slots,
-                                                                bool used);
+// What the shapes of a memory's tensors follow from.
+struct StateShape {
+  Schedule schedule;
+  c10::SymInt batch;
+  c10::SymInt kv_heads;
+  c10::SymInt head_dim;
+  c10::SymInt value_dim;
+  c10::SymInt max_rewind;
+  at::ScalarType slots;  // dtype of compressed slots
+  bool counts = false;   // whether the compressor chooses by attention received
+  bool mass = false;     // whether slots have a mass
 
-// Whether the memory is one whose compressor chooses by usage.
-bool counts_usage(at::TensorList state);
+  std::array<std::vector<c10::SymInt>, kStateTensors> sizes() const;
+};
 
-// Checks the tensors against each other and a schedule, and returns their max_rewind. Like the two
+// Whether the memory is one whose compressor chooses by the attention that tokens received.
+bool counts_attention(at::TensorList rings);
+bool has_mass(at::TensorList rings);
+
+// Checks the rings against each other and a schedule, and returns their max_rewind. Like the two
 // below, it reads sizes as symbols, so that it holds while a graph is traced.
-c10::SymInt check_state(at::TensorList state, const Schedule& schedule, const char* where);
+c10::SymInt check_rings(at::TensorList rings, const Schedule& schedule, const char* where);
 
 // Checks pairs against a memory: k [B, Hkv, T, D], v [B, Hkv, T, Dv].
-void check_pairs(at::TensorList state, const at::Tensor& k, const at::Tensor& v, const char* where);
+void check_pairs(at::TensorList rings, const at::Tensor& k, const at::Tensor& v, const char* where);
 
-// What scores are made of besides queries and keys (AttentionOptions says what they are): bias and
+// What scores are made of besides queries and keys (AttentionSettings says what they are): bias and
 // slopes [H] or [1], relative none or five.
 struct ScoreOperands {
   const std::optional<at::Tensor>& bias;
@@ -76,14 +86,16 @@ void check_relative(at::TensorList relative,
                     const char* where);
 
 // Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any).
-void check_queries(at::TensorList state,
+void check_queries(at::TensorList rings,
                    const at::Tensor& q,
                    const c10::SymInt& tokens,
                    const ScoreOperands& operands,
                    const char* where);
 
-// What a call says about its rows, k being its keys: lengths int64 [B], reset_at bool [B, T].
-void check_rows(const at::Tensor& k,
+// What a call of T tokens says about its rows: lengths int64 [B], reset_at bool [B, T]; `like` has B
+// rows and the device.
+void check_rows(const at::Tensor& like,
+                const c10::SymInt& tokens,
                 const std::optional<at::Tensor>& lengths,
                 const std::optional<at::Tensor>& reset_at,
                 const char* where);
@@ -97,5 +109,8 @@ void check_seen(const at::Tensor& seen, const char* where);
 
 // 0 <= lengths <= T. Reads values, so only of tensors on the CPU: a device is never waited for.
 void check_lengths(const std::optional<at::Tensor>& lengths, int64_t tokens, const char* where);
+
+// n(t) and w(t) of semantics.md for a tensor of positions.
+at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);
 
 }  // namespace ctx::ops

@@ -6,40 +6,13 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "ctx/compressor.h"
 #include "ctx/export.h"
-#include "ctx/schedule.h"
+#include "ctx/settings.h"
 
 namespace ctx {
-
-// What attention is, but for the compressor and the bias of its slots.
-struct AttentionOptions {
-  Schedule schedule;
-  std::string distance =
-      "slot";              // or "token": how far a compressed slot or a sink is from the query
-  int64_t rotary_dim = 0;  // channels that are rotated, even; 0: no positions
-  double rotary_base = 10000.0;
-  bool rotary_interleaved =
-      false;           // pairs (0, 1), (2, 3), ... instead of (0, dim/2), (1, dim/2 + 1), ...
-  double scale = 0.0;  // of the scores; 0: head_dim^-1/2
-  // ALiBi (Press et al. 2022, arXiv:2108.12409): slope * distance is taken from every scaled score;
-  // [H], absent: not.
-  std::optional<at::Tensor> alibi_slopes = std::nullopt;
-  // Relative positions (Dai et al. 2019, arXiv:1901.02860, section 3.3): a score is (q + u) . k +
-  // (q + v) . R(distance), R(d) = W [sin(d w); cos(d w)], w_i = 10000^(-2i/P); v and W are others
-  // for compressed slots (Rae et al. 2019). Empty: not; else
-  //   u [H, D], v [H, D], W [H, D, P], compressed v [H, D], compressed W [H, D, P]; P even
-  std::vector<at::Tensor> relative = {};
-
-  // "rotary", "alibi", "relative" or "none": the scheme that the above amounts to.
-  CTX_API std::string position() const;
-
-  // Throws ValueError naming the first setting that is out of range, or two schemes at once.
-  CTX_API void validate(int64_t head_dim) const;
-};
 
 // Attends from T new tokens per row to a memory and to themselves.
 //
@@ -61,7 +34,7 @@ CTX_API at::Tensor compressive_attention(const at::Tensor& q,
                                          const std::vector<at::Tensor>& memory,
                                          const Compressor& compressor,
                                          const std::optional<at::Tensor>& bias,
-                                         const AttentionOptions& options,
+                                         const AttentionSettings& settings,
                                          bool constant_slots = false,
                                          const std::optional<at::Tensor>& lengths = std::nullopt,
                                          const std::optional<at::Tensor>& reset_at = std::nullopt);

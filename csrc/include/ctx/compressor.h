@@ -24,6 +24,9 @@
 // 3.2); they work there on hidden states shared by all heads, here on the pairs of each kv head.
 // The paper does not say how deep or wide its dilated convolutions are.
 //
+// The log-mass of a slot is log c for mean, max, conv and dilated, the entropy of the key gate's weights
+// for gated, and 0 for most_used, whose slot is one token.
+//
 // What "most_used" means by usage: the weights that a token got from queries since it was written,
 // averaged over the query heads of its kv head. It is state of the row, as is the position of the
 // token that a slot is, which the slot keeps under the distance "token": so such a memory cannot be
@@ -43,10 +46,9 @@ namespace ctx {
 
 struct Compressor {
   // Slots of groups: keys [B, Hkv, G, c + overlap, D], values [B, Hkv, G, c + overlap, Dv],
-  // un-rotated, float32 (float64 for float64) -> ([B, Hkv, G, D], [B, Hkv, G, Dv]). Groups that
-  // are not due yet are among them.
-  using Function =
-      std::function<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&)>;
+  // un-rotated, float32 (float64 for float64) -> {[B, Hkv, G, D], [B, Hkv, G, Dv]} and perhaps their
+  // log-mass [B, Hkv, G]; without it that is log c. Groups that are not due yet are among them.
+  using Function = std::function<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&)>;
 
   std::string name = "mean";
   std::vector<at::Tensor> parameters;
@@ -75,12 +77,14 @@ struct Compressor {
 //
 //   keys [B, Hkv, G, c + overlap, D], values [B, Hkv, G, c + overlap, Dv]; any floating dtype, any
 //     device
-//   returns ([B, Hkv, G, D], [B, Hkv, G, Dv])
+//   ratio     c, where the log-mass of slots is asked for; 0: it is not
+//   returns [B, Hkv, G, D], [B, Hkv, G, Dv], and the log-mass [B, Hkv, G] or [0]
 //
 // Throws ValueError for shapes that do not belong together, and for "most_used", which chooses by
 // more than the pairs.
-CTX_API std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& keys,
-                                                    const at::Tensor& values,
-                                                    const Compressor& compressor);
+CTX_API std::tuple<at::Tensor, at::Tensor, at::Tensor> compress(const at::Tensor& keys,
+                                                                const at::Tensor& values,
+                                                                const Compressor& compressor,
+                                                                int64_t ratio = 0);
 
 }  // namespace ctx

@@ -9,6 +9,7 @@
 #include "ctx/export.h"
 #include "ctx/memory.h"
 #include "ctx/schedule.h"
+#include "ctx/settings.h"
 #include "ctx/snapshot.h"
 
 namespace ctx {

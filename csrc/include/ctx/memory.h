@@ -24,7 +24,7 @@
 namespace ctx {
 
 struct MemoryOptions {
-  AttentionOptions attention;
+  AttentionSettings attention;
   int64_t batch_size = 1;
   int64_t kv_heads = 1;
   int64_t head_dim = 64;
@@ -50,12 +50,12 @@ struct MemoryOptions {
 
 class CTX_API KVMemory {
  public:
-  using Tensors = std::array<at::Tensor, 10>;
+  using Tensors = std::array<at::Tensor, 11>;
 
   // Allocates everything it will ever hold, zeroed. Throws what MemoryOptions::validate throws.
   explicit KVMemory(MemoryOptions options);
 
-  // Two handles of one memory would be a trap: clone() says what it does.
+  // Not copyable: copies would alias the rings; clone() makes one that does not.
   KVMemory(const KVMemory&) = delete;
   KVMemory& operator=(const KVMemory&) = delete;
   KVMemory(KVMemory&&) = default;
@@ -138,15 +138,16 @@ class CTX_API KVMemory {
 
   // Tokens that each row has seen, int64 [B]: the whole bookkeeping. Aliases the memory's own
   // tensor.
-  const at::Tensor& seen() const { return tensors_[6]; }
+  const at::Tensor& seen() const { return tensors_[9]; }
 
   // How many of them can be taken back, int64 [B]. Aliases the memory's own tensor.
-  const at::Tensor& rewindable() const { return tensors_[7]; }
+  const at::Tensor& rewindable() const { return tensors_[10]; }
 
   // window keys [B, Hkv, Wcap, D] and values [.., Dv], compressed keys [B, Hkv, Ccap, D] (int8: D
-  // + 4) and values, sink keys [B, Hkv, A, D] and values, seen [B], rewindable [B]; and, empty unless the
-  // compressor chooses by usage, usage [B, Hkv, Wcap] and slot positions [B, Hkv, Ccap]. They alias
-  // the memory: operators of `torch.ops.ctx` work on them directly.
+  // + 4) and values, sink keys [B, Hkv, A, D] and values; empty unless the compressor chooses by
+  // attention received, that of each token [B, Hkv, Wcap] and the token that each slot is [B, Hkv,
+  // Ccap]; empty unless slots have a mass, that [B, Hkv, Ccap]; and seen [B], rewindable [B]. They
+  // alias the memory: operators of `torch.ops.ctx` work on the first nine, the rings, directly.
   const Tensors& tensors() const { return tensors_; }
 
   // Bytes of all tensors. Constant.
@@ -167,6 +168,10 @@ class CTX_API KVMemory {
 
  private:
   KVMemory(MemoryOptions options, Tensors tensors);
+  at::TensorList rings() const { return at::TensorList(tensors_.data(), 9); }
+  at::Tensor plan(const at::Tensor& k,
+                  const std::optional<at::Tensor>& lengths,
+                  const std::optional<at::Tensor>& reset_at) const;
   std::tuple<at::Tensor, at::Tensor> stepped(const at::Tensor& q,
                                              const at::Tensor& k,
                                              const at::Tensor& v,
@@ -174,10 +179,9 @@ class CTX_API KVMemory {
                                              const std::optional<at::Tensor>& reset_at,
                                              bool with_region_weights);
   std::tuple<at::Tensor, at::Tensor> attended(const at::Tensor& q, bool with_region_weights) const;
-  std::vector<at::Tensor> custom_slots(const at::Tensor& k,
-                                       const at::Tensor& v,
-                                       const std::optional<at::Tensor>& lengths,
-                                       const std::optional<at::Tensor>& reset_at) const;
+  std::vector<at::Tensor> operands(const at::Tensor& k,
+                                   const at::Tensor& v,
+                                   const at::Tensor& plan) const;
   at::Tensor checked_rows(const at::Tensor& rows, const char* where) const;
 
   MemoryOptions options_;

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "core/check.h"
+#include "ops/check.h"
 #include "ops/registry.h"
 
 namespace ctx::cpu {

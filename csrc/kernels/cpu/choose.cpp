@@ -92,7 +92,7 @@ class Chooser {
     load_row(window(m_.window_values, m_.value_dim), row_.data(), m_.value_dim);
     store(m_.compressed_values, m_.value_dim, b, h, to);
     if (m_.slot_mass != nullptr)  // one token stands for itself
-      *ring_row<float>(m_.slot_mass, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = 0.0f;
+      *ring_row<A>(m_.slot_mass, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = A(0);
     *ring_row<int64_t>(m_.slot_positions, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = token;
   }
 

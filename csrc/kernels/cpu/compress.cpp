@@ -84,7 +84,7 @@ class GroupCompressor {
   void run(int64_t b, int64_t h, int64_t number, int64_t first, int64_t count) {
     for (int64_t g = 0; g < count && args_.kind != CompressorKind::kGiven; ++g)
       read_group(b, h, number + g, first + g, g);
-    std::fill_n(mass_, kGroups, std::log(static_cast<float>(c_)));
+    std::fill_n(mass_, kGroups, std::log(static_cast<A>(c_)));
     make(b, h, first, count, 0);
     for (int64_t g = 0; g < count; ++g) {
       A* slot = slots_ + g * row_width<A>(m_.head_dim);
@@ -110,9 +110,9 @@ class GroupCompressor {
     });
   }
 
-  void store_mass(float mass, int64_t b, int64_t h, int64_t group) const {
+  void store_mass(A mass, int64_t b, int64_t h, int64_t group) const {
     const int64_t capacity = m_.compressed_capacity;
-    *ring_row<float>(m_.slot_mass, m_.kv_heads, capacity, 1, b, h, group % capacity) = mass;
+    *ring_row<A>(m_.slot_mass, m_.kv_heads, capacity, 1, b, h, group % capacity) = mass;
   }
 
   // The pairs of a group and left of it, as its g-th here; keys are rotated back, and what is before
@@ -197,7 +197,7 @@ class GroupCompressor {
                            slot,
                            row_,
                            weights_);
-    if (side == 0) mass_[g] = static_cast<float>(entropy);
+    if (side == 0) mass_[g] = entropy;
   }
 
   // Dilations 1, 2, 4, ...: each layer has as many rows fewer, and c are left.
@@ -229,7 +229,8 @@ class GroupCompressor {
       return;
     }
     if (side == 0 && args_.given_mass != nullptr)
-      mass_[g] = args_.given_mass[(b * m_.kv_heads + h) * args_.slots + given];
+      mass_[g] = static_cast<const A*>(
+          args_.given_mass)[(b * m_.kv_heads + h) * args_.slots + given];
     std::copy_n(row<A>(side == 0 ? args_.slot_keys : args_.slot_values, b, h, given), width, slot);
   }
 
@@ -244,7 +245,7 @@ class GroupCompressor {
   A* row_;
   A* weights_;
   A* hidden_[2];
-  float mass_[kGroups];
+  A mass_[kGroups];
 };
 
 template <typename T, typename P>

@@ -102,9 +102,10 @@ inline void add_biases(const AttendArgs& args,
   const MemoryView& m = args.memory;
   const auto* bias = static_cast<const A*>(region == kCompressed ? args.bias : nullptr);
   const auto* slopes = static_cast<const A*>(args.slopes);
-  const float* mass = nullptr;
+  const A* mass = nullptr;
   if (region == kCompressed && m.slot_mass != nullptr) {
-    mass = m.slot_mass + (rows.b * m.kv_heads + rows.kv) * m.compressed_capacity + piece.index;
+    mass = static_cast<const A*>(m.slot_mass) +
+           (rows.b * m.kv_heads + rows.kv) * m.compressed_capacity + piece.index;
   }
   if (bias == nullptr && mass == nullptr && slopes == nullptr) return;
   for (int64_t r = 0; r < rows.count(); ++r) {
@@ -114,7 +115,7 @@ inline void add_biases(const AttendArgs& args,
       for (int64_t j = 0; j < piece.count; ++j) score[j] += bias[head];
     }
     if (mass != nullptr) {
-      for (int64_t j = 0; j < piece.count; ++j) score[j] += static_cast<A>(mass[j]);
+      for (int64_t j = 0; j < piece.count; ++j) score[j] += mass[j];
     }
     if (slopes == nullptr) continue;
     const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;

@@ -221,19 +221,13 @@ class QueryBlock {
   void add_mass(const KeyBlock& block) {
     const Span& s = args_.spans[span_];
     const int64_t head = b_ * args_.kv_heads + kv_;
-    const auto add = [&](const auto* mass) {
-      if (mass == nullptr) return;
-      for (int64_t j = 0; j < block.size(); ++j) {
-        const auto m = broadcast(static_cast<A>(mass[j]));
-        A* scores = scores_ + j * lanes_;
-        for (int64_t v = 0; v < lanes_; v += kLanes<A>) store(scores + v, load(scores + v) + m);
-      }
-    };
-    if (block.past) {
-      add(s.past.mass == nullptr ? nullptr : s.past.mass + head * s.past.capacity + block.row);
-    } else {
-      const auto* mass = static_cast<const A*>(s.mass);
-      add(mass == nullptr ? nullptr : mass + head * (s.size - s.past.size) + block.row);
+    const auto* mass = static_cast<const A*>(block.past ? s.past.mass : s.mass);
+    if (mass == nullptr) return;
+    mass += head * (block.past ? s.past.capacity : s.size - s.past.size) + block.row;
+    for (int64_t j = 0; j < block.size(); ++j) {
+      const auto m = broadcast(mass[j]);
+      A* scores = scores_ + j * lanes_;
+      for (int64_t v = 0; v < lanes_; v += kLanes<A>) store(scores + v, load(scores + v) + m);
     }
   }
 

@@ -1,0 +1,117 @@
+// One plan per call and law: where the tokens of a call stand in the streams of their rows, what each
+// query may see, and which groups may fall due. An int64 tensor [B, columns], computed once by
+// ctx::plan on the memory's device and shared by all layers; ctx::advance_ counts the call at its end.
+//
+// Places are counted from the call's first token: what a memory holds has negative ones. A row may
+// begin a new stream at any place; the stream that the memory carries starts at place -seen.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "ctx/schedule.h"
+
+namespace ctx::ops {
+
+// The columns: a header, then for each of T tokens and for each of G groups one column per quantity.
+enum PlanColumn : int64_t {
+  kPlanSeen,         // tokens of the carried stream before the call
+  kPlanCount,        // tokens that the row brings
+  kPlanBlock,        // group_block of the carried stream's first group that is not made yet
+  kPlanFirstToken,   // number of the first token, slot and sink of the memory that precede the call's
+  kPlanFirstSlot,    //   in the three spans that queries attend to
+  kPlanFirstSink,
+  kPlanOldestToken,  // the first that the next token of the carried stream can see
+  kPlanOldestSlot,
+  kPlanHeader
+};
+enum PlanToken : int64_t {
+  kPlanPosition,  // number of the token in its stream; -1: padding
+  kPlanTokenKey,  // number, in the token's stream, of the first key of the window's span
+  kPlanSlotKey,   //   of the span of slots
+  kPlanSinkKey,   //   of the span of sinks
+  kPlanPerToken
+};
+enum PlanGroup : int64_t {
+  kPlanPlace,   // place of the group's first token
+  kPlanNumber,  // number of the group in its stream
+  kPlanPerGroup
+};
+
+// Groups that a plan lays out: one for each that can fall due or, where rows begin anew inside the
+// call, for each block (group_block) of places from the first that a carried group begins in.
+c10::SymInt plan_groups(const Schedule& schedule,
+                        const c10::SymInt& tokens,
+                        bool resets,
+                        bool carried);
+
+// The plan as tensors, views of it.
+class PlanTensors {
+ public:
+  // Throws ValueError unless it can be the plan of a call of so many tokens in B rows.
+  PlanTensors(const at::Tensor& plan,
+              const c10::SymInt& batch,
+              const c10::SymInt& tokens,
+              const char* where);
+
+  at::Tensor header(PlanColumn column) const { return plan_.select(1, column); }      // [B]
+  at::Tensor token(PlanToken quantity) const;                                         // [B, T]
+  at::Tensor group(PlanGroup quantity) const;                                         // [B, G]
+  const c10::SymInt& tokens() const { return tokens_; }
+  const c10::SymInt& groups() const { return groups_; }
+  const at::Tensor& tensor() const { return plan_; }
+
+ private:
+  at::Tensor plan_;
+  c10::SymInt tokens_;
+  c10::SymInt groups_;
+};
+
+// The plan of a call as the host reads it. CPU tensors only; keeps the tensor.
+class PlanRows {
+ public:
+  PlanRows(const at::Tensor& plan, int64_t batch, int64_t tokens, const char* where);
+
+  int64_t batch() const { return plan_.size(0); }
+  int64_t tokens() const { return tokens_; }
+  int64_t groups() const { return groups_; }
+  int64_t header(int64_t b, PlanColumn column) const { return row(b)[column]; }
+  int64_t token(int64_t b, PlanToken quantity, int64_t i) const {
+    return row(b)[kPlanHeader + quantity * tokens_ + i];
+  }
+  int64_t group(int64_t b, PlanGroup quantity, int64_t g) const {
+    return row(b)[kPlanHeader + kPlanPerToken * tokens_ + quantity * groups_ + g];
+  }
+
+ private:
+  const int64_t* row(int64_t b) const { return data_ + b * width_; }
+
+  at::Tensor plan_;
+  const int64_t* data_;
+  int64_t width_;
+  int64_t tokens_;
+  int64_t groups_;
+};
+
+// Dispatches ctx::plan.
+//
+//   seen       int64 [B]
+//   lengths    int64 [B], 0 <= length <= T; absent: all T
+//   reset_at   bool [B, T]: true where a token is the first of a new stream; absent: nowhere
+//   settings   packed; the schedule is read
+//   carried    whether there is a memory; without one `seen` is zero
+at::Tensor plan(const at::Tensor& seen,
+                const std::optional<at::Tensor>& lengths,
+                const std::optional<at::Tensor>& reset_at,
+                const c10::SymInt& tokens,
+                at::IntArrayRef settings,
+                bool carried);
+
+// Dispatches ctx::advance_: `seen` and `rewindable` after the call.
+void advance_(const at::Tensor& seen,
+              const at::Tensor& rewindable,
+              const at::Tensor& plan,
+              const c10::SymInt& max_rewind);
+
+}  // namespace ctx::ops
