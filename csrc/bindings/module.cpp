@@ -259,6 +259,8 @@ PYBIND11_MODULE(_C, m) {
            wrap_pybind_function_no_gil(&KVMemory::set_compressed_bias),
            "bias"_a)
       .def_property_readonly("seen", [](const KVMemory& memory) { return memory.seen(); })
+      .def_property_readonly("rewindable",
+                             [](const KVMemory& memory) { return memory.rewindable(); })
       .def_property_readonly("tensors", [](const KVMemory& memory) { return memory.tensors(); })
       .def_property_readonly("nbytes", &KVMemory::nbytes);
 

@@ -180,8 +180,7 @@ struct AttendArgs {
   const void* bias = nullptr;
   const void* slopes = nullptr;
   Strided queries;  // of the whole call, un-rotated
-  // Of the whole call. Not for slots that are single tokens under the distance "token".
-  RelativeQueries relative;
+  RelativeQueries relative;  // of the whole call
   Strided out;  // of the whole call
   // Weight that each region got: [B, heads, tokens of the call, 3] (sinks, compressed, window),
   // contiguous, in the arithmetic's type; null: not asked for. Zero at absent tokens.

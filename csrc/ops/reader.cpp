@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "ops/attend.h"
-#include "ops/check.h"
 #include "ops/layout.h"
 
 namespace ctx::ops {
@@ -26,10 +25,6 @@ Reader::Reader(const Memory& memory,
   args_.bias = per_head(operands.bias);
   args_.slopes = per_head(operands.slopes);
   if (!operands.relative.empty()) {
-    CTX_CHECK_VALUE(memory.view.slot_positions == nullptr || !memory.view.clock.token_distance,
-                    "ctx.step_",
-                    "distance must be \"slot\" for relative positions with the compressor "
-                    "\"most_used\", got \"token\"");
     const RelativeQueries queries(q_, operands.relative);
     q_ = rows(queries.content);
     args_.relative = {queries.relative.size(3),
@@ -68,7 +63,7 @@ bool Reader::many(const Block& block) const {
   const bool single_tokens = m.slot_positions != nullptr && m.clock.token_distance;
   return block.tokens > 1 && rows >= kManyRows && threads_share &&
          memory_.kernels().spans_forward != nullptr && !args_.count_usage &&
-         !(args_.slopes != nullptr && single_tokens);
+         !((args_.slopes != nullptr || args_.relative.dim > 0) && single_tokens);
 }
 
 // The rings are the past of all queries, and nothing comes behind it.

@@ -23,26 +23,47 @@ class Schedule:
     @property
     def reach(self) -> int: ...
 
-class KVMemory:
+class AttentionSettings:
     def __init__(
         self,
         schedule: Schedule,
-        batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int,
-        compressor: str,
-        parameters: Sequence[Tensor],
-        function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        overlap: int,
         distance: str,
         rotary_dim: int,
         rotary_base: float,
         rotary_interleaved: bool,
-        compressed_bias: Tensor | None,
-        alibi_slopes: Tensor | None,
-        relative: Sequence[Tensor],
+        inv_freq: Sequence[float],
+        attention_factor: float,
+        keys_rotated: bool,
         scale: float,
+        slot_mass: bool,
+        logit_softcap: float,
+        alibi_slopes: Tensor | None = None,
+        relative: Sequence[Tensor] = ...,
+    ) -> None: ...
+
+class Compressor:
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[Tensor],
+        function: Callable[[Tensor, Tensor], Sequence[Tensor]] | None,
+        overlap: int,
+    ) -> None: ...
+
+def pack(
+    settings: AttentionSettings, compressor: str, head_dim: int, overlap: int
+) -> tuple[list[int], list[float]]: ...
+
+class KVMemory:
+    def __init__(
+        self,
+        settings: AttentionSettings,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        compressor: Compressor,
+        compressed_bias: Tensor | None,
         max_rewind: int,
         dtype: torch.dtype,
         compressed_dtype: torch.dtype | None,
@@ -88,6 +109,8 @@ class KVMemory:
     def set_compressed_bias(self, bias: Tensor | None) -> None: ...
     @property
     def seen(self) -> Tensor: ...
+    @property
+    def rewindable(self) -> Tensor: ...
     @property
     def tensors(self) -> list[Tensor]: ...
     @property

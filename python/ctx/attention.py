@@ -13,7 +13,7 @@ from ctx.attention_parts import AttentionParts
 from ctx.engine import Plan
 from ctx.finite import apart
 from ctx.hidden import as_stored
-from ctx.layer_options import check_options, with_settings
+from ctx.layer_options import SETTINGS_ONLY, check_options, with_settings
 from ctx.memory import Memory
 from ctx.memory_check import widened
 from ctx.padding import from_right_padded, mask_of, to_right_padded
@@ -42,8 +42,8 @@ class CompressiveAttention(AttentionParts):
     Args:
         settings: a :class:`ctx.AttentionSettings` in place of the sizes of the memory and of the
             options that are fields of it, which must not be given then; or, as a number, embed_dim.
-            ``inv_freq``, ``attention_factor``, ``keys``, ``slot_mass`` and ``logit_softcap`` must
-            have their defaults.
+            ``keys`` must be ``"plain"``: a layer makes its own. With ``slot_mass`` a learned bias
+            of slots starts at 0 unless ``compressed_bias_init`` says otherwise.
         embed_dim: width E of the input and output.
         num_heads: query heads H; head_dim is E / H.
         num_kv_heads: key/value heads Hkv, a divisor of H; default H.
@@ -118,7 +118,7 @@ class CompressiveAttention(AttentionParts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        options: dict[str, Any] = {**locals(), "scale": None}
+        options: dict[str, Any] = {**locals(), **SETTINGS_ONLY}
         for name in ("self", "__class__", "settings", "device", "dtype"):
             options.pop(name, None)
         super().__init__()
@@ -197,7 +197,8 @@ class CompressiveAttention(AttentionParts):
             clock = empty_clock(len(x), x.device) if memory is None else memory.clock
             in_place = update and memory is not None and not torch.is_grad_enabled()
             rows = (x.shape[1], lengths, reset_at)
-            plan = engine.plans([self], clock, *rows, in_place)[self.law]
+            carried = memory is not None
+            plan = engine.plans([self], clock, *rows, in_place, carried)[self.plan_key]
         lengths, grad = plan.lengths, torch.is_grad_enabled()
         if lengths is not None and (grad or attention_calls.is_forward_mode()):
             # Padding has no influence on gradients, be it NaN.

@@ -78,21 +78,6 @@ def auxiliary(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call
     return attention_reconstruction(evicted, layer.compressor, project=project)
 
 
-def _given(
-    layer: CompressiveAttention, slots: Sequence[Tensor], block: Tensor | None
-) -> tuple[list[Tensor], str, list[Tensor]]:
-    """What operators that write take of the compressor: parameters, name, slots made.
-
-    The engine makes the slots itself where it can, and is given `slots` and their `block` (what the
-    compressor's call made) where it cannot.
-    """
-    compressor = layer.compressor
-    if compressor.in_engine:
-        return [x.detach() for x in compressor.operands()], compressor.engine_name, []
-    assert block is not None
-    return [], "custom", [*slots, block]
-
-
 def _filled(layer: CompressiveAttention, call: Call, stored: Tensor) -> list[Tensor]:
     """The rings that a call is going to write: the ones given or their copy, or empty ones."""
     if call.rings is None:
@@ -100,17 +85,23 @@ def _filled(layer: CompressiveAttention, call: Call, stored: Tensor) -> list[Ten
     return call.rings if call.in_place else [x.clone() for x in call.rings]
 
 
+def _slots(layer: CompressiveAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """What the compressor makes of groups: keys, values, and their log-mass where it counts."""
+    return layer.compressor.slots(keys, values, mass=layer.slot_mass)
+
+
 def streaming(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
     """A call that writes into the rings and then reads them."""
-    rings, law, plan = _filled(layer, call, k), layer.law, call.plan
-    slots: Sequence[Tensor] = ()
-    block = None
-    if not layer.compressor.in_engine:
-        keys, values, block = engine.evicted_groups(k, v, plan, rings, law)
-        slots = layer.compressor.slots(keys, values)
-    given = _given(layer, slots, block)
-    out, weights = engine.step(
-        q, k, v, plan, rings, law, given, layer.scores(q.device), call.region_weights
+    rings, law, plan, compressor = _filled(layer, call, k), layer.law, call.plan, layer.compressor
+    operands: Sequence[Tensor]
+    if compressor.in_engine:
+        operands = [x.detach() for x in compressor.operands()]
+    else:  # its call makes the slots
+        law = layer.custom_law
+        operands = _slots(layer, *engine.evicted_groups(k, v, plan, rings, law))
+    scores = layer.scores(q.device)
+    out, weights, *_ = engine.step(
+        q, k, v, plan, rings, law, operands, scores, call.region_weights
     )
     return out, weights, rings if call.update else call.rings
 
@@ -120,33 +111,33 @@ def differentiable(
 ) -> Result:
     """A call that reads the rings where they lie, and then writes into a copy of them."""
     law, plan, chooses = layer.law, call.plan, layer.compressor.by_usage
-    keys, values, block = engine.evicted_groups(k, v, plan, call.past, law)
+    keys, values = engine.evicted_groups(k, v, plan, call.past, law)
     rings: list[Tensor] = []
     if call.update or chooses:
         with torch.no_grad():
             rings = _filled(layer, call._replace(in_place=False), k)
-    scores, positions = layer.scores(q.device), None
+    scores = layer.scores(q.device)
+    slots: tuple[Tensor, ...]
     if chooses:  # what stays is what streaming keeps
         with torch.no_grad():
             tokens, operands = [x.detach() for x in (q, k, v)], engine.Scores(*_detached(scores))
-            chosen, positions = engine.choose(
-                tokens[0], tokens[1], tokens[2], plan, rings, law, operands, block, keys.shape[2]
+            *_, chosen, positions = engine.step(
+                tokens[0], tokens[1], tokens[2], plan, rings, law, (), operands, False
             )
-        slots = MostUsed.take(keys, chosen), MostUsed.take(values, chosen)
+        mass = keys.new_zeros(keys.shape[:3]) if layer.slot_mass else keys.new_zeros(0)
+        slots = (MostUsed.take(keys, chosen), MostUsed.take(values, chosen), mass, positions)
     else:
-        slots = layer.compressor.slots(keys, values)
-    constants = (slots[0].detach(), slots[1].detach())
-    if layer.compressor_grad == "aux":
-        slots = constants
+        slots = _slots(layer, keys, values)
+    constants = [x.detach() for x in slots]
+    attended = constants if layer.compressor_grad == "aux" else slots
     out, weights = engine.attend(
-        q, k, v, plan, call.past, law, (*slots, positions), scores, call.region_weights
+        q, k, v, plan, call.past, law, attended, scores, call.region_weights
     )
     if not call.update:
         return out, weights, call.rings
     with torch.no_grad():
         if not chooses:  # which has written, too
-            given = _given(layer, constants, block)
-            engine.append(k.detach(), v.detach(), plan, rings, law, given)
+            engine.append(k.detach(), v.detach(), plan, rings, layer.custom_law, constants)
         if not call.in_place or call.rings is None:
             return out, weights, rings
         for held, new in zip(call.rings, rings, strict=True):  # forward mode without grad
@@ -168,26 +159,24 @@ def projecting(
         return layer.pairs(x.to(dtype))
 
     law, plan = layer.stored_law, call.plan
-    groups, empty, block = engine.evicted_groups(hidden, none, plan, call.past, law)
-    slots = layer.compressor.slots(groups, empty)
+    slots = _slots(layer, *engine.evicted_groups(hidden, none, plan, call.past, law))
     made = [slot.detach() for slot in slots]
     if layer.compressor_grad == "aux":
-        slots = (made[0], made[1])
+        slots = tuple(made)
     past: Sequence[Tensor] = ()
     if call.rings is not None:
-        past = pairs_of(call.rings, plan.seen, layer.schedule, layer.law, project)
+        past = pairs_of(call.rings, plan.seen, layer, project)
     # A slot is rounded as the memory will, so that it never matters which call made it.
-    slots = project(slots[0].to(hidden.dtype))
+    slots = (*project(slots[0].to(hidden.dtype)), *slots[2:])
     scores = layer.scores(q.device)
     out, weights = engine.attend(
-        q, *project(hidden), plan, past, layer.law, (*slots, None), scores, call.region_weights
+        q, *project(hidden), plan, past, layer.law, slots, scores, call.region_weights
     )
     if not call.update:
         return out, weights, call.rings
     with torch.no_grad():
         rings = _filled(layer, call, hidden)
-        given: Any = ([], "custom", [*made, block])
-        engine.append(hidden.detach(), none.detach(), plan, rings, law, given)
+        engine.append(hidden.detach(), none.detach(), plan, rings, law, made)
     return out, weights, rings
 
 

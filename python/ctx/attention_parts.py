@@ -4,6 +4,7 @@ and the specification of its memories. How it computes a call is in ctx.attentio
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from ctx import _check, attention_inputs
 from ctx.compression import Compressor, as_compressor, make_compressor
 from ctx.constants import log_ratio, slopes_of
-from ctx.engine import Law, Scores
+from ctx.engine import Law, Scores, law_of
 from ctx.finite import apart
-from ctx.layer_options import check_by_usage
+from ctx.layer_options import SETTINGS_ONLY, check_by_usage
 from ctx.losses import Decoder
 from ctx.memory import Memory
 from ctx.positions import Relative
@@ -38,6 +39,11 @@ _SPECIFYING = frozenset(
         "rotary_base",
         "rotary_dim",
         "rotary_interleaved",
+        "inv_freq",
+        "attention_factor",
+        "slot_mass",
+        "logit_softcap",
+        "scale",
     )
 )
 
@@ -57,6 +63,14 @@ class AttentionParts(nn.Module):
     dropout: float
     max_rewind: int
     scale: float
+    inv_freq: tuple[float, ...] | None
+    attention_factor: float
+    slot_mass: bool
+    logit_softcap: float | None
+    law: Law  # what operators that attend, or make slots, take
+    custom_law: Law  # the same, where the slots are given
+    stored_law: Law  # what is stored: inputs are not rotated
+    plan_key: tuple[int, ...]  # what a plan depends on
 
     def _set(self, schedule: Schedule, options: dict[str, Any], made: dict[str, Any]) -> None:
         """Attributes and parameters, from options that have been checked."""
@@ -79,6 +93,8 @@ class AttentionParts(nn.Module):
             "aux_loss",
         ):
             setattr(self, name, options[name])
+        for name in SETTINGS_ONLY:
+            setattr(self, name, options[name])
         self.scale = head_dim**-0.5 if options["scale"] is None else options["scale"]
         width = head_dim if options["rotary_dim"] is None else options["rotary_dim"]
         self.rotary_dim: int = width if self.position == "rotary" else 0
@@ -90,6 +106,7 @@ class AttentionParts(nn.Module):
         self.k_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
+        self._bias_kind = options["compressed_bias"]
         compressor = options["compressor"]
         if isinstance(compressor, str):
             heads, widths, kernel = self._stored[0], self._stored[1:], options["compressor_kernel"]
@@ -101,7 +118,6 @@ class AttentionParts(nn.Module):
         self.compressor: Compressor = compressor  # type: ignore[assignment]  # see __setattr__
         if self.aux_loss == "autoencoding":
             self.decoder = Decoder(self._stored[0], schedule.ratio, *self._stored[1:], **made)
-        self._bias_kind = options["compressed_bias"]
         if self._bias_kind == "learned":
             self.register_parameter("compressed_bias", nn.Parameter(torch.empty(num_heads, **made)))
         self.relative: Relative | None = None
@@ -140,21 +156,12 @@ class AttentionParts(nn.Module):
         """What follows from settings and compressor: the specification of the layer's memories, the
         shapes of their tensors, and the law of what a query sees and of what is stored.
         """
-        compressor, rotary = self.compressor, self._rotary()
-        self.__dict__["spec"] = Spec(
-            (
-                layer_spec(
-                    self._schedule,
-                    compressor,
-                    self._stored,
-                    self.max_rewind,
-                    content=self.memory_content,
-                    position=self.position,
-                    distance=self.distance,
-                    rotary=rotary,
-                ),
-            )
+        compressor, settings = self.compressor, self.settings.resolved(self.head_dim)
+        hidden = self.memory_content == "hidden"
+        made = layer_spec(
+            settings, compressor, self._stored, self.max_rewind, content=self.memory_content
         )
+        self.__dict__["spec"] = Spec((made,))
         heads, *widths = self._stored
         self._shape = StateShape.of(
             self._schedule,
@@ -164,19 +171,24 @@ class AttentionParts(nn.Module):
             self.max_rewind,
             overlap=compressor.overlap,
             used=compressor.by_usage,
+            mass=self.slot_mass,
         )
-        self.law = Law((*self._schedule.numbers, compressor.overlap), self.distance, *rotary)
-        hidden = self.memory_content == "hidden"  # inputs are stored as they are
-        self.stored_law = self.law._replace(rotary_dim=0) if hidden else self.law
-
-    def _rotary(self) -> tuple[int, float, bool]:
-        return (self.rotary_dim, self.rotary_base, self.rotary_interleaved)
+        sizes = (self.head_dim, compressor.overlap)
+        self.law = law_of(settings, compressor.engine_name, *sizes)
+        self.custom_law = self.stored_law = law_of(settings, "custom", *sizes)
+        if hidden:
+            plain = dataclasses.replace(
+                settings, rotary_dim=0, inv_freq=(), attention_factor=1.0
+            )
+            self.stored_law = law_of(plain, "custom", *sizes)
+        self.plan_key = self.law.settings[:6]
 
     def _reset_compression(self) -> None:
         if self._bias_kind == "learned":
             with torch.no_grad():
                 ratio, start = self.schedule.ratio, self.compressed_bias_init
-                first = math.log(ratio) if start is None else start
+                usual = 0.0 if self.slot_mass else math.log(ratio)
+                first = usual if start is None else start
                 self.get_parameter("compressed_bias").fill_(first)
 
     @property
@@ -244,6 +256,10 @@ class AttentionParts(nn.Module):
             rotary_interleaved=self.rotary_interleaved,
             scale=self.scale,
             compressed_bias=self._bias_kind,
+            inv_freq=self.inv_freq,
+            attention_factor=self.attention_factor,
+            slot_mass=self.slot_mass,
+            logit_softcap=self.logit_softcap,
         )
 
     def init_memory(
@@ -323,7 +339,7 @@ class AttentionParts(nn.Module):
         """What scores are made of besides queries and keys; constants on that device."""
         relative = [] if self.relative is None else [*self.relative()]
         bias, slopes = self._bias_on(device), self._slopes_on(device)
-        return Scores(bias, slopes, relative, self.scale)
+        return Scores(bias, slopes, relative)
 
     def _nothing(self, like: Tensor) -> Tensor:
         """Zero, as a sum over no number of every parameter: gives each a gradient of zeros where a

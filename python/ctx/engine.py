@@ -14,22 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ctx import _C
+from ctx.settings import AttentionSettings
 from ctx.state import OPEN, ordinary, writing
 
 __all__ = [
-    "Law", "Plan", "Scores", "advance", "append", "attend", "begin", "choose", "evicted_groups",
-    "plans", "rotary", "step",
+    "Law", "Plan", "Scores", "Slots", "advance", "append", "attend", "begin", "evicted_groups",
+    "law_of", "native_settings", "plans", "rotary", "step",
 ]  # fmt: skip
 
 
 class Law(NamedTuple):
-    """What decides where tokens are stored and how far they are: constants of a layer."""
+    """Settings as operators take them; their order is known to the engine alone."""
 
-    schedule: tuple[int, ...]  # window, compressed, ratio, segment, sinks, overlap
-    distance: str
-    rotary_dim: int
-    rotary_base: float
-    rotary_interleaved: bool
+    settings: tuple[int, ...]
+    numbers: tuple[float, ...]
 
 
 class Scores(NamedTuple):
@@ -38,7 +37,43 @@ class Scores(NamedTuple):
     bias: Tensor | None  # [H], of compressed slots
     slopes: Tensor | None  # [H], of ALiBi
     relative: list[Tensor]  # none, or the five of ctx.positions.Relative
-    scale: float
+
+
+#: Slots of groups: keys [B, Hkv, G, D] and values [B, Hkv, G, Dv]; where they count, their log-mass
+#: [B, Hkv, G]; and where they are tokens, after a mass or a tensor [0], which ones, int64
+#: [B, Hkv, G].
+Slots = Sequence[Tensor]
+
+
+def native_settings(
+    settings: AttentionSettings, slopes: Tensor | None = None, relative: Sequence[Tensor] = ()
+) -> _C.AttentionSettings:
+    """The engine's own, of settings that are resolved."""
+    return _C.AttentionSettings(
+        settings.schedule._law,
+        settings.distance,
+        settings.rotary_dim or 0,
+        settings.rotary_base,
+        settings.rotary_interleaved,
+        [*(settings.inv_freq or ())],
+        settings.attention_factor,
+        settings.keys == "rotated",
+        settings.scale or 0.0,
+        settings.slot_mass,
+        settings.logit_softcap or 0.0,
+        slopes,
+        [*relative],
+    )
+
+
+def law_of(settings: AttentionSettings, compressor: str, head_dim: int, overlap: int) -> Law:
+    """What operators take of resolved settings and a compressor by the engine's name.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    packed = _C.pack(native_settings(settings), compressor, head_dim, overlap)
+    return Law(*map(tuple, packed))
 
 
 class Plan:
@@ -57,12 +92,20 @@ class Plan:
         max_rewind: int,
         counts_attention: bool,
         in_place: bool,
+        carried: bool,
+        law: Law,
     ) -> None:
         self.seen, self.rewindable, self.tokens = seen, rewindable, tokens
         self.lengths, self.reset_at = lengths, reset_at
         self.max_rewind, self.counts_attention = max_rewind, counts_attention
         #: Whether the memory that was given is written, and not a copy.
         self.in_place = in_place
+        #: Whether there is a memory.
+        self.carried = carried
+        #: What operators take, int64 [B, columns]; `ops/plan.h` says what stands in it.
+        self.tensor: Tensor = torch.ops.ctx.plan(
+            seen, lengths, reset_at, tokens, law.settings, carried
+        )
         #: (seen, rewindable) after the call where :func:`begin` had to work them out.
         self.after: tuple[Tensor, Tensor] | None = None
 
@@ -71,12 +114,12 @@ class Plan:
         """seen and rewindable before the call."""
         return self.seen, self.rewindable
 
-    def longer(self) -> Plan:
+    def longer(self, law: Law) -> Plan:
         """The plan of the same call with one more token in every row, and without resets."""
         lengths = None if self.lengths is None else self.lengths + 1
         return Plan(
             self.seen, self.rewindable, self.tokens + 1, lengths, None,
-            self.max_rewind, self.counts_attention, in_place=False,
+            self.max_rewind, self.counts_attention, False, self.carried, law,
         )  # fmt: skip
 
 
@@ -87,8 +130,10 @@ def plans(
     lengths: Tensor | None,
     reset_at: Tensor | None,
     in_place: bool,
-) -> dict[Law, Plan]:
-    """The plan of a call for each law among `layers` (:class:`ctx.CompressiveAttention`).
+    carried: bool,
+) -> dict[tuple[int, ...], Plan]:
+    """The plan of a call for each distinct schedule among `layers`
+    (:class:`ctx.CompressiveAttention`), by their ``plan_key``.
 
     Args:
         clock: seen and rewindable, int64 [B]; read, and written by :func:`begin` and
@@ -96,39 +141,25 @@ def plans(
         tokens: T.
         lengths, reset_at: int64 [B] and bool [B, T] or None; padding stands on the right.
         in_place: whether the memory that was given is written.
+        carried: whether a memory was given.
     """
-    if lengths is not None:
-        lengths = lengths.clone()  # a memory's own counter changes before the next layer
     max_rewind = min(layer.max_rewind for layer in layers)
     counts = any(layer.compressor.by_usage for layer in layers)
-    made: dict[Law, Plan] = {}
+    made: dict[tuple[int, ...], Plan] = {}
     for layer in layers:
-        if layer.law not in made:
-            made[layer.law] = Plan(*clock, tokens, lengths, reset_at, max_rewind, counts, in_place)
+        if layer.plan_key not in made:
+            made[layer.plan_key] = Plan(
+                *clock, tokens, lengths, reset_at, max_rewind, counts, in_place, carried, layer.law
+            )
     return made
 
 
 def ends(call: Plan) -> tuple[Tensor, Tensor]:
     """seen and rewindable after a call, int64 [B] each, new tensors."""
-    with ordinary():
-        return _ends(call)
-
-
-def _ends(call: Plan) -> tuple[Tensor, Tensor]:
-    count: Any = call.tokens if call.lengths is None else call.lengths
-    seen, rewindable = call.seen + count, call.rewindable + count
-    if call.reset_at is not None and call.tokens:
-        column = torch.arange(call.tokens, device=seen.device)
-        inside = (
-            call.reset_at
-            if call.lengths is None
-            else (call.reset_at & (column < call.lengths[:, None]))
-        )
-        begins = inside.any(1)
-        since = count - torch.where(inside, column, 0).amax(1)
-        seen = torch.where(begins, since, seen)
-        rewindable = torch.where(begins, since, rewindable)
-    return seen, rewindable.clamp_max(call.max_rewind)
+    with ordinary(), torch.no_grad():
+        seen, rewindable = call.seen.clone(), call.rewindable.clone()
+        torch.ops.ctx.advance_(seen, rewindable, call.tensor, call.max_rewind)
+    return seen, rewindable
 
 
 def begin(call: Plan) -> None:
@@ -165,31 +196,19 @@ def advance(call: Plan) -> None:
     seen, rewindable = call.clock
     with writing(seen):
         if call.after is None:
-            seen.add_(call.tokens)
-            rewindable.add_(call.tokens)
+            torch.ops.ctx.advance_(seen, rewindable, call.tensor, call.max_rewind)
         else:
             seen.copy_(call.after[0])
             rewindable.copy_(call.after[1])
 
 
-def _state(call: Plan, rings: Sequence[Tensor]) -> list[Tensor]:
-    """A layer's rings as operators take them today: with counters of their own, which they
-    advance. No rings, no memory.
-    """
-    if not rings:
-        return []
-    return [*rings[:6], call.seen.clone(), call.seen.clone(), *rings[6:]]
-
-
 def evicted_groups(
     k: Tensor, v: Tensor, call: Plan, rings: Sequence[Tensor], law: Law
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups that fall due in a call, un-rotated: keys [B, Hkv, G, overlap + c, D], values, and the
-    index of each row's first, int64 [B]. Differentiable.
+) -> tuple[Tensor, Tensor]:
+    """Groups that may fall due in a call, un-rotated: keys [B, Hkv, G, overlap + c, D] and values.
+    Differentiable.
     """
-    made: tuple[Tensor, Tensor, Tensor] = torch.ops.ctx.evicted_groups(
-        k, v, call.lengths, call.reset_at, _state(call, rings), *law
-    )
+    made: tuple[Tensor, Tensor] = torch.ops.ctx.evicted_groups(k, v, call.tensor, rings, *law)
     return made
 
 
@@ -200,19 +219,24 @@ def step(
     call: Plan,
     rings: Sequence[Tensor],
     law: Law,
-    slots: tuple[list[Tensor], str, list[Tensor]],
+    operands: Sequence[Tensor],
     scores: Scores,
     region_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Writes a call's pairs and slots into the rings, and attends: [B, H, T, Dv], and the weight of
-    each region [B, H, T, 3] where asked for. `slots`: the compressor's parameters and name, and
-    what its call made.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Writes a call's pairs and slots into the rings, and attends.
+
+    Args:
+        operands: the compressor's parameters; of one that is not the engine's (the law says it) the
+            slots that it made.
+
+    Returns:
+        [B, H, T, Dv]; the weight of each region [B, H, T, 3], or [0]; and, where slots are tokens,
+        which ones became slots, int64 [B, Hkv, G], as their places among the groups and as their
+        numbers in the stream.
     """
-    bias, slopes, relative, scale = scores
-    made: tuple[Tensor, Tensor] = torch.ops.ctx.step_(
-        q, k, v, call.lengths, call.reset_at, *_state(call, rings), *slots,
-        bias, slopes, relative, *law, scale, region_weights,
-    )  # fmt: skip
+    made: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.ctx.step_(
+        q, k, v, call.tensor, rings, operands, *scores, *law, region_weights
+    )
     return made
 
 
@@ -222,32 +246,10 @@ def append(
     call: Plan,
     rings: Sequence[Tensor],
     law: Law,
-    slots: tuple[list[Tensor], str, list[Tensor]],
+    operands: Sequence[Tensor],
 ) -> None:
     """Writes a call's pairs and slots into the rings."""
-    torch.ops.ctx.append_(k, v, call.lengths, call.reset_at, *_state(call, rings), *slots, *law)
-
-
-def choose(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: Plan,
-    rings: Sequence[Tensor],
-    law: Law,
-    scores: Scores,
-    block: Tensor,
-    slots: int,
-) -> tuple[Tensor, Tensor]:
-    """:func:`step` with the compressor "most_used"; returns which tokens became slots, int64
-    [B, Hkv, slots], as their places among the groups and as their numbers in the stream.
-    """
-    bias, slopes, relative, scale = scores
-    made: tuple[Tensor, Tensor] = torch.ops.ctx.choose_(
-        q, k, v, call.lengths, call.reset_at, *_state(call, rings), bias, slopes, relative, *law,
-        scale, block, slots,
-    )  # fmt: skip
-    return made
+    torch.ops.ctx.append_(k, v, call.tensor, rings, operands, *law)
 
 
 def attend(
@@ -257,24 +259,20 @@ def attend(
     call: Plan,
     rings: Sequence[Tensor],
     law: Law,
-    slots: tuple[Tensor, Tensor, Tensor | None],
+    slots: Slots,
     scores: Scores,
     region_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to the rings as they lie, the call's pairs and its slots; differentiable. `slots`:
-    keys, values, and positions where they were chosen. Returns what :func:`step` does.
+    """Attention to the rings as they lie, the call's pairs and its slots; differentiable. Returns
+    the first two of what :func:`step` does.
     """
-    bias, slopes, relative, scale = scores
-    made: tuple[Tensor, Tensor] = torch.ops.ctx.attend_sequence(
-        q, k, v, call.lengths, call.reset_at, _state(call, rings), *slots,
-        bias, slopes, relative, *law, scale, region_weights,
-    )  # fmt: skip
-    return made
+    out, _, weights = torch.ops.ctx.attend(
+        q, k, v, call.tensor, rings, slots, *scores, *law, region_weights
+    )
+    return out, weights
 
 
 def rotary(x: Tensor, position: Tensor, law: Law) -> Tensor:
     """Keys or queries [..., n, D] rotated to positions; differentiable."""
-    made: Tensor = torch.ops.ctx.rotary(
-        x, position, law.rotary_dim, law.rotary_base, law.rotary_interleaved
-    )
+    made: Tensor = torch.ops.ctx.rotary(x, position, *law)
     return made

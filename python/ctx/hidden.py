@@ -10,16 +10,17 @@ stream is cut into calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ctx import engine
-from ctx.engine import Law
 from ctx.losses import groups_at
-from ctx.schedule import Schedule
 from ctx.state import TENSORS, dtype_of, ring_positions, slots_as
+
+if TYPE_CHECKING:
+    from ctx.attention import CompressiveAttention
 
 __all__ = ["as_stored", "pairs_of"]
 
@@ -34,7 +35,7 @@ def as_stored(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pairs_of(
-    rings: Sequence[Tensor], seen: Tensor, schedule: Schedule, law: Law, project: Project
+    rings: Sequence[Tensor], seen: Tensor, layer: CompressiveAttention, project: Project
 ) -> list[Tensor]:
     """The rings of pairs that rings of inputs stand for, in the order of ``ctx.state.TENSORS``.
 
@@ -44,11 +45,10 @@ def pairs_of(
     Args:
         rings: of inputs; constant, and left as they are.
         seen: int64 [B].
-        schedule: sizes of the memory.
-        law: what slots and pairs are rotated by.
+        layer: whose memory it is.
         project: inputs to keys and values, of one dtype.
     """
-    held = dict(zip(TENSORS, rings, strict=True))
+    held, schedule = dict(zip(TENSORS, rings, strict=True)), layer.schedule
     begun = groups_at(schedule, seen - 1)
     due = groups_at(schedule, seen)
     window = ring_positions(seen - 1, held["window_keys"].shape[2])
@@ -57,7 +57,7 @@ def pairs_of(
     first = schedule.sinks + schedule.ratio * begun
     oldest = (due - schedule.compressed).clamp_min(0)
     clock: Any = slots
-    if law.distance == "token":
+    if layer.distance == "token":
         centre = schedule.sinks + (schedule.ratio - 1) / 2
         clock = slots.to(torch.float64) * schedule.ratio + centre
     made: dict[str, Tensor] = {}
@@ -69,11 +69,13 @@ def pairs_of(
         stored = slots_as(held[f"{region}_keys"], held["window_keys"].dtype)
         inputs = stored.masked_fill(~visible[:, None, :, None], 0.0)
         keys, values = project(inputs)
-        if law.rotary_dim:
-            keys = engine.rotary(keys, position, law)
+        if layer.rotary_dim:
+            keys = engine.rotary(keys, position, layer.law)
         made[f"{region}_keys"], made[f"{region}_values"] = keys.contiguous(), values.contiguous()
     keys = made["window_keys"]
-    for name in TENSORS[6:]:  # no compressor of inputs chooses by the attention received
+    for name in TENSORS[6:8]:  # no compressor of inputs chooses by the attention received
         dtype = dtype_of(name, keys.dtype, keys.dtype)
         made[name] = torch.zeros(*keys.shape[:2], 0, dtype=dtype, device=seen.device)
+    mass = held["slot_mass"].to(dtype_of("slot_mass", keys.dtype, keys.dtype))
+    made["slot_mass"] = mass.expand(-1, keys.shape[1], -1).contiguous()
     return [made[name] for name in TENSORS]

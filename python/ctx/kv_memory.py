@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 import operator
 import os
@@ -14,14 +16,26 @@ from torch import Tensor, nn
 
 from ctx import _C, _check, engine, memory_resize
 from ctx.compression import as_compressor, make_compressor
+from ctx.layer_options import one_of
 from ctx.memory import Memory
 from ctx.memory_rows import Rows, as_counts, as_rows
 from ctx.positions import Relative, check_position, slope_values
 from ctx.schedule import Schedule
+from ctx.settings import AttentionSettings
 from ctx.spec import Spec, layer_spec
 from ctx.state import STATE
 
 __all__ = ["KVMemory"]
+
+#: Options that are fields of AttentionSettings, and their defaults.
+_FLAT: dict[str, Any] = {
+    "position": "rotary",
+    "distance": "slot",
+    "rotary_base": 10000.0,
+    "rotary_dim": None,
+    "rotary_interleaved": False,
+    "scale": None,
+}
 
 
 def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | None:
@@ -52,11 +66,40 @@ def bias_values(name: str | Sequence[float] | Tensor, ratio: int) -> Tensor | No
     )
 
 
-def rotary_width(position: str | None, rotary_dim: int | None, head_dim: int, where: str) -> int:
-    """Channels that are rotated: 0 under other schemes."""
-    if check_position(position, where) != "rotary":
-        return 0
-    return head_dim if rotary_dim is None else rotary_dim
+def settings_of(schedule: Any, flat: dict[str, Any], where: str) -> AttentionSettings:
+    """What attention is, of a schedule and options by name; or of AttentionSettings, which the
+    options must not repeat.
+
+    Raises:
+        TypeError, ValueError: an option is out of range, or given twice.
+    """
+    if isinstance(schedule, AttentionSettings):
+        for name, usual in _FLAT.items():
+            if flat[name] != usual:
+                got = flat[name]
+                raise ValueError(
+                    f"{where}: {name} must be given by settings alone, got {got!r}, too"
+                )
+        return schedule
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"{where}: schedule must be a ctx.Schedule or ctx.AttentionSettings, "
+            f"got {type(schedule).__name__}"
+        )
+    check_position(flat["position"], where)
+    if not isinstance(flat["distance"], str):
+        got = flat["distance"]
+        raise TypeError(f'{where}: distance must be "slot" or "token", got {got!r}')
+    one_of("distance", flat["distance"], ("slot", "token"), where)
+    flat = {**flat, "rotary_base": _check.number(flat["rotary_base"], "rotary_base", where)}
+    if flat["rotary_dim"] is not None:
+        flat["rotary_dim"] = _check.integer(flat["rotary_dim"], "rotary_dim", where)
+    _check.flag(flat["rotary_interleaved"], "rotary_interleaved", where)
+    if flat["scale"] is not None:
+        flat["scale"] = scale = _check.number(flat["scale"], "scale", where)
+        if not (math.isfinite(scale) and scale != 0):
+            raise ValueError(f"{where}: scale must be finite and not zero, got {scale}")
+    return AttentionSettings(schedule=schedule, **flat)
 
 
 def position_operands(
@@ -113,7 +156,9 @@ class KVMemory:
     deviates.
 
     Args:
-        schedule: sizes of the memory.
+        schedule: sizes of the memory; or a :class:`ctx.AttentionSettings` in place of it and of the
+            options that are fields of it, which must not be given then. Its ``compressed_bias``
+            ``"learned"`` goes with numbers in ``compressed_bias``.
         batch_size: rows B, independent streams.
         kv_heads: key/value heads Hkv.
         head_dim: key width D.
@@ -150,7 +195,7 @@ class KVMemory:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: Schedule | AttentionSettings,
         batch_size: int,
         kv_heads: int,
         head_dim: int,
@@ -171,10 +216,6 @@ class KVMemory:
         compressed_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(
-                f"ctx.KVMemory: schedule must be a ctx.Schedule, got {type(schedule).__name__}"
-            )
         where = "ctx.KVMemory"
         batch_size = _check.integer(batch_size, "batch_size", where)
         kv_heads = _check.integer(kv_heads, "kv_heads", where)
@@ -185,15 +226,16 @@ class KVMemory:
         value_dim = _check.integer(value_dim, "value_dim", where)
         if value_dim < 1:
             raise ValueError(f"{where}: value_dim must be at least 1, got {value_dim}")
-        rotary_base = _check.number(rotary_base, "rotary_base", where)
-        if rotary_dim is not None:
-            rotary_dim = _check.integer(rotary_dim, "rotary_dim", where)
-        _check.flag(rotary_interleaved, "rotary_interleaved", where)
-        if not isinstance(distance, str):
-            raise TypeError(f'{where}: distance must be "slot" or "token", got {distance!r}')
-        scale = None if scale is None else _check.number(scale, "scale", where)
-        if scale is not None and not (math.isfinite(scale) and scale != 0):
-            raise ValueError(f"{where}: scale must be finite and not zero, got {scale}")
+        flat = {
+            "position": position,
+            "distance": distance,
+            "rotary_base": rotary_base,
+            "rotary_dim": rotary_dim,
+            "rotary_interleaved": rotary_interleaved,
+            "scale": scale,
+        }
+        settings = settings_of(schedule, flat, where)
+        given, schedule = settings is schedule, settings.schedule
         max_rewind = _check.integer(max_rewind, "max_rewind", where)
         dtype, device = _check.dtype(dtype, where), _check.device(device, where)
         if compressed_dtype is not None:
@@ -213,25 +255,32 @@ class KVMemory:
                 f"ctx.KVMemory: compressor must be a name or a module, got {compressor!r}"
             )
         compressor = as_compressor(compressor, kv_heads, schedule.ratio, head_dim, value_dim)
+        if given and settings.compressed_bias != "learned":
+            if compressed_bias != "none":
+                raise ValueError(
+                    f"{where}: compressed_bias must be given by settings alone, "
+                    f"got {compressed_bias!r}, too"
+                )
+            compressed_bias = settings.compressed_bias
         bias = bias_values(compressed_bias, schedule.ratio)
-        slopes, operands_of_positions = position_operands(position, alibi_slopes, relative, where)
+        settings = dataclasses.replace(
+            settings, compressed_bias="none" if bias is None else "learned"
+        ).resolved(head_dim)
+        slopes, operands_of_positions = position_operands(
+            settings.position, alibi_slopes, relative, where
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.schedule = schedule
         self.compressor = compressor
         self.relative = relative
+        self._attention = settings
         self._settings: dict[str, Any] = {
             "kv_heads": kv_heads,
             "head_dim": head_dim,
             "value_dim": value_dim,
-            "position": position,
             "alibi_slopes": slopes,
             "relative": relative,
-            "rotary_base": rotary_base,
-            "rotary_dim": rotary_dim,
-            "rotary_interleaved": rotary_interleaved,
-            "distance": distance,
             "compressed_bias": "none" if bias is None else bias.to(device, wide),
-            "scale": scale,
             "max_rewind": max_rewind,
             "compressed_dtype": compressed_dtype,
         }
@@ -243,24 +292,26 @@ class KVMemory:
         self._bias_place: Any = None
         #: Whether anything is used as it is at the time of a call, and must be looked at.
         self._watched = bool(operands or operands_of_positions) or self._bias is not None
+        function = None
+        if not compressor.native:
+            function = functools.partial(compressor.slots, mass=settings.slot_mass)
         self._native = _C.KVMemory(
-            schedule._law,
+            engine.native_settings(
+                settings,
+                None if slopes is None else slopes.to(device, wide),
+                [operand.detach() for operand in operands_of_positions],
+            ),
             batch_size,
             kv_heads,
             head_dim,
             value_dim,
-            compressor.engine_name,
-            [operand.detach() for operand in operands],
-            None if compressor.native else compressor.slots,
-            compressor.overlap,
-            distance,
-            rotary_width(position, rotary_dim, head_dim, where),
-            rotary_base,
-            rotary_interleaved,
+            _C.Compressor(
+                compressor.engine_name,
+                [operand.detach() for operand in operands],
+                function,
+                compressor.overlap,
+            ),
             self._bias_on(device),
-            None if slopes is None else slopes.to(device, wide),
-            [operand.detach() for operand in operands_of_positions],
-            0.0 if scale is None else scale,
             max_rewind,
             dtype,
             compressed_dtype,
@@ -422,7 +473,7 @@ class KVMemory:
         keys = held["window_keys"]
         followed = {} if self._bias is None else {"compressed_bias": self._bias}
         other = KVMemory(
-            schedule,
+            dataclasses.replace(self._attention, schedule=schedule),
             keys.shape[0],
             **self._settings | followed,
             compressor=self.compressor,
@@ -538,12 +589,12 @@ class KVMemory:
     @property
     def seen(self) -> Tensor:
         """Tokens that each row has seen, int64 [B]: the whole bookkeeping. Aliases the memory."""
-        return self._native.tensors[6]
+        return self._native.seen
 
     @property
     def rewindable(self) -> Tensor:
         """How many of them :meth:`rewind` can take back, int64 [B]. Aliases the memory."""
-        return self._native.tensors[7]
+        return self._native.rewindable
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -554,17 +605,12 @@ class KVMemory:
     def memory(self) -> Memory:
         """The same tensors as a :class:`ctx.Memory` of one layer."""
         settings, tensors = self._settings, self.tensors
-        position = settings["position"]
-        width = rotary_width(position, settings["rotary_dim"], settings["head_dim"], "ctx.KVMemory")
         spec = layer_spec(
-            self.schedule,
+            self._attention,
             self.compressor,
             (settings["kv_heads"], settings["head_dim"], settings["value_dim"]),
             settings["max_rewind"],
             content="kv",
-            position=position,
-            distance=settings["distance"],
-            rotary=(width, settings["rotary_base"], settings["rotary_interleaved"]),
         )
         clock = tensors.pop("seen"), tensors.pop("rewindable")
         return Memory(Spec((spec,)), *clock, [[*tensors.values()]])
@@ -620,21 +666,16 @@ class KVMemory:
         """
         settings, memory = self._settings, self.memory
         rings, device = memory.rings[0], k.device
-        width = rotary_width(settings["position"], settings["rotary_dim"], k.shape[-1], where)
-        law = engine.Law(
-            (*self.schedule.numbers, self.compressor.overlap),
-            settings["distance"],
-            width,
-            settings["rotary_base"],
-            settings["rotary_interleaved"],
-        )
+        widths = (settings["head_dim"], self.compressor.overlap)
+        law = engine.law_of(self._attention, "custom", *widths)
         tokens = k.shape[2] if k.dim() == 4 else 0
         most = settings["max_rewind"]
-        plan = engine.Plan(*memory.clock, tokens, lengths, reset_at, most, False, True)
         try:
-            keys, values, block = engine.evicted_groups(k, v, plan, rings, law)
-            made = [*self.compressor.slots(keys, values), block]
-            slots: tuple[list[Tensor], str, list[Tensor]] = ([], "custom", made)
+            plan = engine.Plan(
+                *memory.clock, tokens, lengths, reset_at, most, False, True, True, law
+            )
+            groups = engine.evicted_groups(k, v, plan, rings, law)
+            slots = self.compressor.slots(*groups, mass=self._attention.slot_mass)
             if q is None:
                 engine.append(k, v, plan, rings, law, slots)
                 out = None
@@ -643,12 +684,11 @@ class KVMemory:
                 bias, slopes = self._bias_on(device), settings["alibi_slopes"]
                 slopes = None if slopes is None else slopes.to(device, wide)
                 relative = [] if self.relative is None else [*self.relative()]
-                scale = settings["scale"] or settings["head_dim"] ** -0.5
-                scores = engine.Scores(bias, slopes, relative, scale)
-                out = engine.step(q, k, v, plan, rings, law, slots, scores, with_region_weights)
+                scores = engine.Scores(bias, slopes, relative)
+                out = engine.step(q, k, v, plan, rings, law, slots, scores, with_region_weights)[:2]
         except (ValueError, TypeError) as error:
             operator, _, rest = str(error).partition(": ")
-            if operator not in ("ctx.evicted_groups", "ctx.step_", "ctx.append_"):
+            if operator not in ("ctx.plan", "ctx.evicted_groups", "ctx.step_", "ctx.append_"):
                 raise
             raise type(error)(f"{where}: {rest}") from None
         engine.begin(plan)
@@ -676,7 +716,7 @@ class KVMemory:
     def __getstate__(self) -> dict[str, Any]:
         pairs, slots = (self.tensors[f"{part}_keys"].dtype for part in ("window", "compressed"))
         return {
-            "schedule": self.schedule,
+            "attention": self._attention,
             "compressor": self.compressor,
             "settings": {
                 **self._settings_now(),
@@ -689,7 +729,7 @@ class KVMemory:
     def __setstate__(self, state: dict[str, Any]) -> None:
         held = state["state"]
         self.__init__(  # type: ignore[misc]
-            state["schedule"],
+            state["attention"],
             held["batch_size"],
             **state["settings"],
             compressor=state["compressor"],

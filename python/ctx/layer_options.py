@@ -7,14 +7,13 @@ from typing import Any
 
 from ctx import _check
 from ctx.compression import COMPRESSORS, check_kernel
-from ctx.frequencies import default_inv_freq
 from ctx.losses import LOSSES
 from ctx.positions import check_position
 from ctx.schedule import SIZES
 from ctx.settings import AttentionSettings
 
 __all__ = [
-    "LayerOptions", "bias_start", "check_by_usage", "check_options", "one_of", "with_settings",
+    "SETTINGS_ONLY", "LayerOptions", "bias_start", "check_by_usage", "check_options", "one_of", "with_settings",
 ]  # fmt: skip
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -35,13 +34,13 @@ _FLAT: dict[str, Any] = {
     "sinks": 0,
 }
 _SETTINGS = tuple(name for name in _FLAT if name != "sinks")
-#: Settings that the operators of a layer do not take yet.
-_NOT_YET: dict[str, Any] = {
+#: Fields of AttentionSettings that a layer has no argument for, and their defaults.
+SETTINGS_ONLY: dict[str, Any] = {
     "inv_freq": None,
     "attention_factor": 1.0,
-    "keys": "plain",
     "slot_mass": False,
     "logit_softcap": None,
+    "scale": None,
 }
 _SIZES = ("embed_dim", "num_heads", "num_kv_heads", "max_rewind")
 
@@ -125,18 +124,18 @@ def with_settings(settings: AttentionSettings, options: LayerOptions, where: str
         where: what the message begins with.
 
     Raises:
-        ValueError: an option is given twice, or the layer does not compute what a setting asks for.
+        ValueError: an option is given twice, or ``settings.keys`` is not ``"plain"``.
     """
     for name in (*SIZES, *_SETTINGS):
         if options[name] != _FLAT.get(name):
             got = options[name]
             raise ValueError(f"{where}: {name} must be given by settings alone, got {got!r}, too")
-    usual = default_inv_freq(settings.rotary_base, settings.rotary_dim or 0)
-    for name, only in _NOT_YET.items():
-        got = getattr(settings, name)
-        if got != only and not (name == "inv_freq" and got == usual):
-            raise ValueError(f"{where}: settings.{name} must be {only!r} in a layer, got {got!r}")
-    given = {name: getattr(settings, name) for name in (*_SETTINGS, "scale")}
+    if settings.keys != "plain":
+        raise ValueError(
+            f"{where}: settings.keys must be 'plain' in a layer, which makes its own keys, "
+            f"got {settings.keys!r}"
+        )
+    given = {name: getattr(settings, name) for name in (*_SETTINGS, *SETTINGS_ONLY)}
     return options | given | {name: getattr(settings.schedule, name) for name in SIZES}
 
 

@@ -80,7 +80,7 @@ def evictions(
     counts = torch.full_like(seen, tokens) if lengths is None else lengths
     # A segment that ends with the call is evicted by the next token, which is any token here.
     ahead = [nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)]
-    keys, values, _ = engine.evicted_groups(ahead[0], ahead[1], call.longer(), rings, law)
+    keys, values = engine.evicted_groups(ahead[0], ahead[1], call.longer(law), rings, law)
     begun = groups_at(schedule, seen - 1)
 
     boundaries = -(-tokens // segment)
@@ -151,7 +151,7 @@ def attention_reconstruction(
     boundaries, groups = evicted.keys.shape[2:4]
     scale = evicted.queries.shape[-1] ** -0.5 if scale is None else scale
     flat = [x.flatten(2, 3) for x in (evicted.keys, evicted.values)]
-    made = compressor.slots(flat[0], flat[1])
+    made: Sequence[Tensor] = compressor.slots(flat[0], flat[1])
     own = [x[..., compressor.overlap :, :] for x in (evicted.keys, evicted.values)]
     ratio = own[0].shape[4]
     tokens = [x.flatten(2, 4) for x in own]

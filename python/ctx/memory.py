@@ -43,7 +43,7 @@ class Memory:
         rings: for each layer the tensors named by :data:`ctx.state.TENSORS`, in their order:
             ``window_keys`` [B, Hkv, capacity, D], ``window_values`` [B, Hkv, capacity, Dv],
             ``compressed_keys`` and ``compressed_values``, ``sink_keys`` and ``sink_values``, and
-            ``attention_received`` and ``slot_positions`` [B, Hkv, capacity or 0].
+            ``attention_received``, ``slot_positions`` and ``slot_mass`` [B, Hkv, capacity or 0].
     """
 
     def __init__(

@@ -32,7 +32,8 @@ __all__ = ["call", "kind", "same_kind", "tensors", "widened", "zeros"]
 @functools.lru_cache(maxsize=256)
 def _shape(spec: LayerSpec) -> StateShape:
     sizes = (spec.kv_heads, spec.head_dim, spec.value_dim, spec.max_rewind)
-    return StateShape.of(spec.schedule, *sizes, overlap=spec.overlap, used=spec.counts_attention)
+    needed = {"used": spec.counts_attention, "mass": spec.slot_mass}
+    return StateShape.of(spec.schedule, *sizes, overlap=spec.overlap, **needed)
 
 
 def zeros(

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctx.compression import COMPRESSORS, Compressor, Custom
+from ctx.frequencies import default_inv_freq
 from ctx.schedule import SIZES, Schedule
+from ctx.settings import AttentionSettings
 
 __all__ = ["FORMAT", "LayerSpec", "Spec", "compressor_name", "layer_spec"]
 
@@ -28,6 +30,8 @@ class LayerSpec:
         content: ``"kv"`` or ``"hidden"``.
         position, distance: as in :class:`ctx.CompressiveAttention`.
         rotary_dim, rotary_base, rotary_interleaved: of stored keys; 0, 0.0, False without rotation.
+        inv_freq: frequencies, where they are not those of ``rotary_base``.
+        attention_factor, keys, slot_mass: as in :class:`ctx.AttentionSettings`.
         compressor: its name, or the qualified name of a class of the user's.
         kv_heads, head_dim, value_dim: geometry of what is stored of a token.
         max_rewind: spare entries of the window's ring.
@@ -45,6 +49,10 @@ class LayerSpec:
     rotary_dim: int
     rotary_base: float
     rotary_interleaved: bool
+    inv_freq: tuple[float, ...] | None
+    attention_factor: float
+    keys: str
+    slot_mass: bool
     compressor: str
     kv_heads: int
     head_dim: int
@@ -52,6 +60,8 @@ class LayerSpec:
     max_rewind: int
 
     def __post_init__(self) -> None:
+        if isinstance(self.inv_freq, list):  # as JSON has it
+            object.__setattr__(self, "inv_freq", tuple(self.inv_freq))
         # One string: compared in a step of eager code, and one constant of a compiled graph.
         said = (f"{name}={getattr(self, name)}" for name in _NAMES)
         object.__setattr__(self, "key", " ".join(said))
@@ -162,36 +172,38 @@ def compressor_name(compressor: Compressor) -> str:
 
 
 def layer_spec(
-    schedule: Schedule,
+    settings: AttentionSettings,
     compressor: Compressor,
     stored: tuple[int, int, int],
     max_rewind: int,
     *,
     content: str,
-    position: str | None,
-    distance: str,
-    rotary: tuple[int, float, bool],
 ) -> LayerSpec:
     """The specification of a layer's memory.
 
     Args:
-        schedule: sizes of the memory.
+        settings: what attention is, resolved for the layer's heads.
         compressor: what makes its slots.
         stored: kv_heads, head_dim, value_dim of what is remembered of a token.
         max_rewind: spare entries.
-        content, position, distance: see :class:`LayerSpec`.
-        rotary: rotary_dim (0: no rotation, and the others mean nothing), base, interleaved.
+        content: see :class:`LayerSpec`.
     """
-    width, base, interleaved = rotary if rotary[0] else (0, 0.0, False)
+    width = settings.rotary_dim or 0
+    base = settings.rotary_base
+    usual = width == 0 or settings.inv_freq == default_inv_freq(base, width)
     return LayerSpec(
-        *schedule.numbers,
+        *settings.schedule.numbers,
         compressor.overlap,
         content,
-        position,
-        distance,
+        settings.position,
+        settings.distance,
         width,
-        float(base),
-        interleaved,
+        float(base) if width and usual else 0.0,
+        settings.rotary_interleaved if width else False,
+        None if usual else settings.inv_freq,
+        settings.attention_factor,
+        settings.keys,
+        settings.slot_mass,
         compressor_name(compressor),
         *stored,
         max_rewind,

@@ -13,9 +13,10 @@ from ctx.schedule import Schedule
 
 __all__ = ["CLOCK", "STATE", "TENSORS", "StateShape"]
 
-#: Names of the tensors that each layer has, in their order in ``Memory.rings``. The last two have
-#: entries only where a compressor chooses slots by the attention that tokens received: how much
-#: each token of the window received, and which token each slot is.
+#: Names of the tensors that each layer has, in their order in ``Memory.rings`` and as operators take
+#: them. The last three have entries only where they are needed: how much attention each token of
+#: the window received and which token each slot is, where a compressor chooses by it; and the
+#: log-mass of each slot, with ``slot_mass``.
 TENSORS = (
     "window_keys",
     "window_values",
@@ -25,20 +26,21 @@ TENSORS = (
     "sink_values",
     "attention_received",
     "slot_positions",
+    "slot_mass",
 )
 #: The two tensors that all layers share.
 CLOCK = ("seen", "rewindable")
-#: All names in the order in which operators take the tensors.
-STATE = (*TENSORS[:6], *CLOCK, *TENSORS[6:])
+#: All names, in the order of ``_C.KVMemory.tensors``.
+STATE = (*TENSORS, *CLOCK)
 PLACE = {name: place for place, name in enumerate(TENSORS)}
 #: The regions that are rings, and the tensors in which an entry is one position of the region.
 RINGS = {
     "window": ("window_keys", "window_values", "attention_received"),
-    "compressed": ("compressed_keys", "compressed_values", "slot_positions"),
+    "compressed": ("compressed_keys", "compressed_values", "slot_positions", "slot_mass"),
 }
 COUNTS = ("seen", "rewindable", "slot_positions")
 #: Kept in float32 (float64 beside float64) whatever pairs are stored as.
-WIDE = ("attention_received",)
+WIDE = ("attention_received", "slot_mass")
 #: What ``rewindable`` is while a call overwrites what is visible; no call ends with it.
 OPEN = -1
 SLOTS = ("compressed_keys", "compressed_values")
@@ -109,6 +111,7 @@ class StateShape:
     compressed: int
     sinks: int
     used: bool = False
+    mass: bool = False
 
     @classmethod
     def of(
@@ -121,12 +124,13 @@ class StateShape:
         *,
         overlap: int = 0,
         used: bool = False,
+        mass: bool = False,
     ) -> StateShape:
         """The shapes that a schedule, a max_rewind and a compressor need."""
         window = schedule._law.window_capacity(max_rewind) + overlap
         compressed = schedule._law.compressed_capacity(max_rewind)
         sizes = (window, compressed, schedule.sinks)
-        return cls(kv_heads, head_dim, value_dim, *sizes, used)
+        return cls(kv_heads, head_dim, value_dim, *sizes, used, mass)
 
     def sizes(self, rows: int, slots: torch.dtype) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor for so many rows, and slots of this dtype."""
@@ -135,11 +139,13 @@ class StateShape:
         pairs = [(rows, self.kv_heads, length, width) for length in lengths for width in widths]
         if slots == torch.int8:
             pairs[2:4] = [(*size[:3], size[3] + SCALE_BYTES) for size in pairs[2:4]]
-        choosing = [
-            (rows, self.kv_heads, length if self.used else 0)
-            for length in (self.window, self.compressed)
-        ]
-        return dict(zip(TENSORS, [*pairs, *choosing], strict=True))
+        needed = (
+            (self.window, self.used),
+            (self.compressed, self.used),
+            (self.compressed, self.mass),
+        )
+        rest = [(rows, self.kv_heads, length if is_needed else 0) for length, is_needed in needed]
+        return dict(zip(TENSORS, [*pairs, *rest], strict=True))
 
     def zeros(
         self,

@@ -177,8 +177,9 @@ class CompressiveTransformer(nn.Module):
                 mine[:] = wide
             memory = passed
         clock = empty_clock(len(tokens), tokens.device) if memory is None else memory.clock
-        plans = engine.plans(layers, clock, tokens.shape[1], lengths, reset_at, in_place)
-        plan = plans[layers[0].law]
+        rows = (tokens.shape[1], lengths, reset_at)
+        plans = engine.plans(layers, clock, *rows, in_place, memory is not None)
+        plan = plans[layers[0].plan_key]
         x: Tensor = self.dropout(self.embedding(tokens))
         if in_place:
             engine.begin(plan)
@@ -188,7 +189,7 @@ class CompressiveTransformer(nn.Module):
         for i, (block, layer) in enumerate(zip(self.blocks, layers, strict=True)):
             held = None if memory is None else memory[i]
             x, state, asked = block(
-                x, held, plans[layer.law], update, return_aux, return_region_weights
+                x, held, plans[layer.plan_key], update, return_aux, return_region_weights
             )
             if update:
                 rings.append(state.rings[0])

@@ -143,6 +143,28 @@ inline void apply_scales([[maybe_unused]] const T* stored,
   }
 }
 
+// The same where every slot is a token with a distance of its own.
+template <typename T>
+inline void add_relative_tokens(const AttendArgs& args,
+                                const RotatedQueries<Acc<T>>& queries,
+                                const QueryRows& rows,
+                                const Piece<T>& piece,
+                                Acc<T>* scores) {
+  using A = Acc<T>;
+  const int64_t half = args.relative.dim / 2;
+  const A* query = queries.relative_rows(kCompressed, rows.b, rows.kv, rows.tokens.begin);
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;
+    for (int64_t j = 0; j < piece.count; ++j) {
+      const double apart =
+          distance(args.memory, kCompressed, rows.b, rows.kv, t, piece.first + j);
+      const RotaryTable<A> table = distance_table<A>(2 * half, apart);
+      const A* z = query + r * 2 * half;
+      scores[r * kBlock + j] += dot(z, table.sine, half) + dot(z + half, table.cosine, half);
+    }
+  }
+}
+
 // Adds the products of the relative queries with the sinusoids of a piece's distances.
 template <typename T>
 inline void add_relative(const AttendArgs& args,
@@ -153,6 +175,8 @@ inline void add_relative(const AttendArgs& args,
                          Acc<T>* scores) {
   using A = Acc<T>;
   const Clock& clock = args.memory.clock;
+  if (region == kCompressed && clock.token_distance && args.memory.slot_positions != nullptr)
+    return add_relative_tokens(args, queries, rows, piece, scores);
   const int64_t half = args.relative.dim / 2;
   const int64_t width = row_width<A>(half);
   const int64_t count = rows.count();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, cast
 
 import torch
@@ -122,31 +123,44 @@ class Compressor(nn.Module):
             values: values [B, Hkv, G, overlap + c, Dv], dtype and device of ``keys``.
 
         Returns:
-            Key slots [B, Hkv, G, D] and value slots [B, Hkv, G, Dv].
+            Key slots [B, Hkv, G, D] and value slots [B, Hkv, G, Dv]; a class of your own may add
+            their log-mass [B, Hkv, G], used with ``slot_mass`` (:class:`ctx.AttentionSettings`).
 
         Raises:
             ValueError: shapes do not belong together.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(keys, values)")
 
-    def slots(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` makes of groups, in their dtype, with its shapes checked.
+    def mass(self, keys: Tensor) -> Tensor:
+        """Log-mass of the slots of groups, [B, Hkv, G]: log c, where :meth:`forward` gives none."""
+        return keys.new_full(keys.shape[:3], math.log(self.ratio))
+
+    def slots(self, keys: Tensor, values: Tensor, *, mass: bool = False) -> tuple[Tensor, ...]:
+        """What :meth:`forward` makes of groups, in their dtype, with its shapes checked: key slots,
+        value slots, and with `mass` their log-mass.
 
         Raises:
-            ValueError, TypeError: forward did not return two tensors of the documented shapes.
+            ValueError, TypeError: forward did not return two tensors of the documented shapes, or
+                three.
         """
         kept = _check.numbers_of(self)[0] or keys.dtype
         made: Any = groups_apart(self, keys.to(kept), values.to(kept))
         where = f"ctx.compression.{type(self).__name__}"
-        if not (isinstance(made, (tuple, list)) and len(made) == 2):
+        if not (isinstance(made, (tuple, list)) and len(made) in (2, 3)):
             raise TypeError(f"{where}: forward must return (key slots, value slots), got {made!r}")
-        for name, slot, groups in zip(("key", "value"), made, (keys, values), strict=True):
+        for name, slot, groups in zip(("key", "value"), made[:2], (keys, values), strict=True):
             shape = (*groups.shape[:3], groups.shape[4])
             if slot.shape != shape:
                 raise ValueError(f"{where}: {name} slots must be {shape}, got {tuple(slot.shape)}")
         key_slots: Tensor = made[0].to(keys.dtype)
         value_slots: Tensor = made[1].to(values.dtype)
-        return key_slots, value_slots
+        if not mass:
+            return key_slots, value_slots
+        given = self.mass(keys) if len(made) == 2 else made[2].to(keys.dtype)
+        if given.shape != keys.shape[:3]:
+            want, got = tuple(keys.shape[:3]), tuple(given.shape)
+            raise ValueError(f"{where}: mass must be {want}, got {got}")
+        return key_slots, value_slots, given
 
     def extra_repr(self) -> str:
         sizes = ("kv_heads", "ratio", "head_dim", "value_dim")
@@ -209,17 +223,30 @@ class Native(Compressor):
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses groups; see :meth:`Compressor.forward`."""
         _check.tensors(f"ctx.compression.{type(self).__name__}", keys=keys, values=values)
-        slots: tuple[Tensor, Tensor] = torch.ops.ctx.compress(
-            keys, values, self.operands(), self.name
+        made: tuple[Tensor, Tensor, Tensor] = torch.ops.ctx.compress(
+            keys, values, self.operands(), self.name, 0
         )
-        return slots
+        return made[0], made[1]
 
-    def slots(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def mass(self, keys: Tensor) -> Tensor:
+        """See :meth:`Compressor.mass`."""
+        made: tuple[Tensor, Tensor, Tensor] = torch.ops.ctx.compress(
+            keys, keys.new_zeros(*keys.shape[:4], self.value_dim), self.operands(), self.name,
+            self.ratio,
+        )  # fmt: skip
+        return made[2]
+
+    def slots(self, keys: Tensor, values: Tensor, *, mass: bool = False) -> tuple[Tensor, ...]:
         """What the module's call makes of groups; where that is the operator's, it checks."""
         if not self.in_engine:  # a hook or another forward may return anything
-            return super().slots(keys, values)
-        made: tuple[Tensor, Tensor] = self(keys, values)
-        return made
+            return super().slots(keys, values, mass=mass)
+        if mass:
+            made: tuple[Tensor, ...] = torch.ops.ctx.compress(
+                keys, values, self.operands(), self.name, self.ratio
+            )
+            return made
+        slots: tuple[Tensor, Tensor] = self(keys, values)
+        return slots
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:

@@ -37,7 +37,7 @@ class MostUsed(Native):
 
     @staticmethod
     def take(groups: Tensor, chosen: Tensor) -> Tensor:
-        """The slots of groups [B, Hkv, G, c, D] that `torch.ops.ctx.choose_` chose, int64
+        """The slots of groups [B, Hkv, G, c, D] that `torch.ops.ctx.step_` chose, int64
         [B, Hkv, G]."""
         index = chosen.unsqueeze(-1).expand(-1, -1, -1, groups.shape[4])
         return groups.flatten(2, 3).gather(2, index)
