@@ -14,7 +14,8 @@ from torch import Tensor
 
 import ctx
 from benchmarks._memories import fill, visible
-from ctx.state import CLOCK, STATE, TENSORS, StateShape, empty_clock
+from ctx.engine import law_of
+from ctx.state import CLOCK, TENSORS, StateShape, empty_clock
 
 __all__ = ["Segment"]
 
@@ -47,13 +48,17 @@ class Segment:
         clock = zip(CLOCK, empty_clock(batch, "cpu"), strict=True)
         rings = zip(TENSORS, empty.zeros(batch, dtype, "cpu"), strict=True)
         state = fill({**dict(clock), **dict(rings)}, seen)
-        self.state = [state[name] for name in STATE]
+        self.memory = [state[name] for name in TENSORS]
         self.q, self.k, self.v = (torch.randn(shape).to(dtype) for _ in range(3))
         self.grad = torch.randn(shape).to(dtype)
-        width = head_dim if rotary else 0
-        self.settings = (list(self.schedule.numbers), "slot", width, 10000.0, False)
-        rows = (None, None, self.state)
-        keys, values, _ = torch.ops.ctx.evicted_groups(self.k, self.v, *rows, *self.settings)
+        settings = ctx.AttentionSettings(
+            schedule=self.schedule, position="rotary" if rotary else None
+        )
+        self.law = law_of(settings.resolved(head_dim), "mean", head_dim, 0)
+        self.plan = torch.ops.ctx.plan(state["seen"], None, None, size, self.law.settings, True)
+        keys, values = torch.ops.ctx.evicted_groups(
+            self.k, self.v, self.plan, self.memory, *self.law
+        )
         self.slots = [part.mean(3).contiguous() for part in (keys, values)]
         # The same for torch, laid out as one would wish.
         self.past = [torch.randn(batch, heads, 2 * size, head_dim).to(dtype) for _ in range(2)]
@@ -71,28 +76,8 @@ class Segment:
 
     def ours(self) -> Tensor:
         """From the rings, the new pairs and the new slots: as `ctx.CompressiveAttention` does."""
-        keys, values = self.slots
-        numbers, distance, width, base, interleaved = self.settings
-        out: Tensor = torch.ops.ctx.attend_sequence(
-            q=self.q,
-            k=self.k,
-            v=self.v,
-            lengths=None,
-            reset_at=None,
-            memory=self.state,
-            slot_keys=keys,
-            slot_values=values,
-            slot_positions=None,
-            bias=None,
-            slopes=None,
-            relative=[],
-            schedule=numbers,
-            distance=distance,
-            rotary_dim=width,
-            rotary_base=base,
-            rotary_interleaved=interleaved,
-            scale=self.q.shape[3] ** -0.5,
-            with_region_weights=False,
+        out: Tensor = torch.ops.ctx.attend(
+            self.q, self.k, self.v, self.plan, self.memory, self.slots, None, None, [], *self.law, False
         )[0]
         return out
 

@@ -250,9 +250,26 @@ def stream(memory: Any, tensors: list[Tensor], sizes: list[int]) -> Tensor:
 
 
 def operands(attn: ctx.CompressiveAttention, region_weights: bool = False) -> tuple[Any, ...]:
-    """What the operators that attend take last, for a layer."""
-    bias, slopes, relative, scale = attn.scores(torch.device("cpu"))
-    return (bias, slopes, relative, *attn.law, scale, region_weights)
+    """What operators that attend take of a layer, after the tensors of the call."""
+    return (*attn.scores(torch.device("cpu")), *attn.law, region_weights)
+
+
+def plan_of(
+    attn: ctx.CompressiveAttention,
+    seen: Tensor,
+    tokens: int,
+    lengths: Tensor | None = None,
+    reset_at: Tensor | None = None,
+    carried: bool = False,
+) -> Tensor:
+    """The plan of a call of a layer, as operators take it."""
+    plan: Tensor = torch.ops.ctx.plan(seen, lengths, reset_at, tokens, attn.law[0], carried)
+    return plan
+
+
+def new_streams(rows: int) -> Tensor:
+    """`seen` of rows that begin."""
+    return torch.zeros(rows, dtype=torch.int64)
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:

@@ -32,10 +32,11 @@ MEMORY = [
     "compressed_values",
     "sink_keys",
     "sink_values",
-    "seen",
-    "rewindable",
     "attention_received",
     "slot_positions",
+    "slot_mass",
+    "seen",
+    "rewindable",
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import ctx
-from strategies import assert_close, assert_same_bits, operands
+from strategies import assert_close, assert_same_bits, new_streams, operands, plan_of
 
 SIZES = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8, "sinks": 2}
 
@@ -62,16 +62,14 @@ class TestAutocast:
         """Autocast ends where an operator begins: float32 in, the same float32 numbers out."""
         attn = attention(compressor="conv").requires_grad_(False)
         q, k, v = (torch.randn(1, heads, 40, 8) for heads in (4, 2, 2))
-        settings = attn.law
+        plan = plan_of(attn, new_streams(1), 40)
         with torch.no_grad():
             attn.compressor.key_weight.add_(0.1 * torch.randn_like(attn.compressor.key_weight))
 
         def run():
-            keys, values, _ = torch.ops.ctx.evicted_groups(k, v, None, None, [], *settings)
+            keys, values = torch.ops.ctx.evicted_groups(k, v, plan, [], *attn.law)
             slots = attn.compressor(keys, values)
-            return torch.ops.ctx.attend_sequence(
-                q, k, v, None, None, [], *slots, None, *operands(attn)
-            )[0]
+            return torch.ops.ctx.attend(q, k, v, plan, [], slots, *operands(attn))[0]
 
         expected = run()
         with torch.autocast("cpu", torch.bfloat16):

@@ -10,7 +10,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import ctx
 from ctx.memory_rows import leaves
-from strategies import assert_close, assert_same_bits, operands
+from strategies import assert_close, assert_same_bits, operands, plan_of
 
 SIZES: dict[str, Any] = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8, "sinks": 2}
 
@@ -197,12 +197,14 @@ def test_export_of_a_step(make):
 def test_operators_alone(compressor):
     """torch.ops.ctx compiles without any of our modules around it."""
     module = attention(compressor=compressor).requires_grad_(False)
-    compressor = (module.compressor.operands(), module.compressor.name)
+    compressor = module.compressor.operands()
 
     def step(q, k, v, *state):
-        return torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, [], *operands(module))[
-            0
-        ]
+        *rings, seen, rewindable = state
+        plan = plan_of(module, seen, 3, carried=True)
+        out, *_ = torch.ops.ctx.step_(q, k, v, plan, rings, compressor, *operands(module))
+        torch.ops.ctx.advance_(seen, rewindable, plan, module.max_rewind)
+        return out
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     ours, theirs = ([module.init_memory(2)[name] for name in ctx.state.STATE] for _ in range(2))

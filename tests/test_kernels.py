@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import ctx
-from ctx import _C, reference
+from ctx import _C, engine, reference
 from strategies import CLOSE, COMPRESSORS, DTYPES, assert_close, assert_same_bits, pieces
 
 F64 = torch.float64
@@ -128,6 +128,14 @@ def test_tokens_do_not_see_later_ones_of_their_call(poison):
         assert got[:, :, at:].isnan().all()
 
 
+def law(rotary_dim, base=10000.0):
+    """What operators take of settings, of which the rotation matters."""
+    settings = ctx.AttentionSettings(
+        schedule=ctx.Schedule(1, 1, 1), rotary_dim=rotary_dim, rotary_base=base
+    )
+    return engine.law_of(settings.resolved(rotary_dim), "mean", rotary_dim, 0)
+
+
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 def test_angles(dtype):
     """Cosines and sines of any angle, those that a short reduction cannot reach among them."""
@@ -138,13 +146,13 @@ def test_angles(dtype):
     x = torch.tensor([1.0, 0.0], dtype=dtype).expand(1, 1, len(positions), 2)
     # The operator takes whole positions; the base scales them for none of the two channels.
     whole = positions.round().long()
-    got = torch.ops.ctx.rotary(x, whole[None], 2)[0, 0]
+    got = torch.ops.ctx.rotary(x, whole[None], *law(2))[0, 0]
     want = torch.stack([whole.double().cos(), whole.double().sin()], -1).to(dtype)
     assert_close(got, want, 3e-16 if dtype == F64 else 1e-7)
     base = 7.3e3
     wide = torch.arange(1, 21, dtype=F64).to(dtype).expand(1, 1, 50, 20)
     steps = torch.arange(50) * 977
-    got = torch.ops.ctx.rotary(wide, steps[None], 20, base)[0, 0]
+    got = torch.ops.ctx.rotary(wide, steps[None], *law(20, base))[0, 0]
     assert_close(got, reference.Rotary(base).rotate(wide[0, 0], steps.tolist()), CLOSE[dtype])
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ctx
-from strategies import COMPRESSORS
+from strategies import COMPRESSORS, new_streams, operands, plan_of
 
 F64 = torch.float64
 MODELS = 300
@@ -204,18 +204,13 @@ def test_operators_alone(position, compressor):
 
     def gradients(inputs):
         q, k, v = (x.clone().requires_grad_() for x in inputs)
-        settings = ((2, 2, 2, 2, 0, attention.compressor.overlap), "slot", attention.rotary_dim)
-        settings = (*settings, 10000.0, False)
-        keys, values, _ = torch.ops.ctx.evicted_groups(k, v, lengths, None, [], *settings)
+        plan = plan_of(attention, new_streams(2), 9, lengths)
+        keys, values = torch.ops.ctx.evicted_groups(k, v, plan, [], *attention.law)
         if compressor == "most_used":
             slots = keys[:, :, :, 0], values[:, :, :, 0]
         else:
             slots = attention.compressor(keys, values)
-        relative = [] if attention.relative is None else attention.relative.operands()
-        operands = (attention.compressed_bias, attention.alibi_slopes, relative)
-        out, _ = torch.ops.ctx.attend_sequence(
-            q, k, v, lengths, None, [], *slots, None, *operands, *settings, 0.5, False
-        )
+        out, *_ = torch.ops.ctx.attend(q, k, v, plan, [], slots, *operands(attention))
         named = [q, k, v, *parameters]
         return torch.autograd.grad((out * weight).sum(), named, allow_unused=True)
 

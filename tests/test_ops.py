@@ -1,33 +1,43 @@
 """Every operator under torch.library.opcheck: schema, autograd, shapes, and compiled graphs."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.library import opcheck
 
 import ctx
-from strategies import CLOSE, DTYPES, assert_close, assert_same_bits
+from ctx import engine
+from ctx.state import TENSORS
+from strategies import DTYPES, assert_close
 
 B, HKV, H, D, DV, T, C, P = 2, 2, 4, 6, 4, 5, 2, 8
 SCHEDULE = ctx.Schedule(4, 3, C, 4, 1)
-SETTINGS = (SCHEDULE.numbers, "slot", 4, 10000.0, False)
-SCALE = D**-0.5
+SETTINGS = ctx.AttentionSettings(
+    schedule=SCHEDULE, rotary_dim=4, slot_mass=True, logit_softcap=3.0, attention_factor=1.25
+).resolved(D)
+
+
+def law(compressor="conv", **changes):
+    """What operators take of the settings: two lists."""
+    return engine.law_of(dataclasses.replace(SETTINGS, **changes), compressor, D, 0)
 
 
 def drawn(*shape, dtype, grad=False):
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
 
 
-def memory(dtype):
-    """The tensors of a memory in the middle of a stream."""
-    used = ctx.KVMemory(SCHEDULE, B, HKV, D, DV, max_rewind=5, dtype=dtype, rotary_dim=4)
-    pairs = [torch.randn(B, HKV, 17, width, dtype=dtype) for width in (D, DV)]
-    used.append(*pairs)
-    return [tensor.clone() for tensor in used.tensors.values()]
+def memory(dtype, compressor="mean"):
+    """The rings of a memory in the middle of a stream, and `seen`."""
+    used = ctx.KVMemory(SETTINGS, B, HKV, D, DV, max_rewind=5, dtype=dtype, compressor=compressor)
+    used.step(*(torch.randn(B, n, 17, w, dtype=dtype) for n, w in ((H, D), (HKV, D), (HKV, DV))))
+    rings = [used.tensors[name].clone() for name in TENSORS]
+    return rings, used.seen.clone()
 
 
-def compressor(dtype, grad=False):
+def parameters(dtype, grad=False):
     module = ctx.compression.Conv(HKV, C, D, DV, dtype=dtype)
-    return [operand.detach().requires_grad_(grad) for operand in module.operands()], "conv", []
+    return [operand.detach().requires_grad_(grad) for operand in module.operands()]
 
 
 def pairs(dtype, grad=False):
@@ -42,6 +52,10 @@ ROWS = {
 }
 
 
+def plan(seen, rows, settings, carried=True):
+    return torch.ops.ctx.plan(seen, *ROWS[rows], T, settings, carried)
+
+
 def scores(dtype, grad=False):
     """Bias, slopes, relative positions, as operators that attend take them."""
     sizes = [(H, D), (H, D), (H, D, P), (H, D), (H, D, P)]
@@ -50,39 +64,55 @@ def scores(dtype, grad=False):
 
 
 def step(dtype, rows, grad):
-    operands = (*compressor(dtype), *scores(dtype))
-    settings = (*SETTINGS, SCALE, rows == "lengths")
-    return (*pairs(dtype, grad), *ROWS[rows], *memory(dtype), *operands, *settings)
+    rings, seen = memory(dtype)
+    packed = law()
+    call = plan(seen, rows, packed.settings)
+    operands = (parameters(dtype), *scores(dtype))
+    return (*pairs(dtype, grad), call, rings, *operands, *packed, rows == "lengths")
 
 
 def choose(dtype, rows, grad):
-    used = ctx.KVMemory(
-        SCHEDULE, B, HKV, D, DV, max_rewind=5, dtype=dtype, rotary_dim=4, compressor="most_used"
-    )
-    used.step(
-        *(torch.randn(B, heads, 17, w, dtype=dtype) for heads, w in ((H, D), (HKV, D), (HKV, DV)))
-    )
-    state = [tensor.clone() for tensor in used.tensors.values()]
+    """Slots that are tokens: which ones is an output, too."""
+    rings, seen = memory(dtype, "most_used")
+    packed = law("most_used")
+    call = plan(seen, rows, packed.settings)
+    return (*pairs(dtype, grad), call, rings, [], *scores(dtype), *packed, False)
+
+
+def read(dtype, rows, grad):
+    """Queries of what is in the memory: no new tokens."""
+    rings, seen = memory(dtype)
+    packed = law()
     q, k, v = pairs(dtype, grad)
-    groups, _, block = torch.ops.ctx.evicted_groups(k, v, *ROWS[rows], state, *SETTINGS)
-    rest = (*scores(dtype), *SETTINGS, SCALE, block, groups.shape[2])
-    return (q, k, v, *ROWS[rows], *state, *rest)
+    call = torch.ops.ctx.plan(seen - T, None, None, T, packed.settings, True)
+    operands = (None, None, []) if rows == "uniform" else scores(dtype)
+    return (q, k[:, :, :0], v[:, :, :0], call, rings, [], *operands, *packed, True)
 
 
 def append(dtype, rows, grad):
-    return (*pairs(dtype, grad)[1:], *ROWS[rows], *memory(dtype), *compressor(dtype), *SETTINGS)
+    rings, seen = memory(dtype)
+    packed = law()
+    call = plan(seen, rows, packed.settings)
+    return (*pairs(dtype, grad)[1:], call, rings, parameters(dtype), *packed)
 
 
-def attend_memory(dtype, rows, grad):
-    operands = (None, None, []) if rows == "uniform" else scores(dtype)
-    return (pairs(dtype, grad)[0], *memory(dtype), *operands, *SETTINGS, SCALE, True)
+def append_given(dtype, rows, grad):
+    """Slots that the caller made."""
+    rings, seen = memory(dtype)
+    packed = law("custom")
+    call = plan(seen, rows, packed.settings)
+    k, v = pairs(dtype, grad)[1:]
+    keys, values = torch.ops.ctx.evicted_groups(k, v, call, rings, *packed)
+    slots = [x.detach().mean(3) for x in (keys, values)]
+    return k, v, call, rings, [*slots, torch.rand(slots[0].shape[:3])], *packed
 
 
 MUTATING = {
-    "step_": step,
-    "append_": append,
-    "attend_memory": attend_memory,
-    "choose_": choose,
+    "step": ("step_", step),
+    "choose": ("step_", choose),
+    "read": ("step_", read),
+    "append": ("append_", append),
+    "append given": ("append_", append_given),
 }
 
 
@@ -92,7 +122,8 @@ MUTATING = {
 @pytest.mark.parametrize("name", MUTATING)
 def test_streaming_operators(name, rows, grad, dtype):
     """Mutation and differentiation never meet: outputs carry no gradient, whatever goes in."""
-    operator, arguments = getattr(torch.ops.ctx, name).default, MUTATING[name](dtype, rows, grad)
+    operator, made = MUTATING[name]
+    operator, arguments = getattr(torch.ops.ctx, operator).default, made(dtype, rows, grad)
     with torch.set_grad_enabled(not grad):
         opcheck(operator, arguments)
     for returned in operator(*arguments) or ():
@@ -101,71 +132,60 @@ def test_streaming_operators(name, rows, grad, dtype):
 
 def rotary(dtype, grad):
     x = drawn(B, H, T, D, dtype=dtype, grad=grad)
-    return x, torch.randint(0, 100, (B, T)), 4, 10000.0, False
+    return x, torch.randint(0, 100, (B, T)), *law()
 
 
 def compress(dtype, grad):
     keys, values = (drawn(B, HKV, 3, C, width, dtype=dtype, grad=grad) for width in (D, DV))
-    return keys, values, *compressor(dtype, grad)[:2]
+    return keys, values, parameters(dtype, grad), "conv", C
 
 
-def attend(dtype, grad, with_region_weights=True, kernels=False):
-    """What torch's operators do, or what our kernels do: no relative positions then."""
-    q = drawn(B, H, T, D, dtype=dtype, grad=grad)
-    spans = []
-    for count in (1, 4, 9):
-        for width in (D, DV):
-            spans.append(drawn(B, HKV, count, width, dtype=dtype, grad=grad))
-    numbers = [torch.arange(17, 17 + T).expand(B, T)]
-    numbers += [torch.full((B, T), first) for first in (0, 0, 5)]
-    bias, slopes, _ = scores(dtype, grad)
-    relative = [drawn(B, H, T, P, dtype=dtype, grad=grad) for _ in range(2)]
-    positions = torch.randint(0, 12, (B, HKV, SCHEDULE.compressed + 4))
-    operands = (None, bias, slopes, None, None) if kernels else (positions, bias, slopes, *relative)
-    past = [*memory(dtype)[:4], torch.tensor([[5, 7, 0, 1]]).expand(B, 4)]
-    settings = (SETTINGS[0], "token", *SETTINGS[2:], SCALE, past)
-    region_weights = (with_region_weights,) if with_region_weights is not None else ()
-    return (q, numbers[0], *spans, *numbers[1:], *operands, *settings, *region_weights)
-
-
-def evicted_groups(dtype, grad):
-    return (*pairs(dtype, grad)[1:], *ROWS["lengths"], memory(dtype), *SETTINGS)
-
-
-def attend_sequence(dtype, grad):
+def attend(dtype, grad, rows="documents", compressor="mean", memory_grads=False):
+    rings, seen = memory(dtype, compressor)
+    if memory_grads:
+        rings = [x.requires_grad_() if i < 6 else x for i, x in enumerate(rings)]
+    packed = law(compressor)
+    call = plan(seen, rows, packed.settings)
     q, k, v = pairs(dtype, grad)
-    keys, values, _ = torch.ops.ctx.evicted_groups(
-        k, v, None, ROWS["documents"][1], memory(dtype), *SETTINGS
-    )
-    slots = keys.mean(3).detach(), values.mean(3).detach(), None
-    rows = (None, ROWS["documents"][1], memory(dtype))
-    return (q, k, v, *rows, *slots, *scores(dtype, grad), *SETTINGS, SCALE, True)
+    with torch.no_grad():
+        keys, values = torch.ops.ctx.evicted_groups(k, v, call, rings, *packed)
+    slots = [x.mean(3).requires_grad_(grad) for x in (keys, values)]
+    slots.append(torch.rand(keys.shape[:3]).to(keys.dtype).requires_grad_(grad))
+    if compressor == "most_used":
+        slots.append(torch.randint(0, 12, keys.shape[:3]))
+    return (q, k, v, call, rings, slots, *scores(dtype, grad), *packed, True)
 
 
-def take_tokens(dtype, grad):
-    ring, sinks = memory(dtype)[0], memory(dtype)[4]
-    x, seen, oldest = (
-        drawn(B, HKV, T, D, dtype=dtype, grad=grad),
-        torch.tensor([9, 3]),
-        torch.ones(2),
-    )
-    return (
-        x,
-        ring,
-        sinks,
-        seen,
-        oldest.long() * 2,
-        torch.tensor([[-9, -5, -1, 0, 4], [-3, -1, 2, 2, 7]]),
-    )
+def attend_tokens(dtype, grad):
+    """Slots that are tokens with their own distances, which torch's operators compute."""
+    arguments = [*attend(dtype, grad, compressor="most_used")]
+    arguments[9] = law("most_used", distance="token").settings
+    return tuple(arguments)
+
+
+def attend_inputs(dtype, grad):
+    """A memory that was made out of something else."""
+    return attend(dtype, grad, memory_grads=grad)
+
+
+def evicted_groups(dtype, grad, keys="plain"):
+    rings, seen = memory(dtype)
+    packed = law(keys=keys)
+    return (*pairs(dtype, grad)[1:], plan(seen, "lengths", packed.settings), rings, *packed)
+
+
+def evicted_rotated(dtype, grad):
+    return evicted_groups(dtype, grad, "rotated")
 
 
 FUNCTIONAL = {
-    "rotary": rotary,
-    "take_tokens": take_tokens,
-    "compress": compress,
-    "attend": attend,
-    "evicted_groups": evicted_groups,
-    "attend_sequence": attend_sequence,
+    "rotary": ("rotary", rotary),
+    "compress": ("compress", compress),
+    "attend": ("attend", attend),
+    "attend tokens": ("attend", attend_tokens),
+    "attend inputs": ("attend", attend_inputs),
+    "evicted_groups": ("evicted_groups", evicted_groups),
+    "evicted rotated": ("evicted_groups", evicted_rotated),
 }
 
 
@@ -173,55 +193,72 @@ FUNCTIONAL = {
 @pytest.mark.parametrize("grad", [False, True], ids=["constant", "requires_grad"])
 @pytest.mark.parametrize("name", FUNCTIONAL)
 def test_functional_operators(name, grad, dtype):
-    opcheck(getattr(torch.ops.ctx, name).default, FUNCTIONAL[name](dtype, grad))
+    operator, made = FUNCTIONAL[name]
+    opcheck(getattr(torch.ops.ctx, operator).default, made(dtype, grad))
 
 
-@pytest.mark.parametrize("kernels", [False, True])
-def test_attend_backward(kernels):
+@pytest.mark.parametrize("made", [attend, attend_tokens])
+def test_attend_backward(made):
     """The backward is an operator, too."""
-    arguments = attend(torch.float64, False, with_region_weights=None, kernels=kernels)
+    *arguments, _ = made(torch.float64, False)
     out, logsumexp, region_weights = torch.ops.ctx.attend(*arguments, True)
     assert_close(region_weights.sum(-1), torch.ones(B, H, T, dtype=torch.float64), 1e-12)
     grads = torch.randn_like(out), torch.randn_like(logsumexp)
-    opcheck(torch.ops.ctx.attend_backward.default, (*grads, out, logsumexp, *arguments))
+    for memory_grads in (False, True):
+        given = (*grads, out, logsumexp, *arguments, memory_grads)
+        opcheck(torch.ops.ctx.attend_backward.default, given)
 
 
+@pytest.mark.parametrize("keys", ["plain", "rotated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_take_tokens(dtype):
-    """A row is the call's, the ring's, a sink's or zero; other devices do the same."""
-    x, ring, sinks, seen, oldest, place = arguments = take_tokens(dtype, grad=True)
-    x = x.detach()
-    taken = torch.ops.ctx.take_tokens(*arguments)
-    capacity = ring.shape[2]
-    none = torch.zeros(HKV, D, dtype=dtype)
-    want = [
-        [none, ring[0, :, 4 % capacity], ring[0, :, 8 % capacity], x[0, :, 0], x[0, :, 4]],
-        [none, ring[1, :, 2 % capacity], x[1, :, 2], x[1, :, 2], x[1, :, T - 1]],
-    ]
-    assert_same_bits(taken, torch.stack([torch.stack(rows, 1) for rows in want]))
-    sunk = torch.ops.ctx.take_tokens(x, ring, sinks, seen, oldest * 0, place)
-    assert_same_bits(sunk[0, :, 0], sinks[0, :, 0])
-    grad = torch.randn_like(taken)
-    backward = torch.ops.ctx.take_tokens_backward
-    opcheck(backward.default, (grad, place, T))
-    [got] = torch.autograd.grad(taken, arguments[0], grad)
-    outside = torch.zeros_like(x)
-    outside[0, :, 0], outside[0, :, 4] = grad[0, :, 3], grad[0, :, 4]
-    outside[1, :, 2] = grad[1, :, 2] + grad[1, :, 3]
-    assert_same_bits(got, outside)
+def test_evicted_groups_backward(dtype, keys):
+    k, v, call, _, *packed = evicted_groups(dtype, False, keys)
+    groups = torch.ops.ctx.evicted_groups(k, v, call, [], *packed)
+    grads = [torch.randn_like(x) for x in groups]
+    arguments = (*grads, call, T, dtype, *packed)
+    opcheck(torch.ops.ctx.evicted_groups_backward.default, arguments)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+def test_plan(rows, carried):
+    """One plan, whatever device makes it; and what advance_ makes of it."""
+    seen = torch.tensor([29, 3]) if carried else torch.tensor([0, 0])
+    rewindable = torch.tensor([5, 3]) if carried else torch.tensor([0, 0])
+    arguments = (seen, *ROWS[rows], T, law().settings, carried)
+    opcheck(torch.ops.ctx.plan.default, arguments)
     key = torch._C.DispatchKey.CompositeExplicitAutograd
-    for operator, given, here in (
-        (torch.ops.ctx.take_tokens.default, (x, *arguments[1:]), taken),
-        (backward.default, (grad, place, T), got),
-    ):
-        assert_close(operator._op_dk(key, *given), here.detach(), CLOSE[dtype])
+    made = torch.ops.ctx.plan(*arguments)
+    assert torch.equal(torch.ops.ctx.plan.default._op_dk(key, *arguments), made)
+    clocks = [(seen.clone(), rewindable.clone()) for _ in range(3)]
+    opcheck(torch.ops.ctx.advance_.default, (*clocks[0], made, 5))
+    torch.ops.ctx.advance_(*clocks[1], made, 5)
+    torch.ops.ctx.advance_.default._op_dk(key, *clocks[2], made, 5)
+    assert torch.equal(torch.stack(clocks[1]), torch.stack(clocks[2]))
+    after = {"uniform": seen + 5, "lengths": seen + torch.tensor([3, 5])}
+    want = after.get(rows, torch.tensor([1, 5]))
+    assert torch.equal(clocks[1][0], want)
+
+
+def schemas():
+    return [
+        schema
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("ctx::")
+    ]
 
 
 def test_none_is_left_out():
     """Every operator of the library is checked above."""
-    names = {
-        schema.name.removeprefix("ctx::")
-        for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("ctx::")
-    }
-    assert names == {*MUTATING, *FUNCTIONAL, "attend_backward", "take_tokens_backward"}
+    names = {schema.name.removeprefix("ctx::") for schema in schemas()}
+    checked = {operator for operator, _ in (*MUTATING.values(), *FUNCTIONAL.values())}
+    assert names == {*checked, "plan", "advance_", "attend_backward", "evicted_groups_backward"}
+
+
+def test_operators_are_few_and_short():
+    """At most ten operators of at most a dozen arguments each, backward ones apart."""
+    found = schemas()
+    assert len(found) <= 10
+    for schema in found:
+        most = 17 if schema.name.endswith("_backward") else 12
+        assert len(schema.arguments) <= most, schema.name

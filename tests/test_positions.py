@@ -24,6 +24,7 @@ from strategies import (
     lengths,
     memories,
     operands,
+    plan_of,
     pieces,
 )
 
@@ -213,22 +214,23 @@ class TestPlainObjects:
         attn = attention(position)
         q, k, v = (torch.randn(1, heads, 3, 4, requires_grad=True) for heads in (4, 2, 2))
         memory = attn.init_memory(1)
-        state = [memory[name] for name in ctx.state.STATE]
-        compressor = (attn.compressor.operands(), attn.compressor.name, [])
-        outs = torch.ops.ctx.step_(q, k, v, None, None, *state, *compressor, *operands(attn, True))
-        assert not any(x.requires_grad for x in (*outs, *state))
+        plan = plan_of(attn, memory.seen, 3, carried=True)
+        compressor = attn.compressor.operands()
+        rings = memory.rings[0]
+        outs = torch.ops.ctx.step_(q, k, v, plan, rings, compressor, *operands(attn, True))
+        assert not any(x.requires_grad for x in (*outs, *rings))
 
     def test_autocast_ends_at_our_operators(self, position):
         attn = attention(position)
         q, k, v = (torch.randn(2, heads, 9, 4) for heads in (4, 2, 2))
-        compressor = (attn.compressor.operands(), attn.compressor.name, [])
+        compressor = attn.compressor.operands()
 
         def step():
             memory = attn.init_memory(2)
-            state = [memory[name] for name in ctx.state.STATE]
+            plan = plan_of(attn, memory.seen, 9, carried=True)
             with torch.no_grad():
                 return torch.ops.ctx.step_(
-                    q, k, v, None, None, *state, *compressor, *operands(attn, True)
+                    q, k, v, plan, memory.rings[0], compressor, *operands(attn, True)
                 )
 
         want = step()

@@ -43,7 +43,7 @@ Snapshot geometry(const MemoryOptions& options) {
           {"inv_freq", at::tensor(a.inv_freq, at::kDouble)},
           {"attention_factor", a.attention_factor},
           {"keys", std::string(a.keys_rotated ? "rotated" : "plain")},
-          {"slot_mass", int64_t{a.slot_mass}},
+          {"mass", std::string(a.slot_mass ? "slots" : "none")},
           {"distance", a.distance},
           {"compressor", options.compressor.name}};
 }

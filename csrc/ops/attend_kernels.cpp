@@ -207,7 +207,7 @@ AttendGradients attend_backward_by_kernels(const AttendCall& call,
     args.grad_keys[i] = keys[i].data_ptr(), args.grad_values[i] = values[i].data_ptr();
   }
   Tensor mass, bias, relative, compressed;
-  if (a.spans[kCompressed].mass != nullptr) {
+  if (call.mass().defined()) {
     mass = at::zeros({a.batch, a.kv_heads, keys[kCompressed].size(2)}, wide);
     args.grad_mass[kCompressed] = mass.data_ptr();
   }

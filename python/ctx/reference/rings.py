@@ -37,8 +37,7 @@ def rings_of(memory: KVMemory) -> dict[str, Tensor]:
             rings["compressed_keys"][b, :, g % compressed] = slot.key
             rings["compressed_values"][b, :, g % compressed] = slot.value
             mass[b, :, g % compressed] = slot.mass
-    if memory.settings.slot_mass:
-        rings["slot_mass"] = mass
+    rings["slot_mass"] = mass if memory.settings.slot_mass else mass[..., :0]
     counts = {"seen": memory.seen, "rewindable": memory.rewindable}
     return {**rings, **counts, **_choices(memory, window, compressed)}
 
