@@ -17,6 +17,7 @@ set(CTX_SOURCES
     csrc/ops/composite.cpp
     csrc/ops/compress.cpp
     csrc/ops/derivatives.cpp
+    csrc/ops/enlarged.cpp
     csrc/ops/groups.cpp
     csrc/ops/memory.cpp
     csrc/ops/plan.cpp

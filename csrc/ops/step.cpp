@@ -6,6 +6,7 @@
 #include "ops/attend.h"
 #include "ops/check.h"
 #include "ops/derivatives.h"
+#include "ops/enlarged.h"
 #include "ops/reader.h"
 #include "ops/walk.h"
 #include "ops/writer.h"
@@ -71,12 +72,17 @@ Stepped step(const Tensor& q,
     return {out, weights, none(), none()};
   }
   check_carried(rows, memory.settings.schedule(), where);
-  Writer writer(memory, rows, k, v, or_empty(operands), where);
-  Reader reader(memory, q, scores, with_region_weights, /*counts=*/true);
-  Walk(memory, rows).for_each_block([&](const Block& block) {
+  std::optional<Enlarged> enlarged;
+  if (Enlarged::pays(memory, rows)) enlarged.emplace(memory, rows, where);
+  const Memory& written = enlarged ? enlarged->memory() : memory;
+  // A view of the memory's own rings would change while it is read.
+  Writer writer(written, rows, memory.apart(k), memory.apart(v), or_empty(operands), where);
+  Reader reader(written, memory.apart(q), scores, with_region_weights, /*counts=*/true);
+  Walk(written, rows).for_each_block([&](const Block& block) {
     writer.write(block);  // before its first query attends
     reader.attend(block);
   });
+  if (enlarged) enlarged->finish(rows);
   bump_versions(memory.rings);
   const auto [out, weights] = reader.result();
   return {out, weights, writer.chosen(), writer.chosen_positions()};

@@ -89,7 +89,7 @@ void Writer::report_chosen(const PlanRows& plan, bool reports) {
   const MemoryView& view = memory_.view;
   chosen_ = at::arange(plan.groups(), integers)
                 .mul(view.clock.schedule.ratio)
-                .expand({view.batch, view.kv_heads, -1})
+                .expand({view.batch, view.kv_heads, plan.groups()})
                 .contiguous();
   chosen_positions_ = at::zeros_like(chosen_);
   compress_.chosen = chosen_.data_ptr<int64_t>();

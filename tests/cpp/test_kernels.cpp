@@ -46,7 +46,7 @@ class Stream {
     m_.compressed_values = ring(rings_[3], slots_, law_.value_dim);
     m_.sink_keys = ring(rings_[4], s.sinks, law_.head_dim);
     m_.sink_values = ring(rings_[5], s.sinks, law_.value_dim);
-    mass_.assign(c * slots_, std::numeric_limits<float>::quiet_NaN());
+    mass_.assign(c * slots_, std::numeric_limits<T>::quiet_NaN());
     m_.slot_mass = mass_.data();
     q_ = numbers(kRows * law_.heads * kTokens * law_.head_dim, 1);
     k_ = numbers(kRows * law_.kv_heads * kTokens * law_.head_dim, 2);
@@ -183,7 +183,7 @@ class Stream {
   MemoryView m_;
   int64_t window_, slots_;
   std::vector<T> rings_[6];
-  std::vector<float> mass_;
+  std::vector<T> mass_;
   std::vector<double> q_, k_, v_, r_, rc_, gate_, place_;
 };
 
@@ -245,7 +245,7 @@ void inverse() {
 
 int main() {
   ctx::test::inverse();
-  ctx::test::streams<double>(1e-6);  // mass is stored in float32
+  ctx::test::streams<double>(1e-12);
   ctx::test::streams<float>(1e-5);
   return ctx::test::status();
 }

@@ -21,7 +21,7 @@ struct Call {
   int64_t slot_past = 0, past = 0;  // keys of the past
   Numbers q, relative, compressed_relative, keys[3], values[3], mass;
   Numbers past_keys[3], past_values[3];
-  std::vector<float> past_mass;
+  Numbers past_mass;
   std::vector<int64_t> position, first[3], past_first[3];
   Numbers grad_out, grad_logsumexp;
 
@@ -44,8 +44,7 @@ struct Call {
       past_values[i] = numbers(c * old[i] * law.value_dim, 13 + i);
     }
     mass = numbers(c * slots, 16);
-    const Numbers m = numbers(c * slot_past, 17);
-    past_mass.assign(m.begin(), m.end());
+    past_mass = numbers(c * slot_past, 17);
     grad_out = numbers(kBatch * law.heads * tokens * law.value_dim, 18);
     grad_logsumexp = numbers(kBatch * law.heads * tokens, 19);
     const int64_t firsts[3] = {0, before - slot_past, begin - past};

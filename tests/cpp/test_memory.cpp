@@ -51,9 +51,9 @@ void test_most_used() {
     const int64_t n = std::min<int64_t>(3, 61 - t);
     EXPECT(close(step(cut, Tokens(t, n)), expected.narrow(2, t, n)));
   }
-  const Tensor& usage = cut.tensors()[8];
-  const Tensor& positions = cut.tensors()[9];
-  EXPECT(same(positions, whole.tensors()[9]) && usage.gt(0).any().item<bool>());
+  const Tensor& usage = cut.tensors()[6];
+  const Tensor& positions = cut.tensors()[7];
+  EXPECT(same(positions, whole.tensors()[7]) && usage.gt(0).any().item<bool>());
   const Tensor slots = positions.narrow(2, 0, 3).to(at::kDouble);
   EXPECT(slots.ge(1).all().item<bool>() && slots.lt(61).all().item<bool>());
   const KVMemory before = cut.clone();
@@ -154,8 +154,8 @@ void test_positions() {
     for (int64_t t = 0; t < 40; t += 4) {
       EXPECT(close(step(cut, Tokens(t, 4)), out.narrow(2, t, 4)));
     }
-    const auto [again, same_mass] = cut.attend_with_region_weights(late.q);
-    EXPECT(close(again, out.narrow(2, 36, 4)) && close(same_mass, region_weights.narrow(2, 36, 4)));
+    const auto [again, same_weights] = cut.attend_with_region_weights(late.q);
+    EXPECT(close(again, out.narrow(2, 36, 4)) && close(same_weights, region_weights.narrow(2, 36, 4)));
     KVMemory copy = cut.clone();
     EXPECT(same(step(cut, Tokens(40, 3)), step(copy, Tokens(40, 3))));
     for (const char* other : {"rotary", "alibi", "relative", "none"}) {
@@ -222,20 +222,20 @@ void test_bad_options() {
       c10::ValueError, "ctx.KVMemory: batch_size must", make([](Options o) { o.batch_size = 0; }));
   EXPECT_THROWS(
       c10::ValueError, "ctx.KVMemory: max_rewind must", make([](Options o) { o.max_rewind = -1; }));
-  EXPECT_THROWS(c10::ValueError, "ctx.AttentionOptions: distance must", make([](Options o) {
+  EXPECT_THROWS(c10::ValueError, "ctx.AttentionSettings: distance must", make([](Options o) {
                   o.attention.distance = "far";
                 }));
-  EXPECT_THROWS(c10::ValueError, "ctx.AttentionOptions: rotary_dim must", make([](Options o) {
+  EXPECT_THROWS(c10::ValueError, "ctx.AttentionSettings: rotary_dim must", make([](Options o) {
                   o.attention.rotary_dim = 3;
                 }));
-  EXPECT_THROWS(c10::ValueError, "ctx.AttentionOptions: scale must", make([](Options o) {
+  EXPECT_THROWS(c10::ValueError, "ctx.AttentionSettings: scale must", make([](Options o) {
                   o.attention.scale = std::numeric_limits<double>::quiet_NaN();
                 }));
   EXPECT_THROWS(c10::ValueError,
-                "ctx.AttentionOptions: position must be one of",
+                "ctx.AttentionSettings: position must be one of",
                 make([](Options o) { o.attention.relative = ctx::test::relative(); }));
   EXPECT_THROWS(c10::ValueError,
-                "ctx.AttentionOptions: position must be one of",
+                "ctx.AttentionSettings: position must be one of",
                 make([](Options o) { o.attention.alibi_slopes = at::ones({4}); }));
   const auto place = [&](const char* position, const auto& change) {
     ctx::MemoryOptions changed = ctx::test::options_at(position);

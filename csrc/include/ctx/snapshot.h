@@ -4,13 +4,15 @@
 // torch.load(path, weights_only=True) and C++ programs without libctx with torch::pickle_load.
 //
 //   "format"        "ctx.KVMemory"
-//   "version"       1
+//   "version"       2
 //   geometry        batch_size, kv_heads, head_dim, value_dim, window, compressed, ratio, segment,
 //                   sinks, overlap, max_rewind, position, rotary_dim, rotary_base,
-//                   rotary_interleaved (0 or 1), distance, compressor
-//   tensors         window_keys ... slot_positions, as KVMemory::tensors() orders them
+//                   rotary_interleaved (0 or 1), inv_freq (float64 [rotary_dim / 2]),
+//                   attention_factor, keys ("plain" or "rotated"), mass ("none" or "slots"),
+//                   distance, compressor
+//   tensors         window_keys ... rewindable, as KVMemory::tensors() orders them
 //
-// The scale, the compressed bias, ALiBi's slopes, the tensors of relative positions and the
+// The scale, the cap of scores, the compressed bias, ALiBi's slopes, the tensors of relative positions and the
 // compressor's parameters belong to the model: a snapshot does not hold them.
 #pragma once
 

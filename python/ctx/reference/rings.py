@@ -37,9 +37,9 @@ def rings_of(memory: KVMemory) -> dict[str, Tensor]:
             rings["compressed_keys"][b, :, g % compressed] = slot.key
             rings["compressed_values"][b, :, g % compressed] = slot.value
             mass[b, :, g % compressed] = slot.mass
+    rings |= _choices(memory, window, compressed)
     rings["slot_mass"] = mass if memory.settings.slot_mass else mass[..., :0]
-    counts = {"seen": memory.seen, "rewindable": memory.rewindable}
-    return {**rings, **counts, **_choices(memory, window, compressed)}
+    return {**rings, "seen": memory.seen, "rewindable": memory.rewindable}
 
 
 def capacities(memory: KVMemory) -> tuple[int, int]:
