@@ -3,7 +3,6 @@ adapter), hooks, and a forward of one's own act in training and in streams.
 """
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -11,7 +10,8 @@ from torch import nn
 
 import ctx
 from compiled import Compiled
-from strategies import POOLING, assert_close, assert_same_bits
+from pairwise import pairwise
+from strategies import COMPRESSORS, POOLING, assert_close, assert_same_bits
 
 F64 = torch.float64
 SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "max_rewind": 4}
@@ -111,16 +111,13 @@ WRAPPERS = {
     "relative": Moved,
     "decoder": Rebuilt,
 }
-LAYERS = [
-    *itertools.product(POOLING, POSITIONS, ["kv", "hidden"]),
-    *itertools.product(["most_used"], POSITIONS, ["kv"]),
-]
-CASES = [
-    (name, *layer)
-    for name, layer in itertools.product(WRAPPERS, LAYERS)
-    if (name != "relative" or layer[1] == "relative")
-    and (name not in ("compressor", "decoder") or layer[0] != "most_used")
-]
+CASES = pairwise(
+    *(WRAPPERS, COMPRESSORS, POSITIONS, ["kv", "hidden"]),
+    allowed=lambda name, compressor, position, content: (
+        (name != "relative" or position == "relative")
+        and (compressor in POOLING or (name not in ("compressor", "decoder") and content == "kv"))
+    ),
+)
 
 
 def streamed(attn, x, grad, calls=CALLS):
