@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "cmake"))
 import build_backend  # noqa: E402
 
 TORCH = build_backend.locate_torch()
-OPTIONS = ("CTX_CUDA", "CTX_SANITIZE", "CTX_WERROR")  # also read from the environment
+OPTIONS = ("CTX_CUDA", "CTX_SANITIZE", "CTX_UNITY", "CTX_WERROR")  # also read from the environment
 
 
 def jobs() -> int:
@@ -57,6 +57,7 @@ class CMakeBuild(build_ext):
             *(("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCTX_TORCH_ROOT={torch.root}",
+            f"-DCTX_UNITY={'OFF' if self.editable_mode or self.inplace else 'ON'}",
             *(f"-D{name}={os.environ[name]}" for name in OPTIONS if name in os.environ),
             *os.environ.get("CMAKE_ARGS", "").split(),
         )

@@ -1,7 +1,7 @@
 """Settings shared by all tests.
 
     pytest                                    a few thousand random cases, the same ones every time
-    pytest -n auto                            the same, a process for each core
+    pytest -n auto --dist worksteal           the same, a process for each core
     pytest --hypothesis-profile=ci            three times as many, the same ones every time
     pytest --hypothesis-profile=explore       ten times as many, different ones every time
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strategies import Setting, assert_close, assert_same_bits, strided
+from strategies import Setting, assert_close, assert_same_bits, strided, up_to
 
 PAIRS = ["window", "compressed", "sink"]
 GARBAGE = [float("nan"), float("inf"), -1e4]
@@ -22,7 +22,7 @@ Streams = list[list[Tensor]]
 
 def sizes(most: int) -> st.SearchStrategy[int]:
     """Tokens of a call: few, none, or any number up to `most`."""
-    return st.sampled_from([n for n in (0, 1, 1, 2, 3) if n <= most]) | st.integers(0, most)
+    return up_to(most, 0, *(n for n in (0, 1, 1, 2, 3) if n <= most))
 
 
 def resets(batch: int, tokens: int) -> st.SearchStrategy[Tensor]:
@@ -47,7 +47,9 @@ def cuttings(draw: st.DrawFn, totals: Sequence[int]) -> list[list[int]]:
         if len(calls) == 12:
             calls.append([*left])
         else:
-            calls.append([draw(sizes(n) | st.just(n)) for n in left])
+            calls.append(
+                [draw(up_to(n, 0, n, *(m for m in (0, 1, 1, 2, 3) if m <= n))) for n in left]
+            )
         left = [n - taken for n, taken in zip(left, calls[-1], strict=True)]
     return calls
 

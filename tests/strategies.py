@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -156,17 +156,49 @@ def strided(x: Tensor, kind: int) -> Tensor:
     return x
 
 
+# Making a strategy takes longer than drawing from it: what can be is made once.
+SCHEDULES = st.fixed_dictionaries(
+    {
+        "window": st.integers(0, 12),
+        "compressed": st.integers(0, 6),
+        "ratio": st.integers(1, 5),
+        "segment": st.none() | st.integers(1, 9),
+        "sinks": st.integers(0, 4),
+    }
+)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "rotary_base": st.sampled_from([10000.0, 20.0]),
+        "rotary_interleaved": st.booleans(),
+        "distance": st.sampled_from(["slot", "token"]),
+        "compressed_bias": st.sampled_from(["none", "log_ratio"]),
+        "scale": st.sampled_from([None, None, 0.3]),
+    }
+)
+HEAD_DIMS = st.sampled_from([2, 4, 6, 8, 10])
+ONE_OR_TWO, ONE_TO_THREE = st.integers(1, 2), st.integers(1, 3)
+OVERLAPS = st.sampled_from([0, 1, 2, 5, 9])
+SEEDS = st.integers(0, 2**31)
+MAX_REWINDS = st.sampled_from([1, 2, 3, 7, 64])
+BOOLEANS = st.booleans()
+
+
+@cache
+def sampled(*values: Any) -> st.SearchStrategy[Any]:
+    """One of the values, simpler ones first."""
+    return st.sampled_from(values)
+
+
+@cache
+def up_to(most: int, least: int, *simplest: int) -> st.SearchStrategy[int]:
+    """One of the simplest numbers, or any one from `least` to `most`."""
+    return st.sampled_from(simplest) | st.integers(least, most)
+
+
 @st.composite
 def schedules(draw: st.DrawFn, **fixed: Any) -> dict[str, int | None]:
     """Arguments of a small Schedule."""
-    drawn = {
-        "window": draw(st.integers(0, 12)),
-        "compressed": draw(st.integers(0, 6)),
-        "ratio": draw(st.integers(1, 5)),
-        "segment": draw(st.none() | st.integers(1, 9)),
-        "sinks": draw(st.integers(0, 4)),
-    }
-    return {**drawn, **fixed}
+    return {**draw(SCHEDULES), **fixed}
 
 
 @st.composite
@@ -179,32 +211,29 @@ def memories(
     by_usage: bool = True,
 ) -> Setting:
     """A Setting; the arguments fix parts of it. Not `by_usage`: its compressor is of POOLING."""
-    kv_heads = draw(st.integers(1, 2))
-    head_dim = draw(st.sampled_from([2, 4, 6, 8, 10]))
-    rotary_dims = st.none() | st.sampled_from(range(2, head_dim + 1, 2))
+    kv_heads = draw(ONE_OR_TWO)
+    head_dim = draw(HEAD_DIMS)
     options = {
-        "position": draw(st.sampled_from(positions)),
-        "rotary_base": draw(st.sampled_from([10000.0, 20.0])),
-        "rotary_dim": draw(rotary_dims),
-        "rotary_interleaved": draw(st.booleans()),
-        "distance": draw(st.sampled_from(["slot", "token"])),
-        "compressed_bias": bias or draw(st.sampled_from(["none", "log_ratio"])),
-        "scale": draw(st.sampled_from([None, None, 0.3])),
+        "position": draw(sampled(*positions)),
+        "rotary_dim": draw(sampled(None, None, *range(2, head_dim + 1, 2))),
+        **draw(OPTIONS),
     }
+    if bias is not None:
+        options["compressed_bias"] = bias
     names = COMPRESSORS if by_usage else POOLING
-    name = draw(st.sampled_from(names)) if compressor is None else compressor
+    name = draw(sampled(*names)) if compressor is None else compressor
     return Setting(
-        schedule=draw(schedules(**(schedule or {}))),
-        batch=draw(st.integers(1, 2)),
+        schedule={**draw(SCHEDULES), **(schedule or {})},
+        batch=draw(ONE_OR_TWO),
         kv_heads=kv_heads,
-        heads=kv_heads * draw(st.integers(1, 3)),
+        heads=kv_heads * draw(ONE_TO_THREE),
         head_dim=head_dim,
-        value_dim=draw(st.sampled_from([head_dim, head_dim, 1, 3, 8])),
+        value_dim=draw(sampled(head_dim, head_dim, 1, 3, 8)),
         compressor=name,
-        overlap=draw(st.sampled_from([0, 1, 2, 5, 9])) if name == "conv" else 0,
-        seed=draw(st.integers(0, 2**31)),
-        max_rewind=draw(st.sampled_from([1, 2, 3, 7, 64])),
-        bias_per_head=bias is None and draw(st.booleans()),
+        overlap=draw(OVERLAPS) if name == "conv" else 0,
+        seed=draw(SEEDS),
+        max_rewind=draw(MAX_REWINDS),
+        bias_per_head=bias is None and draw(BOOLEANS),
         options=options,
     )
 
@@ -216,14 +245,14 @@ def lengths(draw: st.DrawFn, setting: Setting, most: int = 60) -> int:
     full = law.sinks + law.window
     edges = [0, 1, law.segment - 1, law.segment, law.segment + 1, 3 * law.segment + 2]
     edges += [full, full + law.segment, law.reach, law.reach + law.segment + 1]
-    return draw(st.sampled_from([n for n in edges if n <= most]) | st.integers(1, most))
+    return draw(up_to(most, 1, *(n for n in edges if n <= most)))
 
 
 @st.composite
 def cuts(draw: st.DrawFn, length: int) -> list[int]:
     """A ragged cutting: sizes that add up to `length`, empty calls among them."""
     sizes: list[int] = []
-    piece = st.sampled_from([length, 1, 1, 2, 3, 0]) | st.integers(1, max(1, length))
+    piece = up_to(max(1, length), 1, length, 1, 1, 2, 3, 0)
     while sum(sizes) < length:
         sizes.append(min(draw(piece), length - sum(sizes)))
     return sizes

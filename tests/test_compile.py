@@ -6,27 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
 
 import ctx
+from compiled import Compiled
 from ctx.memory_rows import leaves
 from strategies import assert_close, assert_same_bits, operands, plan_of
 
 SIZES: dict[str, Any] = {"window": 8, "compressed": 6, "ratio": 4, "segment": 8, "sinks": 2}
-
-
-class Compiled:
-    """A module compiled whole, for any size, and the number of graphs that this took."""
-
-    def __init__(self, module, backend):
-        torch._dynamo.reset()
-        self.graphs = 0
-        self.backend = lookup_backend(backend)
-        self.run = torch.compile(module, backend=self.compile, fullgraph=True, dynamic=True)
-
-    def compile(self, graph, inputs):
-        self.graphs += 1
-        return self.backend(graph, inputs)
 
 
 def attention(**options):
@@ -65,7 +51,7 @@ def gradients(module, y):
 def test_one_graph_for_every_position(make, grad):
     """50 steps of varying `seen` and length: at most two compilations, nothing left to Python."""
     module = make()
-    compiled = Compiled(module, "aot_eager" if grad else "eager")
+    compiled = Compiled(module, "aot_eager" if grad else "eager", floats=make is attention)
     ours, theirs = module.init_memory(2), module.init_memory(2)
     with torch.set_grad_enabled(grad):
         for step in range(50):
@@ -95,7 +81,7 @@ def test_one_graph_for_every_position(make, grad):
 )
 def test_begins_without_a_memory(grad, options):
     module = attention(**options)
-    compiled = Compiled(module, "aot_eager")
+    compiled = Compiled(module, "aot_eager", dynamic="compressor" not in options)
     x = torch.randn(2, 9, 32)
     with torch.set_grad_enabled(grad):
         y, memory = compiled.run(x)

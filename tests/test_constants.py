@@ -1,6 +1,6 @@
 """Constants that follow from settings are right, however a module was built, cast or loaded.
 
-Every module with every setting is walked: none may own a buffer that its state does not hold.
+Modules of every setting are walked: none may own a buffer that its state does not hold.
 """
 
 import copy
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ctx
+from pairwise import pairwise
 from strategies import COMPRESSORS, POOLING, assert_close, assert_same_bits
 
 SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1}
@@ -20,13 +21,9 @@ POSITIONS = ["rotary", "relative", "alibi", None]
 BIASES = ["none", "log_ratio", "learned"]
 SETTINGS = [
     {"position": position, "compressed_bias": bias, "compressor": name, "memory_content": content}
-    for position, bias, (name, content) in itertools.product(
-        POSITIONS,
-        BIASES,
-        [
-            *itertools.product(POOLING, ["kv", "hidden"]),
-            *itertools.product([name for name in COMPRESSORS if name not in POOLING], ["kv"]),
-        ],
+    for position, bias, name, content in pairwise(
+        *(POSITIONS, BIASES, COMPRESSORS, ["kv", "hidden"]),
+        allowed=lambda _position, _bias, name, content: content == "kv" or name in POOLING,
     )
 ]
 

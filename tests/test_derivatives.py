@@ -14,15 +14,29 @@ from strategies import COMPRESSORS
 
 F64 = torch.float64
 SIZES = {"window": 3, "compressed": 2, "ratio": 2, "sinks": 1}
-# position, compressor, memory content, distance
+ROWS = ["fresh", "carried", "padded", "documents"]
+# position, compressor, memory content, distance, and how rows are laid out: every two of them meet,
+# and every three of the first.
 KINDS = [
-    (position, compressor, content, "token" if (i + j) % 2 else "slot")
-    for (i, position), (j, compressor), content in itertools.product(
-        enumerate(["rotary", "relative", "alibi", None]), enumerate(COMPRESSORS), ["kv", "hidden"]
+    (
+        *(position, compressor, content),
+        *("token" if (i + j) % 2 else "slot", ROWS[(i + j // 2 + 2 * k) % len(ROWS)]),
+    )
+    for (i, position), (j, compressor), (k, content) in itertools.product(
+        *(enumerate(["rotary", "relative", "alibi", None]), enumerate(COMPRESSORS)),
+        enumerate(["kv", "hidden"]),
     )
     if not (content == "hidden" and compressor == "most_used")
 ]
-WALK = pytest.mark.parametrize("position, compressor, content, distance", KINDS)
+WALK = pytest.mark.parametrize("position, compressor, content, distance, rows", KINDS)
+
+
+def test_every_two_meet():
+    """What is left out of the product is only the meeting of three."""
+    for a, b in itertools.combinations(range(5), 2):
+        met = {(kind[a], kind[b]) for kind in KINDS}
+        product = itertools.product(*({kind[i] for kind in KINDS} for i in (a, b)))
+        assert set(product) - met <= {("most_used", "hidden")}
 
 
 def layer(position: Any, compressor: str, content: str, distance: str, **changes: Any) -> Any:
@@ -40,16 +54,18 @@ def layer(position: Any, compressor: str, content: str, distance: str, **changes
     return made
 
 
-def calls(attention: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """A memory and the arguments of one call, for every way in which rows can be laid out."""
+def call_of(attention: Any, rows: str) -> tuple[Any, dict[str, Any]]:
+    """A memory and the options of a call, for one way in which rows can be laid out."""
+    if rows == "fresh":
+        return None, {}
     with torch.no_grad():
         carried = attention(torch.randn(2, 7, 4, dtype=F64))[1]
-    return {
-        "fresh": (None, {}),
-        "carried": (carried, {}),
-        "padded": (carried, {"lengths": torch.tensor([8, 5])}),
-        "documents": (carried, {"reset_at": torch.eye(2, 8, dtype=torch.bool)}),
+    options: dict[str, dict[str, Any]] = {
+        "carried": {},
+        "padded": {"lengths": torch.tensor([8, 5])},
+        "documents": {"reset_at": torch.eye(2, 8, dtype=torch.bool)},
     }
+    return carried, options[rows]
 
 
 def copy(memory: Any) -> Any:
@@ -57,18 +73,18 @@ def copy(memory: Any) -> Any:
 
 
 @WALK
-def test_second_derivatives(position, compressor, content, distance):
+def test_second_derivatives(position, compressor, content, distance, rows):
     """With respect to inputs and parameters, over a carried memory."""
     attention = layer(position, compressor, content, distance)
     names, values = zip(*attention.named_parameters(), strict=True)
-    for memory, rows in calls(attention).values():
+    memory, options = call_of(attention, rows)
 
-        def run(x, *parameters, memory=memory, rows=rows):
-            weights = dict(zip(names, parameters, strict=True))
-            return torch.func.functional_call(attention, weights, (x, memory), rows)[0].sin()
+    def run(x, *parameters):
+        weights = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(attention, weights, (x, memory), options)[0].sin()
 
-        x = torch.randn(2, 8, 4, dtype=F64, requires_grad=True)
-        assert gradgradcheck(run, (x, *values), fast_mode=True, atol=1e-6)
+    x = torch.randn(2, 8, 4, dtype=F64, requires_grad=True)
+    assert gradgradcheck(run, (x, *values), fast_mode=True, atol=1e-6)
 
 
 def test_the_smallest_gradient_penalty():
@@ -112,56 +128,54 @@ def test_a_gradient_of_zero_has_derivatives():
 
 
 @WALK
-def test_forward_mode(position, compressor, content, distance):
+def test_forward_mode(position, compressor, content, distance, rows):
     """Under grad and without, where the memory is written in place as if there were no tangent."""
     attention = layer(position, compressor, content, distance)
-    for memory, rows in calls(attention).values():
+    memory, options = call_of(attention, rows)
 
-        def run(x, memory=memory, rows=rows):
-            return attention(x, copy(memory), **rows)[0]
+    def run(x):
+        return attention(x, copy(memory), **options)[0]
 
-        x = torch.randn(2, 8, 4, dtype=F64)
-        tangent = torch.randn_like(x)
-        with torch.no_grad():
-            expected = (run(x + 1e-6 * tangent) - run(x - 1e-6 * tangent)) / 2e-6
-        streamed = copy(memory)
-        with torch.no_grad():
-            after = attention(x, streamed, **rows)[1]
-        for grad in (True, False):
-            given = copy(memory)
-            with torch.set_grad_enabled(grad), forward_ad.dual_level():
-                dual, written = attention(forward_ad.make_dual(x, tangent), given, **rows)
-                got = forward_ad.unpack_dual(dual).tangent
-                torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-6)
-            if given is not None and not grad:
-                assert written is given
-            for name, part in after.tensors.items():
-                torch.testing.assert_close(written[name], part, atol=1e-12, rtol=1e-12)
+    x = torch.randn(2, 8, 4, dtype=F64)
+    tangent = torch.randn_like(x)
+    with torch.no_grad():
+        expected = (run(x + 1e-6 * tangent) - run(x - 1e-6 * tangent)) / 2e-6
+        after = attention(x, copy(memory), **options)[1]
+    for grad in (True, False):
+        given = copy(memory)
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            dual, written = attention(forward_ad.make_dual(x, tangent), given, **options)
+            got = forward_ad.unpack_dual(dual).tangent
+            torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-6)
+        if given is not None and not grad:
+            assert written is given
+        for name, part in after.tensors.items():
+            torch.testing.assert_close(written[name], part, atol=1e-12, rtol=1e-12)
 
 
 @WALK
-def test_forward_mode_in_the_parameters(position, compressor, content, distance):
+def test_forward_mode_in_the_parameters(position, compressor, content, distance, rows):
     """Tangents of weights, biases of slots and relative positions, with and without writing."""
     attention = layer(position, compressor, content, distance)
     values = {name: x.detach() for name, x in attention.named_parameters()}
     tangents = {name: torch.randn_like(x) for name, x in values.items()}
-    for memory, rows in calls(attention).values():
-        x = torch.randn(2, 8, 4, dtype=F64)
+    memory, options = call_of(attention, rows)
+    x = torch.randn(2, 8, 4, dtype=F64)
 
-        def run(weights, update=True, x=x, memory=memory, rows=rows):
-            options = {**rows, "update": update}
-            return torch.func.functional_call(attention, weights, (x, copy(memory)), options)[0]
+    def run(weights, update=True):
+        given = {**options, "update": update}
+        return torch.func.functional_call(attention, weights, (x, copy(memory)), given)[0]
 
-        def moved(step):
-            return {name: w + step * tangents[name] for name, w in values.items()}
+    def moved(step):
+        return {name: w + step * tangents[name] for name, w in values.items()}
 
-        with torch.no_grad():
-            expected = (run(moved(1e-6)) - run(moved(-1e-6))) / 2e-6
-        for grad, update in itertools.product((True, False), (True, False)):
-            with torch.set_grad_enabled(grad), forward_ad.dual_level():
-                duals = {n: forward_ad.make_dual(w, tangents[n]) for n, w in values.items()}
-                got = forward_ad.unpack_dual(run(duals, update)).tangent
-                torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-6)
+    with torch.no_grad():
+        expected = (run(moved(1e-6)) - run(moved(-1e-6))) / 2e-6
+    for grad, update in itertools.product((True, False), (True, False)):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            duals = {n: forward_ad.make_dual(w, tangents[n]) for n, w in values.items()}
+            got = forward_ad.unpack_dual(run(duals, update)).tangent
+            torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.parametrize("position", ["rotary", "relative", "alibi", None])

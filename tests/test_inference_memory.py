@@ -28,9 +28,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("content", ["kv", "hidden"])
+CONTENTS = ["kv", "hidden"]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_serves_training(way, content):
+    """Every way in a graph, too, for one of the two contents."""
     torch.manual_seed(0)
     attn = ctx.CompressiveAttention(8, 4, 2, **SIZES, memory_content=content)
     with torch.inference_mode():
@@ -41,13 +45,17 @@ def test_serves_training(way, content):
     attn = attn.to(memory["window_keys"].dtype)
     x = torch.randn(2, 7, 8, dtype=memory["window_keys"].dtype)
     torch._dynamo.reset()
-    found = []
-    for call in (attn, torch.compile(attn, fullgraph=True, backend="aot_eager")):
+    found, calls = [], [attn]
+    if (list(WAYS).index(way) + CONTENTS.index(content)) % 2:
+        calls.append(torch.compile(attn, fullgraph=True, backend="aot_eager"))
+    for call in calls:
         y, after = call(x, memory)
         found.append(torch.autograd.grad(y.sin().sum(), list(attn.parameters())))
         call(x, after)
-    for mine, yours in zip(*found, strict=True):
-        assert_close(mine, yours, 1e-6)
+    for eager, *compiled in zip(*found, strict=True):
+        assert eager.isfinite().all()
+        for gradient in compiled:
+            assert_close(gradient, eager, 1e-6)
 
 
 @pytest.mark.parametrize("operation", ["select", "merge", "clone", "to", "resized"])

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import ctx
+from compiled import Compiled
 
 NEW = 5
 SIZES = {"window": 6, "compressed": 4, "ratio": 2, "segment": 4, "sinks": 1}
@@ -113,14 +114,14 @@ def test_sharded(group, tied):
 def test_compiled():
     """Trained and generated from by one module, in one graph for each of the two modes."""
     model = make(num_layers=1)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = Compiled(model, "aot_eager")
 
     def generate(tokens, number, *, temperature):
         assert (number, temperature) == (NEW, 0)
-        return greedy(compiled, model.init_memory(2))
+        return greedy(compiled.run, model.init_memory(2))
 
-    assert_same_journey(journey(compiled, model, generate), plain(num_layers=1))
+    assert_same_journey(journey(compiled.run, model, generate), plain(num_layers=1))
+    assert compiled.graphs == 2
 
 
 class Step(nn.Module):

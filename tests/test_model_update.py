@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ctx
+from pairwise import pairwise
 
 MODELS = {
     "rotary": {},
@@ -38,9 +39,7 @@ def model(changed, **more):
     return built
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("changed", MODELS)
+@pytest.mark.parametrize("changed, rows, mode", pairwise(MODELS, ROWS, MODES))
 def test_reading_is_writing_without_the_writing(changed, rows, mode):
     aux = {} if changed == "by usage" else {"aux_loss": "reconstruction"}
     built = model(MODELS[changed], **aux)
@@ -79,9 +78,7 @@ def test_without_a_memory_there_is_none(mode):
         torch.testing.assert_close(got, built(tokens)[0])
 
 
-@pytest.mark.parametrize("length", [0, 1, 11])
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("changed", MODELS)
+@pytest.mark.parametrize("changed, rows, length", pairwise(MODELS, ROWS, [0, 1, 11]))
 def test_last_only_is_the_last_of_all(changed, rows, length):
     built = model(MODELS[changed])
     tokens = torch.randint(0, 11, (3, length))

@@ -6,14 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ctx
+from pairwise import pairwise
 
 SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 4}
-MODELS = [
-    {"norm": norm, "mlp": mlp, "tied": tied}
-    for norm in ("rms", "layer")
-    for mlp in ("swiglu", "gelu")
-    for tied in (True, False)
-]
 BLOCK = ("attention_norm", "attention", "mlp_norm", "mlp", "mlp.up", "mlp.down", "dropout")
 PROJECTIONS = tuple(f"attention.{name}_proj" for name in ("q", "k", "v", "out"))
 PLACES = [
@@ -21,6 +16,12 @@ PLACES = [
     *(f"blocks.1.{name}" for name in BLOCK),
     *(f"blocks.0.{name}" for name in PROJECTIONS),
     "blocks.0",
+]
+MODELS = [
+    (place, {"norm": norm, "mlp": mlp, "tied": tied})
+    for place, norm, mlp, tied in pairwise(
+        PLACES, ("rms", "layer"), ("swiglu", "gelu"), (True, False)
+    )
 ]
 
 
@@ -116,9 +117,8 @@ def by_hand(built, place, added, tokens):
     return x @ table.T if built.head is None else at("head", x @ built.head.weight.T)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("changed", MODELS, ids=lambda one: "-".join(map(str, one.values())))
-def test_what_wraps_a_submodule_counts(changed, place):
+@pytest.mark.parametrize("place, changed", MODELS, ids=str)
+def test_what_wraps_a_submodule_counts(place, changed):
     if place == "head" and changed["tied"]:
         changed = {**changed, "tied": False}
     built, plain = model(**changed), model(**changed)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import ctx
+from pairwise import pairwise
 from strategies import COMPRESSORS, new_streams, operands, plan_of
 
 F64 = torch.float64
@@ -231,9 +232,9 @@ def test_a_loss_that_depends_on_a_bad_token_says_so():
         assert attention.get_submodule(name).weight.grad.isnan().any(), name
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("position", ["rotary", "relative", "alibi"])
-@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize(
+    "compressor, position, threads", pairwise(COMPRESSORS, ["rotary", "relative", "alibi"], [2, 3])
+)
 def test_gradients_do_not_depend_on_threads(compressor, position, threads):
     """One row or kv head and several, short calls and long: not a bit of any gradient of ours."""
 

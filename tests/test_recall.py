@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from command_line import here, run
+from command_line import here
 from ctx.compression import COMPRESSORS, Compressor, register
 from ctx.recipes.errors import RecipeError
 from ctx.recipes.recall import compete
@@ -152,7 +152,7 @@ def test_the_same_seed_gives_the_same_answers():
 
 class TestCommand:
     def test_writes_both_files(self, tmp_path):
-        code, out, err = run("recall", *TINY, "--compressor", "max,gated", cwd=tmp_path)
+        code, out, err = here("recall", *TINY, "--compressor", "max,gated", cwd=tmp_path)
         assert code == 0, err
         folder = tmp_path / "runs" / "recall-1"
         drawn = {"recall.png"} if importlib.util.find_spec("matplotlib") else set()

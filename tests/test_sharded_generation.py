@@ -1,7 +1,6 @@
 """Several processes and generation: a sharded model (FSDP2, a split embedding) or a replicated one
 continues a text as its hand-written loop does."""
 
-import itertools
 import os
 import socket
 import time
@@ -22,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import ctx
+from pairwise import pairwise
 
 ROWS, LENGTH, NEW = 2, 70, 3
 
@@ -127,7 +127,7 @@ def split_embedding(ranks):
 
 
 MODELS = [{}, {"tied": False, "norm": "layer", "compressor": "most_used", "position": None}]
-CASES = list(itertools.product(MODELS, (False, True), (False, True)))
+CASES = pairwise(MODELS, (False, True), (False, True))
 
 
 def worker(rank, ranks, port):

@@ -3,14 +3,15 @@ adapter), hooks, and a forward of one's own act in training and in streams.
 """
 
 import copy
-import itertools
 
 import pytest
 import torch
 from torch import nn
 
 import ctx
-from strategies import POOLING, assert_close, assert_same_bits
+from compiled import Compiled
+from pairwise import pairwise
+from strategies import COMPRESSORS, POOLING, assert_close, assert_same_bits
 
 F64 = torch.float64
 SIZES = {"window": 4, "compressed": 3, "ratio": 2, "segment": 3, "sinks": 1, "max_rewind": 4}
@@ -112,22 +113,19 @@ WRAPPERS = {
     "relative": Moved,
     "decoder": Rebuilt,
 }
-LAYERS = [
-    *itertools.product(POOLING, POSITIONS, ["kv", "hidden"]),
-    *itertools.product(["most_used"], POSITIONS, ["kv"]),
-]
-CASES = [
-    (name, *layer)
-    for name, layer in itertools.product(WRAPPERS, LAYERS)
-    if (name != "relative" or layer[1] == "relative")
-    and (name not in ("compressor", "decoder") or layer[0] != "most_used")
-]
+CASES = pairwise(
+    *(WRAPPERS, COMPRESSORS, POSITIONS, ["kv", "hidden"]),
+    allowed=lambda name, compressor, position, content: (
+        (name != "relative" or position == "relative")
+        and (compressor in POOLING or (name not in ("compressor", "decoder") and content == "kv"))
+    ),
+)
 
 
-def streamed(attn, x, grad, update=True):
+def streamed(attn, x, grad, calls=CALLS):
     memory, parts = attn.init_memory(len(x)), []
     with torch.set_grad_enabled(grad):
-        for piece in x.split(CALLS, 1):
+        for piece in x.split(calls, 1):
             y, memory = attn(piece, memory)
             parts.append(y)
     return torch.cat(parts, 1), memory
@@ -390,18 +388,18 @@ def test_begin_again(name):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("content", ["kv", "hidden"])
 def test_compiled(content, grad):
-    """All of them wrapped, a hook among them, in one graph."""
+    """All of them wrapped, a hook among them, in one graph for calls of one length."""
     attn = attention(position="relative", memory_content=content)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj", "compressor", "relative"):
         setattr(attn, name, WRAPPERS[name](getattr(attn, name)))
     attn.compressor.module.base.register_forward_hook(twice)
-    x = torch.randn(2, sum(CALLS), 8, dtype=F64)
-    want = streamed(attn, x, grad)[0]
-    torch._dynamo.reset()
-    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 24, 8, dtype=F64)
+    want = streamed(attn, x, grad, [8, 8, 8])[0]
+    compiled = Compiled(attn, "aot_eager", dynamic=None)
     memory, parts = attn.init_memory(2), []
     with torch.set_grad_enabled(grad):
-        for piece in x.split(CALLS, 1):
-            y, memory = compiled(piece, memory)
+        for piece in x.split(8, 1):
+            y, memory = compiled.run(piece, memory)
             parts.append(y)
     assert_close(torch.cat(parts, 1), want, 1e-11)
+    assert compiled.graphs == 1

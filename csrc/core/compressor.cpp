@@ -36,20 +36,21 @@ Compressor Compressor::make(const std::string& name,
   const int64_t left = kernel == 0 ? 0 : kernel - ratio;
   const auto mean_weight = [&](int64_t width) {
     at::Tensor weight = at::zeros({kv_heads, left + ratio, width, width}, options);
-    weight.narrow(1, left, ratio).copy_(at::eye(width, options).div(static_cast<double>(ratio)));
+    weight.narrow(1, left, ratio).diagonal(0, 2, 3).fill_(1.0 / static_cast<double>(ratio));
     return weight;
   };
   // Every layer copies the later of its two tokens. The 2 D channels hold x and -x, since ReLU keeps
   // only what is positive; the last convolution takes the mean of their difference.
   const auto dilated = [&](int64_t width, std::vector<at::Tensor>& parameters) {
-    const at::Tensor eye = at::eye(width, options);
     at::Tensor first = at::zeros({kv_heads, 2, width, 2 * width}, options);
-    first.select(1, 1).copy_(at::cat({eye, -eye}, 1));
+    first.select(1, 1).narrow(2, 0, width).diagonal(0, 1, 2).fill_(1.0);
+    first.select(1, 1).narrow(2, width, width).diagonal(0, 1, 2).fill_(-1.0);
     at::Tensor deeper =
         at::zeros({kv_heads, dilated_layers(ratio) - 1, 2, 2 * width, 2 * width}, options);
-    deeper.select(2, 1).copy_(at::eye(2 * width, options));
+    deeper.select(2, 1).diagonal(0, 2, 3).fill_(1.0);
     at::Tensor last = at::zeros({kv_heads, ratio, 2 * width, width}, options);
-    last.copy_(at::cat({eye, -eye}, 0).div(static_cast<double>(ratio)));
+    last.narrow(2, 0, width).diagonal(0, 2, 3).fill_(1.0 / static_cast<double>(ratio));
+    last.narrow(2, width, width).diagonal(0, 2, 3).fill_(-1.0 / static_cast<double>(ratio));
     parameters.insert(parameters.end(), {first, deeper, last});
   };
   switch (kind) {

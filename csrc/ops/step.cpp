@@ -68,7 +68,11 @@ Stepped step(const Tensor& q,
   const PlanRows rows(plan, q.size(0), q.size(2), where);
   if (reads) {
     const auto [out, weights] = read(memory, q, rows, scores, with_region_weights);
-    const auto none = [&] { return at::empty({0}, plan.options()); };
+    const bool chooses = memory.settings.compressor == CompressorKind::kMostUsed;
+    const auto none = [&] {
+      return chooses ? at::zeros({k.size(0), k.size(1), rows.groups()}, plan.options())
+                     : at::empty({0}, plan.options());
+    };
     return {out, weights, none(), none()};
   }
   check_carried(rows, memory.settings.schedule(), where);
@@ -124,10 +128,9 @@ Stepped step_meta(const Tensor& q,
   constexpr const char* where = "ctx.step_";
   auto sizes = q.sym_sizes().vec();
   sizes[3] = v.sym_size(3);
-  const bool reports =
-      unpack(settings, numbers, where).compressor == CompressorKind::kMostUsed && k.sym_size(2) != 0;
   const auto chosen = [&] {
-    if (!reports) return plan.new_empty({0});
+    if (unpack(settings, numbers, where).compressor != CompressorKind::kMostUsed)
+      return plan.new_empty({0});
     const PlanTensors tensors(plan, q.sym_size(0), q.sym_size(2), where);
     return plan.new_empty_symint({k.sym_size(0), k.sym_size(1), tensors.groups()});
   };
