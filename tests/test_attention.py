@@ -52,6 +52,7 @@ class Layer:
     bias: bool
     seed: int
     options: dict[str, Any]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # those without an option
 
     @property
     def embed_dim(self):
@@ -60,9 +61,18 @@ class Layer:
     def module(self, dtype=F64, **changes):
         """The module with random parameters everywhere, those that start as zeros too."""
         torch.manual_seed(self.seed)
-        options = {**self.schedule, **self.options, "max_rewind": self.max_rewind, **changes}
-        sizes = self.embed_dim, self.heads, self.kv_heads
-        attn = ctx.CompressiveAttention(*sizes, bias=self.bias, dtype=F64, **options)
+        options = {**self.options, "max_rewind": self.max_rewind, **changes}
+        sizes = {"embed_dim": self.embed_dim, "num_heads": self.heads}
+        sizes["num_kv_heads"] = self.kv_heads
+        first = ()
+        if self.settings:
+            fields = {field.name for field in dataclasses.fields(ctx.AttentionSettings)}
+            named = {name: options.pop(name) for name in [*options] if name in fields}
+            schedule = ctx.Schedule(**self.schedule)
+            first = (ctx.AttentionSettings(schedule=schedule, **named, **self.settings),)
+        else:
+            options |= self.schedule
+        attn = ctx.CompressiveAttention(*first, **sizes, bias=self.bias, dtype=F64, **options)
         with torch.no_grad():
             for parameter in attn.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
@@ -87,6 +97,7 @@ class Layer:
             new=new,
             return_region_weights=return_region_weights,
             **options,
+            **self.settings,
         )
 
     def x(self, batch, length, dtype=F64):
@@ -117,7 +128,17 @@ def layers(draw, **options):
     if drawn["compressor"] == "conv":
         longer = draw(st.sampled_from([None, 0, 1, 4]))
         drawn["compressor_kernel"] = None if longer is None else schedule["ratio"] + longer
+    settings = {}
+    if draw(st.booleans()):
+        settings["logit_softcap"] = draw(st.sampled_from([None, 2.0]))
+        settings["slot_mass"] = drawn["compressed_bias"] != "log_ratio" and draw(st.booleans())
+        if drawn["position"] == "rotary":
+            settings["attention_factor"] = draw(st.sampled_from([1.0, 1.25]))
+            width = drawn["rotary_dim"] or head_dim
+            given = tuple(0.7**i for i in range(width // 2))
+            settings["inv_freq"] = draw(st.sampled_from([None, given]))
     return Layer(
+        settings=settings,
         schedule=schedule,
         heads=kv_heads * draw(st.integers(1, 2)),
         kv_heads=kv_heads,

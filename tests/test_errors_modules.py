@@ -260,7 +260,7 @@ LAYERS = {
         with_rings(lambda rings: [*rings[:-1], [*rings[-1], rings[-1][0]]]),
         "rings",
         ValueError,
-        "9",
+        "10",
     ),
     "a part less": (
         with_rings(lambda rings: [*rings[:-1], rings[-1][:7]]),

@@ -34,10 +34,14 @@ SETTINGS = {
     "rotary_dim": (4, "4"),
     "rotary_base": (10000.000001, r"10000\.000001"),
     "rotary_interleaved": (1, "1"),
+    "attention_factor": (1.5, r"1\.5"),
+    "keys": ("rotated", '"rotated"'),
+    "mass": ("slots", '"slots"'),
+    "inv_freq": (torch.ones(2, dtype=torch.float64), r"a tensor \[2\]"),
     "distance": ("token", '"token"'),
     "compressor": ("mean", '"mean"'),
     "format": ("ctx.Other", "ctx.Other"),
-    "version": (2, "2"),
+    "version": (1, "1"),
 }
 TENSORS = (
     "window_keys",

@@ -19,6 +19,11 @@ CHANGES = [
     {"position": None, "compressed_bias": "learned"},
     {"rotary_dim": 2, "rotary_base": 500.0, "rotary_interleaved": True, "distance": "token"},
 ]
+#: Settings that no option gives.
+ONLY = [
+    {"inv_freq": (1.0, 0.5)},
+    {"attention_factor": 1.5, "slot_mass": True, "logit_softcap": 30.0, "compressed_bias": "learned"},
+]
 
 
 def both(**changed):
@@ -48,6 +53,16 @@ def test_the_same_layer(changed):
             assert_same_bits(ours(x, memory.clone())[0], theirs(x, memory.clone())[0])
 
 
+@pytest.mark.parametrize("changed", ONLY, ids=str)
+def test_what_only_settings_have(changed):
+    settings = ctx.AttentionSettings(schedule=SCHEDULE, **changed)
+    ours = ctx.CompressiveAttention(settings, embed_dim=16, num_heads=4)
+    again = ctx.CompressiveAttention(ours.settings.resolved(4), embed_dim=16, num_heads=4)
+    assert again.settings == ours.settings and again.spec == ours.spec
+    for name, value in changed.items():
+        assert getattr(ours.settings, name) == value
+
+
 def test_scale():
     """Only settings have one: scores of half the size are those of queries of half the size."""
     settings = ctx.AttentionSettings(schedule=SCHEDULE)
@@ -75,14 +90,19 @@ def test_an_option_is_given_once(name, value):
         ctx.CompressiveAttention(settings, embed_dim=16, num_heads=4, **{name: value})
 
 
-@pytest.mark.parametrize("name, value", [
-    ("inv_freq", (1.0, 0.5)), ("attention_factor", 1.5), ("keys", "rotated"), ("slot_mass", True),
-    ("logit_softcap", 30.0),
-])  # fmt: skip
-def test_what_a_layer_does_not_compute_is_refused(name, value):
-    settings = ctx.AttentionSettings(schedule=SCHEDULE, **{name: value})
-    with pytest.raises(ValueError, match=rf"Attention: settings\.{name} must be .* got"):
+def test_a_layer_makes_its_own_keys():
+    settings = ctx.AttentionSettings(schedule=SCHEDULE, keys="rotated")
+    with pytest.raises(ValueError, match=r"Attention: settings\.keys must be 'plain' .* got"):
         ctx.CompressiveAttention(settings, embed_dim=16, num_heads=4)
+
+
+@pytest.mark.parametrize("first", [None, -4.0])
+def test_a_learned_bias_starts_at_zero_with_mass(first):
+    settings = ctx.AttentionSettings(schedule=SCHEDULE, compressed_bias="learned", slot_mass=True)
+    layer = ctx.CompressiveAttention(
+        settings, embed_dim=16, num_heads=4, compressed_bias_init=first
+    )
+    assert (layer.compressed_bias == (first or 0.0)).all()
 
 
 def test_sizes_are_needed():
@@ -100,4 +120,4 @@ def test_defaults_are_the_signature_s():
     parameters = inspect.signature(ctx.CompressiveAttention).parameters
     assert {name: parameters[name].default for name in layer_options._FLAT} == layer_options._FLAT
     fields = {field.name: field.default for field in dataclasses.fields(ctx.AttentionSettings)}
-    assert {name: fields[name] for name in layer_options._NOT_YET} == layer_options._NOT_YET
+    assert {name: fields[name] for name in layer_options.SETTINGS_ONLY} == layer_options.SETTINGS_ONLY

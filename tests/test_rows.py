@@ -421,7 +421,7 @@ def test_to(dtype, slots, name):
         want = {torch.int64: torch.int64}.get(tensor.dtype, pairs)
         if key.startswith("compressed"):
             want = stored
-        if key == "attention_received":
+        if key in ("attention_received", "slot_mass"):
             want = torch.float64 if pairs == torch.float64 else torch.float32
         assert tensor.dtype == want, key
         assert tensor.numel() == 0 or tensor.data_ptr() != memory[key].data_ptr()

@@ -31,9 +31,12 @@ SETTINGS = {
     "rotary_dim": 4,
     "rotary_base": 10000.0,
     "rotary_interleaved": 0,
+    "attention_factor": 1.0,
+    "keys": "plain",
+    "mass": "none",
     "distance": "slot",
     "format": "ctx.KVMemory",
-    "version": 1,
+    "version": 2,
 }
 
 
@@ -197,8 +200,9 @@ def test_documented_parts(tmp_path):
     memory.save(tmp_path / "memory.ctx")
     held = torch.load(tmp_path / "memory.ctx", weights_only=True)
     assert type(held) is dict
-    assert held.keys() == {*SETTINGS, "compressor", *memory.tensors}
-    plain = {name: part for name, part in held.items() if name not in memory.tensors}
+    assert held.keys() == {*SETTINGS, "compressor", "inv_freq", *memory.tensors}
+    assert torch.equal(held["inv_freq"], 10000.0 ** -torch.tensor([0.0, 0.5], dtype=torch.float64))
+    plain = {name: part for name, part in held.items() if name in {*SETTINGS, "compressor"}}
     assert plain == {**SETTINGS, "compressor": "conv"}
     assert {name: type(part) for name, part in plain.items()} == {
         name: type(part) for name, part in {**SETTINGS, "compressor": "conv"}.items()

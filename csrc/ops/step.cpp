@@ -60,6 +60,7 @@ Stepped step(const Tensor& q,
              at::ArrayRef<double> numbers,
              bool with_region_weights) {
   constexpr const char* where = "ctx.step_";
+  const auto precision = own_precision();
   const Memory memory(list, unpack(settings, numbers, where), where);
   check_pairs(memory.rings, k, v, where);
   const ScoreOperands scores{bias, slopes, or_empty(relative)};

@@ -167,7 +167,8 @@ def projecting(
     if call.rings is not None:
         past = pairs_of(call.rings, plan.seen, layer, project)
     # A slot is rounded as the memory will, so that it never matters which call made it.
-    slots = (*project(slots[0].to(hidden.dtype)), *slots[2:])
+    masses = [x.expand(-1, layer.num_kv_heads, -1) for x in slots[2:]]  # one for all heads
+    slots = (*project(slots[0].to(hidden.dtype)), *masses)
     scores = layer.scores(q.device)
     out, weights = engine.attend(
         q, *project(hidden), plan, past, layer.law, slots, scores, call.region_weights

@@ -7,6 +7,7 @@ from typing import Any
 
 from ctx import _check
 from ctx.compression import COMPRESSORS, check_kernel
+from ctx.frequencies import default_inv_freq
 from ctx.losses import LOSSES
 from ctx.positions import check_position
 from ctx.schedule import SIZES
@@ -136,6 +137,9 @@ def with_settings(settings: AttentionSettings, options: LayerOptions, where: str
             f"got {settings.keys!r}"
         )
     given = {name: getattr(settings, name) for name in (*_SETTINGS, *SETTINGS_ONLY)}
+    usual = default_inv_freq(settings.rotary_base, settings.rotary_dim or 0)
+    if settings.position != "rotary" or settings.inv_freq == usual:
+        given["inv_freq"] = None
     return options | given | {name: getattr(settings.schedule, name) for name in SIZES}
 
 
