@@ -1,5 +1,7 @@
 """A running memory carried over to other sizes is one that had these sizes from the start."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,8 +20,9 @@ def begun(setting, dtype, inputs, sizes, **changed):
     if changed:
         again = dict(memory._settings)
         schedule = memory.schedule.resized(**changed)
+        settings = dataclasses.replace(memory._attention, schedule=schedule)
         memory = ctx.KVMemory(
-            schedule, setting.batch, **again, compressor=memory.compressor, dtype=dtype
+            settings, setting.batch, **again, compressor=memory.compressor, dtype=dtype
         )
     stream(memory, inputs, sizes)
     return memory

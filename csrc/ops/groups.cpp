@@ -91,41 +91,34 @@ Tensor held_rows(at::TensorList memory,
   return at::where(sink.unsqueeze(1).unsqueeze(-1), take_rows(memory[sinks], token), rows);
 }
 
+// x are rows as a memory holds them: keys are rotated.
 Tensor group_elsewhere(const Tensor& x,
                        const PlanTensors& plan,
                        at::TensorList memory,
                        StateIndex ring,
                        StateIndex sinks,
-                       const Settings& settings,
-                       bool rotates) {
-  const Schedule& s = settings.schedule();
+                       const Schedule& s) {
   const auto type = arithmetic_type(x.scalar_type());
   const Reading reading(plan, s);
-  const Tensor past = reading.wide(reading.place.lt(0));
-  const Tensor position = reading.number.neg();
-  const auto back = [&](const Tensor& rows) {
-    const Tensor wide = rows.to(type);
-    if (!rotates || settings.rotary.dim == 0) return wide;
-    // Rotating by the negative angle is the transpose; the inverse divides by the factor twice.
-    const double factor = settings.rotary.attention_factor;
-    const Tensor turned = rotate(wide, position, settings.rotary);
-    const int64_t dim = settings.rotary.dim;
-    if (factor == 1.0) return turned;
-    return at::cat({turned.slice(-1, 0, dim) / (factor * factor), turned.slice(-1, dim)}, -1);
-  };
-  const bool none = x.sym_size(2) == 0;
-  Tensor rows = none ? Tensor() : take_rows(x, reading.place).to(type);
-  if (rows.defined() && settings.rotary.keys_rotated) rows = back(rows);
+  Tensor rows = x.sym_size(2) == 0 ? Tensor() : take_rows(x, reading.place);
   if (!memory.empty()) {
-    const Tensor held = back(held_rows(memory, ring, sinks, plan, s, reading.place));
-    rows = rows.defined() ? at::where(past, held, rows) : held;
+    const Tensor held = held_rows(memory, ring, sinks, plan, s, reading.place);
+    rows = rows.defined() ? at::where(reading.wide(reading.place.lt(0)), held, rows) : held;
   }
   if (!rows.defined())
     rows = at::zeros_symint({x.sym_size(0), x.sym_size(1), reading.place.sym_size(1), x.sym_size(3)},
-                            x.options().dtype(type));
-  rows = rows.masked_fill(reading.wide(reading.number.lt(0)), 0.0);
-  return rows.reshape_symint(
-      {x.sym_size(0), x.sym_size(1), plan.groups(), tokens_read(s), x.sym_size(3)});
+                            x.options());
+  return rows.to(type);
+}
+
+// Rotating by the negative angle is the transpose; the inverse divides by the factor twice.
+Tensor rotated_back(const Tensor& rows, const Tensor& position, const Rotary& rotary) {
+  if (rotary.dim == 0) return rows;
+  const double factor = rotary.attention_factor;
+  const Tensor turned = rotate(rows, position.neg(), rotary);
+  if (factor == 1.0) return turned;
+  return at::cat(
+      {turned.slice(-1, 0, rotary.dim) / (factor * factor), turned.slice(-1, rotary.dim)}, -1);
 }
 
 Pairs groups_elsewhere(const Tensor& k,
@@ -137,8 +130,22 @@ Pairs groups_elsewhere(const Tensor& k,
   const at::TensorList memory = or_empty(list);
   const Settings settings = check(k, v, memory, packed, numbers);
   const PlanTensors tensors(plan, k.sym_size(0), k.sym_size(2), kWhere);
-  return {group_elsewhere(k, tensors, memory, kWindowKeys, kSinkKeys, settings, true),
-          group_elsewhere(v, tensors, memory, kWindowValues, kSinkValues, settings, false)};
+  const Schedule& s = settings.schedule();
+  const Rotary& rotary = settings.rotary;
+  const Tensor stored =
+      rotary.keys_rotated ? k : rotate(k, tensors.token(kPlanPosition), rotary);
+  const Reading reading(tensors, s);
+  const auto grouped = [&](const Tensor& rows) {
+    return rows.masked_fill(reading.wide(reading.number.lt(0)), 0.0)
+        .reshape_symint({rows.sym_size(0),
+                         rows.sym_size(1),
+                         tensors.groups(),
+                         tokens_read(s),
+                         rows.sym_size(3)});
+  };
+  const Tensor keys = group_elsewhere(stored, tensors, memory, kWindowKeys, kSinkKeys, s);
+  return {grouped(rotated_back(keys, reading.number, rotary)),
+          grouped(group_elsewhere(v, tensors, memory, kWindowValues, kSinkValues, s))};
 }
 
 // Which row a group reads, and where it lies.
@@ -222,33 +229,20 @@ Tensor gather(const Tensor& x,
   return out;
 }
 
-// Rotates back, in place, the rows that were rotated: those of a memory, or all.
+// Rotates rows back, in place; what is before the stream stays zero.
 void rotate_back(const Tensor& x, const std::vector<Read>& reads, const Rotary& rotary) {
   if (rotary.dim == 0 || x.numel() == 0) return;
-  const int64_t count = x.size(2);
-  std::vector<double> positions(count);
-  for (int64_t b = 0; b < x.size(0); ++b) {
-    const auto turned = [&](int64_t i) {
-      const Source source = reads[b * count + i].source;
-      return source != Source::kNone && (source != Source::kCall || rotary.keys_rotated);
-    };
-    for (int64_t begin = 0, end; begin < count; begin = end) {  // runs of rotated rows
-      end = begin + 1;
-      if (!turned(begin)) continue;
-      while (end < count && turned(end)) ++end;
-      for (int64_t i = begin; i < end; ++i)
-        positions[i - begin] = static_cast<double>(reads[b * count + i].position);
-      const Tensor run = x.narrow(0, b, 1).narrow(2, begin, end - begin);
-      RotateArgs args;
-      args.rotary = rotary;
-      args.inverse = true;
-      args.storage = storage_of(x.scalar_type(), kWhere, "k");
-      args.batch = 1, args.heads = x.size(1), args.tokens = end - begin, args.head_dim = x.size(3);
-      args.positions = positions.data();
-      args.in = args.out = strided(run);
-      kernels_for(x.device().type()).rotate(args);
-    }
-  }
+  std::vector<double> positions;
+  for (const Read& r : reads) positions.push_back(static_cast<double>(r.position));
+  RotateArgs args;
+  args.rotary = rotary;
+  args.inverse = true;
+  args.storage = storage_of(x.scalar_type(), kWhere, "k");
+  args.batch = x.size(0), args.heads = x.size(1), args.tokens = x.size(2);
+  args.head_dim = x.size(3);
+  args.positions = positions.data();
+  args.in = args.out = strided(x);
+  kernels_for(x.device().type()).rotate(args);
 }
 
 Pairs groups_cpu(const Tensor& k,
@@ -264,7 +258,13 @@ Pairs groups_cpu(const Tensor& k,
   const bool carried = !memory.empty();
   const auto reads = reads_of(rows, s, carried, carried ? memory[kWindowKeys].size(2) : 1);
   const auto held = [&](StateIndex index) { return carried ? memory[index] : Tensor(); };
-  const Tensor keys = gather(k, held(kWindowKeys), held(kSinkKeys), reads);
+  // As the memory stores them, so that slots do not depend on which call brought a token.
+  const Tensor stored = settings.rotary.keys_rotated
+                            ? k
+                            : rotated(k, PlanTensors(plan, k.size(0), k.size(2), kWhere)
+                                             .token(kPlanPosition),
+                                      settings.rotary);
+  const Tensor keys = gather(stored, held(kWindowKeys), held(kSinkKeys), reads);
   rotate_back(keys, reads, settings.rotary);
   const Tensor values = gather(v, held(kWindowValues), held(kSinkValues), reads);
   const auto grouped = [&](const Tensor& x) {
