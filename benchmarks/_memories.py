@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ctx
+from ctx.state import TENSORS
 
 __all__ = ["CatLoop", "as_int8", "fill", "full_memory", "sdpa_ways", "visible"]
 
@@ -19,7 +20,7 @@ def fill(state: dict[str, Any], seen: int) -> dict[str, Any]:
     """A memory's state as after `seen` tokens, with random keys and values."""
     filled = {
         name: torch.randn(part.shape).to(part.dtype)
-        if isinstance(part, Tensor) and part.is_floating_point()
+        if name in TENSORS and part.is_floating_point()
         else part
         for name, part in state.items()
     }

@@ -43,7 +43,7 @@ class Segment:
     ) -> None:
         shape = (batch, heads, size, head_dim)
         self.schedule = ctx.Schedule(size, size, self.ratio, size)
-        seen = 2 * size * self.ratio
+        self.seen = seen = 2 * size * self.ratio
         empty = StateShape.of(self.schedule, heads, head_dim, head_dim, size)
         clock = zip(CLOCK, empty_clock(batch, "cpu"), strict=True)
         rings = zip(TENSORS, empty.zeros(batch, dtype, "cpu"), strict=True)
@@ -77,7 +77,17 @@ class Segment:
     def ours(self) -> Tensor:
         """From the rings, the new pairs and the new slots: as `ctx.CompressiveAttention` does."""
         out: Tensor = torch.ops.ctx.attend(
-            self.q, self.k, self.v, self.plan, self.memory, self.slots, None, None, [], *self.law, False
+            self.q,
+            self.k,
+            self.v,
+            self.plan,
+            self.memory,
+            self.slots,
+            None,
+            None,
+            [],
+            *self.law,
+            False,
         )[0]
         return out
 

@@ -179,8 +179,8 @@ def test_segment_computes_what_sdpa_does():
     `slots`.
     """
     segment = _segment.Segment(16, heads=2, head_dim=8, batch=2, rotary=False)
-    names = dict(zip(ctx.state.STATE, segment.state, strict=True))
-    seen, schedule = int(names["seen"][0]), segment.schedule
+    names = dict(zip(ctx.state.TENSORS, segment.memory, strict=True))
+    seen, schedule = segment.seen, segment.schedule
     n, w = schedule.groups(seen), schedule.window_begin(seen)
     due = n - schedule.groups(seen - 1)
     assert due == segment.slots[0].shape[2] > 0

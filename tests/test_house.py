@@ -31,7 +31,7 @@ def read(folder, *suffixes):
 LAYERS = {
     "law": r"include/ctx/(schedule|export)\.h",
     "api": r"include/ctx/",
-    "check": r"core/check\.h",  # how messages are made; for everyone who checks
+    "check": r"ops/check\.h",  # how messages are made; for everyone who checks
     "seam": r"ops/kernels\.h",
     "registry": r"ops/registry\.h",
     "core": r"core/",
@@ -337,7 +337,7 @@ def test_limit_of_a_schedule(name):
 @pytest.mark.parametrize("module", [ctx.KVMemory, ctx.CompressiveAttention])
 def test_defaults_agree(module):
     options = cpp_defaults(header("memory.h"), "MemoryOptions")
-    options |= cpp_defaults(header("attention.h"), "AttentionOptions")
+    options |= cpp_defaults(header("settings.h"), "AttentionSettings")
     parameters = inspect.signature(module).parameters
     shared = {
         name: parameters[name].default

@@ -22,7 +22,12 @@ CHANGES = [
 #: Settings that no option gives.
 ONLY = [
     {"inv_freq": (1.0, 0.5)},
-    {"attention_factor": 1.5, "slot_mass": True, "logit_softcap": 30.0, "compressed_bias": "learned"},
+    {
+        "attention_factor": 1.5,
+        "slot_mass": True,
+        "logit_softcap": 30.0,
+        "compressed_bias": "learned",
+    },
 ]
 
 
@@ -120,4 +125,6 @@ def test_defaults_are_the_signature_s():
     parameters = inspect.signature(ctx.CompressiveAttention).parameters
     assert {name: parameters[name].default for name in layer_options._FLAT} == layer_options._FLAT
     fields = {field.name: field.default for field in dataclasses.fields(ctx.AttentionSettings)}
-    assert {name: fields[name] for name in layer_options.SETTINGS_ONLY} == layer_options.SETTINGS_ONLY
+    assert {
+        name: fields[name] for name in layer_options.SETTINGS_ONLY
+    } == layer_options.SETTINGS_ONLY

@@ -241,11 +241,7 @@ def test_plan(rows, carried):
 
 
 def schemas():
-    return [
-        schema
-        for schema in torch._C._jit_get_all_schemas()
-        if schema.name.startswith("ctx::")
-    ]
+    return [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("ctx::")]
 
 
 def test_none_is_left_out():

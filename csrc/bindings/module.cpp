@@ -200,12 +200,8 @@ PYBIND11_MODULE(_C, m) {
            "function"_a,
            "overlap"_a);
 
-  m.def("pack",
-        wrap_pybind_function(pack),
-        "settings"_a,
-        "compressor"_a,
-        "head_dim"_a,
-        "overlap"_a);
+  m.def(
+      "pack", wrap_pybind_function(pack), "settings"_a, "compressor"_a, "head_dim"_a, "overlap"_a);
 
   py::class_<KVMemory, std::shared_ptr<KVMemory>>(m, "KVMemory")
       .def(py::init(wrap_pybind_function_no_gil(make_memory)),

@@ -24,7 +24,9 @@ OptionalTensor detached(const OptionalTensor& x) {
   return x ? OptionalTensor(x->detach()) : std::nullopt;
 }
 
-std::vector<Tensor> empty_rings(const Tensor& k, const Tensor& v, const AttentionSettings& settings) {
+std::vector<Tensor> empty_rings(const Tensor& k,
+                                const Tensor& v,
+                                const AttentionSettings& settings) {
   const ops::StateShape shape{settings.schedule,
                               k.size(0),
                               k.size(1),
@@ -62,21 +64,20 @@ std::vector<Tensor> most_used(const Tensor& q,
   const OptionalTensor slopes = detached(settings.alibi_slopes), constant = detached(bias);
   std::vector<Tensor> relative = settings.relative;
   for (Tensor& part : relative) part = part.detach();
-  const auto [out, weights, chosen, positions] =
-      ops::step_(q.detach(),
-                 k.detach(),
-                 v.detach(),
-                 plan,
-                 copy,
-                 {},
-                 {constant, slopes, relative},
-                 packed,
-                 /*with_region_weights=*/false);
+  const auto [out, weights, chosen, positions] = ops::step_(q.detach(),
+                                                            k.detach(),
+                                                            v.detach(),
+                                                            plan,
+                                                            copy,
+                                                            {},
+                                                            {constant, slopes, relative},
+                                                            packed,
+                                                            /*with_region_weights=*/false);
   const auto taken = [&index = chosen](const Tensor& groups) {
     return groups.flatten(2, 3).gather(2, index.unsqueeze(-1).expand({-1, -1, -1, groups.size(4)}));
   };
-  const Tensor mass =
-      settings.slot_mass ? at::zeros(chosen.sizes(), keys.options()) : at::empty({0}, keys.options());
+  const Tensor mass = settings.slot_mass ? at::zeros(chosen.sizes(), keys.options())
+                                         : at::empty({0}, keys.options());
   return {taken(keys), taken(values), mass, positions};
 }
 

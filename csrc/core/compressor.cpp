@@ -104,14 +104,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compress(const at::Tensor& keys,
     };
     return {made[0], made[1], made.size() == 3 ? made[2] : usual()};
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctx::compress", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
-                                 const at::Tensor&,
-                                 const at::Tensor&,
-                                 ops::OptionalList,
-                                 c10::string_view,
-                                 int64_t)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("ctx::compress", "")
+          .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&,
+                                                                const at::Tensor&,
+                                                                ops::OptionalList,
+                                                                c10::string_view,
+                                                                int64_t)>();
   return op.call(keys, values, compressor.parameters, compressor.name, ratio);
 }
 

@@ -4,8 +4,8 @@
 #include <c10/core/InferenceMode.h>
 
 #include "core/settings.h"
-#include "ops/check.h"
 #include "ops/attend.h"
+#include "ops/check.h"
 #include "ops/groups.h"
 #include "ops/plan.h"
 #include "ops/registry.h"
@@ -144,8 +144,7 @@ Tensor KVMemory::plan(const Tensor& k,
                       const OptionalTensor& lengths,
                       const OptionalTensor& reset_at) const {
   const auto packed = pack(options_.attention, options_.compressor.name);
-  return ops::plan(
-      seen(), lengths, reset_at, k.sym_size(2), packed.settings, /*carried=*/true);
+  return ops::plan(seen(), lengths, reset_at, k.sym_size(2), packed.settings, /*carried=*/true);
 }
 
 // What the operators take of the compressor: its parameters, or what its function makes of the groups
@@ -154,8 +153,7 @@ std::vector<Tensor> KVMemory::operands(const Tensor& k, const Tensor& v, const T
   const Compressor& compressor = options_.compressor;
   if (compressor.name != "custom") return compressor.parameters;
   const AttentionSettings& a = options_.attention;
-  const auto [keys, values] =
-      ops::evicted_groups(k, v, plan, rings(), pack(a, compressor.name));
+  const auto [keys, values] = ops::evicted_groups(k, v, plan, rings(), pack(a, compressor.name));
   const auto [slot_keys, slot_values, mass] =
       compress(keys, values, compressor, a.slot_mass ? a.schedule.ratio : 0);
   return {slot_keys, slot_values, mass};
@@ -234,8 +232,7 @@ std::tuple<Tensor, Tensor> KVMemory::attend_with_region_weights(const Tensor& q)
 std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_region_weights) const {
   constexpr const char* where = "ctx.KVMemory.attend";
   const AttentionSettings& a = options_.attention;
-  ops::check_queries(
-      rings(), q, -1, {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
+  ops::check_queries(rings(), q, -1, {options_.compressed_bias, a.alibi_slopes, a.relative}, where);
   CTX_CHECK_VALUE(q.size(2) <= options_.max_rewind,
                   where,
                   "q must have at most max_rewind = ",
@@ -260,12 +257,12 @@ std::tuple<Tensor, Tensor> KVMemory::attended(const Tensor& q, bool with_region_
   const int64_t tokens = q.size(2);
   const auto packed = pack(a, options_.compressor.name);
   const Tensor before = seen().sub(tokens);
-  const Tensor plan = ops::plan(
-      before.clamp_min(0), {}, {}, tokens, packed.settings, /*carried=*/true);
-  const Tensor none = at::empty({options_.batch_size, options_.kv_heads, 0, options_.head_dim},
-                                q.options());
-  const Tensor no_values = at::empty({options_.batch_size, options_.kv_heads, 0, options_.value_dim},
-                                     q.options());
+  const Tensor plan =
+      ops::plan(before.clamp_min(0), {}, {}, tokens, packed.settings, /*carried=*/true);
+  const Tensor none =
+      at::empty({options_.batch_size, options_.kv_heads, 0, options_.head_dim}, q.options());
+  const Tensor no_values =
+      at::empty({options_.batch_size, options_.kv_heads, 0, options_.value_dim}, q.options());
   const auto [out, weights, chosen, positions] =
       ops::step_(q,
                  none,

@@ -8,8 +8,8 @@
 #include <charconv>
 #include <sstream>
 
-#include "ops/check.h"
 #include "ctx/memory.h"
+#include "ops/check.h"
 #include "ops/registry.h"
 #include "ops/state.h"
 

@@ -28,13 +28,12 @@ void check_rotary(const AttentionSettings& s, int64_t head_dim) {
   };
   positive("rotary_base", s.rotary_base);
   positive("attention_factor", s.attention_factor);
-  CTX_CHECK_VALUE(
-      s.inv_freq.empty() || static_cast<int64_t>(s.inv_freq.size()) == s.rotary_dim / 2,
-      kWhere,
-      "inv_freq must be rotary_dim / 2 = ",
-      s.rotary_dim / 2,
-      " numbers, got ",
-      s.inv_freq.size());
+  CTX_CHECK_VALUE(s.inv_freq.empty() || static_cast<int64_t>(s.inv_freq.size()) == s.rotary_dim / 2,
+                  kWhere,
+                  "inv_freq must be rotary_dim / 2 = ",
+                  s.rotary_dim / 2,
+                  " numbers, got ",
+                  s.inv_freq.size());
   const bool fit = std::all_of(s.inv_freq.begin(), s.inv_freq.end(), [](double frequency) {
     return std::isfinite(frequency) && frequency >= 0;
   });
@@ -83,11 +82,8 @@ AttentionSettings AttentionSettings::resolved(int64_t head_dim, int64_t overlap)
 ops::PackedSettings pack(const AttentionSettings& x, const std::string& compressor) {
   ops::Settings settings;
   settings.clock = {x.schedule, ops::parse_token_distance(x.distance, kWhere)};
-  settings.rotary = {x.rotary_dim,
-                     x.inv_freq.data(),
-                     x.attention_factor,
-                     x.rotary_interleaved,
-                     x.keys_rotated};
+  settings.rotary = {
+      x.rotary_dim, x.inv_freq.data(), x.attention_factor, x.rotary_interleaved, x.keys_rotated};
   settings.compressor = ops::parse_compressor(compressor, kWhere);
   settings.slot_mass = x.slot_mass;
   settings.scale = x.scale;

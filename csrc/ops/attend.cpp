@@ -40,9 +40,9 @@ Attended forward(const Tensor& q,
                  at::IntArrayRef settings,
                  at::ArrayRef<double> numbers,
                  bool with_region_weights) {
-  return Run({q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings,
-              numbers},
-             with_region_weights);
+  return Run(
+      {q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings, numbers},
+      with_region_weights);
 }
 
 template <std::vector<Tensor> (*Run)(const AttendCall&, const AttendOutputs&, bool)>
@@ -62,10 +62,10 @@ std::vector<Tensor> backward(const Tensor& grad_out,
                              at::IntArrayRef settings,
                              at::ArrayRef<double> numbers,
                              bool memory_grads) {
-  return Run({q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings,
-              numbers},
-             {grad_out, grad_logsumexp, out, logsumexp},
-             memory_grads);
+  return Run(
+      {q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings, numbers},
+      {grad_out, grad_logsumexp, out, logsumexp},
+      memory_grads);
 }
 
 Attended forward_elsewhere(const AttendCall& call, bool with_region_weights) {
@@ -214,23 +214,23 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
     const at::TensorList all(x);
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(x[0]);
     const Tensor grad_logsumexp = grads[1].defined() ? grads[1] : at::zeros_like(x[1]);
-    const auto made = backward_op().call(
-        grad_out,
-        grad_logsumexp,
-        x[0],
-        x[1],
-        x[2],
-        x[3],
-        x[4],
-        x[5],
-        all.slice(first_memory, memory),
-        all.slice(6, slots),
-        bias ? OptionalTensor(x[first_bias]) : std::nullopt,
-        slopes ? OptionalTensor(x[first_memory + memory]) : std::nullopt,
-        all.slice(first_relative, relative),
-        saved->saved_data["settings"].toIntVector(),
-        saved->saved_data["numbers"].toDoubleVector(),
-        memory_grads);
+    const auto made =
+        backward_op().call(grad_out,
+                           grad_logsumexp,
+                           x[0],
+                           x[1],
+                           x[2],
+                           x[3],
+                           x[4],
+                           x[5],
+                           all.slice(first_memory, memory),
+                           all.slice(6, slots),
+                           bias ? OptionalTensor(x[first_bias]) : std::nullopt,
+                           slopes ? OptionalTensor(x[first_memory + memory]) : std::nullopt,
+                           all.slice(first_relative, relative),
+                           saved->saved_data["settings"].toIntVector(),
+                           saved->saved_data["numbers"].toDoubleVector(),
+                           memory_grads);
     // One for each tensor of the list, and for each other argument of forward.
     variable_list result(x.size() - 2 + 4);
     for (int i = 0; i < 3; ++i) result[i] = made[i];
@@ -267,13 +267,21 @@ Attended forward_autograd(const AttendCall& call, bool with_region_weights) {
     for (Tensor& ring : memory)
       if (ring.is_inference()) ring = ring.clone();
   }
-  const AttendCall own{call.q,      call.k,     call.v,        call.plan,   memory,      call.slots,
-                       call.bias,   call.slopes, call.relative, call.packed, call.numbers};
+  const AttendCall own{call.q,
+                       call.k,
+                       call.v,
+                       call.plan,
+                       memory,
+                       call.slots,
+                       call.bias,
+                       call.slopes,
+                       call.relative,
+                       call.packed,
+                       call.numbers};
   const bool memory_grads = std::any_of(memory.begin(), memory.end(), needs);
   const CallList list(own);
-  const auto made =
-      AttendFunction::apply(at::TensorList(list.tensors), own, list, memory_grads,
-                            with_region_weights);
+  const auto made = AttendFunction::apply(
+      at::TensorList(list.tensors), own, list, memory_grads, with_region_weights);
   return {made[0], made[1], made[2]};
 }
 
@@ -295,8 +303,8 @@ std::vector<Tensor> backward_autograd(c10::DispatchKeySet keys,
                                       at::IntArrayRef settings,
                                       at::ArrayRef<double> numbers,
                                       bool memory_grads) {
-  const AttendCall call{q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative),
-                        settings, numbers};
+  const AttendCall call{
+      q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings, numbers};
   const AttendOutputs outputs{grad_out, grad_logsumexp, out, logsumexp};
   const auto some = [&](bool (*has)(const Tensor&)) {
     return has(grad_out) || has(grad_logsumexp) || has(out) || has(logsumexp) ||
@@ -386,7 +394,7 @@ Attended attend(const AttendCall& call, bool with_region_weights) {
   return dispatch(call, with_region_weights);
 }
 
-#define CTX_ATTEND_SCHEMA                                                                         \
+#define CTX_ATTEND_SCHEMA                                                                       \
   "Tensor q, Tensor k, Tensor v, Tensor plan, Tensor[]? memory, Tensor[] slots, Tensor? bias, " \
   "Tensor? slopes, Tensor[]? relative, int[] settings, float[] numbers, "
 
@@ -394,9 +402,10 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def("attend(" CTX_ATTEND_SCHEMA
         "bool with_region_weights) -> (Tensor out, Tensor logsumexp, Tensor region_weights)",
         {at::Tag::pt2_compliant_tag});
-  m.def("attend_backward(Tensor grad_out, Tensor grad_logsumexp, Tensor out, Tensor "
-        "logsumexp, " CTX_ATTEND_SCHEMA "bool memory_grads) -> Tensor[]",
-        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "attend_backward(Tensor grad_out, Tensor grad_logsumexp, Tensor out, Tensor "
+      "logsumexp, " CTX_ATTEND_SCHEMA "bool memory_grads) -> Tensor[]",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {

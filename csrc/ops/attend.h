@@ -46,7 +46,9 @@ struct AttendCall {
   // Raises unless the arguments belong together.
   void check() const;
   // The log-mass of the call's slots; undefined: they have none.
-  at::Tensor mass() const { return slots.size() > 2 && slots[2].dim() == 3 ? slots[2] : at::Tensor(); }
+  at::Tensor mass() const {
+    return slots.size() > 2 && slots[2].dim() == 3 ? slots[2] : at::Tensor();
+  }
   // Whether slots are tokens that keep their own positions.
   bool single_tokens() const { return slots.size() > 3; }
 };

@@ -231,8 +231,8 @@ AttendGradients attend_backward_by_kernels(const AttendCall& call,
   g.bias = at::zeros({0}, call.q.options());
   if (call.bias) {
     const Tensor heads = sum_rows(bias);
-    g.bias = (call.bias->size(0) == 1 ? heads.sum().reshape({1}) : heads)
-                 .to(call.bias->scalar_type());
+    g.bias =
+        (call.bias->size(0) == 1 ? heads.sum().reshape({1}) : heads).to(call.bias->scalar_type());
   }
   g.q = grad_q;
   if (p.queries()) {

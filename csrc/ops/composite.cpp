@@ -112,9 +112,9 @@ at::Tensor Composite::poison(const Tile& tile) const {
 
 Attended Composite::forward(bool with_region_weights) const {
   const auto options = values_[kWindow].options();
-  const at::Tensor region_weights =
-      with_region_weights ? at::zeros({batch_, heads_, tokens_, kRegions}, options)
-                          : at::zeros({0}, options);
+  const at::Tensor region_weights = with_region_weights
+                                        ? at::zeros({batch_, heads_, tokens_, kRegions}, options)
+                                        : at::zeros({0}, options);
   const at::Tensor out = at::empty({batch_, heads_, tokens_, values_[kWindow].size(3)}, options);
   const at::Tensor logsumexp = at::empty({batch_, heads_, tokens_}, out.options());
   for_each_tile([&](const Tile& tile) {
@@ -229,7 +229,8 @@ Composite::Gradients Composite::backward(const at::Tensor& grad_out,
         scale_;
     g.keys[region] = g.keys[region].narrow(3, 0, head_dim_).contiguous();
   }
-  g.q = g.q.mul(scale_);
+  g.q = g.q.defined() ? g.q.mul(scale_)
+                      : at::zeros({batch_, heads_, tokens_, head_dim_}, base.options());
   if (bias.defined()) g.bias = bias_.size(0) == 1 ? bias.sum().reshape({1}) : bias.sum(0);
   return g;
 }

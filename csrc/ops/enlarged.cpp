@@ -85,7 +85,8 @@ void Enlarged::finish(const PlanRows& plan) const {
     for (int i = 0; i < kRings; ++i) {
       if (!is_window(i) && !is_compressed(i)) continue;
       const Tensor& ring = memory_.rings[i];
-      Range numbers = is_window(i) ? Range{first_token, seen} : Range{first_group, s.groups(seen - 1)};
+      Range numbers =
+          is_window(i) ? Range{first_token, seen} : Range{first_group, s.groups(seen - 1)};
       if (i == kAttentionReceived && carried)  // of older tokens, too
         numbers.begin = std::max<int64_t>(0, before - s.max_window() - s.overlap);
       numbers.begin = std::max(numbers.begin, numbers.end - ring.size(2));

@@ -35,10 +35,8 @@ Settings check(const Tensor& k,
                at::ArrayRef<double> numbers) {
   const Settings x = unpack(settings, numbers, kWhere);
   check_shape(kWhere, "k", k, {{"B"}, {"Hkv"}, {"T"}, {"D"}});
-  check_shape(kWhere,
-              "v",
-              v,
-              {{"B", k.sym_size(0)}, {"Hkv", k.sym_size(1)}, {"T", k.sym_size(2)}, {"Dv"}});
+  check_shape(
+      kWhere, "v", v, {{"B", k.sym_size(0)}, {"Hkv", k.sym_size(1)}, {"T", k.sym_size(2)}, {"Dv"}});
   check_type(kWhere, "v", v, k.scalar_type(), " as k");
   storage_of(k.scalar_type(), kWhere, "k");
   check_head_dim(x, k.sym_size(3), kWhere);
@@ -83,8 +81,7 @@ Tensor held_rows(at::TensorList memory,
                  const Tensor& place) {
   const auto column = [](const Tensor& x) { return x.unsqueeze(1); };
   const Tensor token = column(plan.header(kPlanSeen)) + place;
-  const Tensor held =
-      token.ge(column(plan.header(kPlanOldestToken).sub(s.overlap).clamp_min(0)));
+  const Tensor held = token.ge(column(plan.header(kPlanOldestToken).sub(s.overlap).clamp_min(0)));
   const Tensor rows = read_ring(memory[ring], token, held);
   if (s.sinks == 0) return rows;
   const Tensor sink = token.lt(s.sinks).logical_and(held);
@@ -106,8 +103,8 @@ Tensor group_elsewhere(const Tensor& x,
     rows = rows.defined() ? at::where(reading.wide(reading.place.lt(0)), held, rows) : held;
   }
   if (!rows.defined())
-    rows = at::zeros_symint({x.sym_size(0), x.sym_size(1), reading.place.sym_size(1), x.sym_size(3)},
-                            x.options());
+    rows = at::zeros_symint(
+        {x.sym_size(0), x.sym_size(1), reading.place.sym_size(1), x.sym_size(3)}, x.options());
   return rows.to(type);
 }
 
@@ -132,8 +129,7 @@ Pairs groups_elsewhere(const Tensor& k,
   const PlanTensors tensors(plan, k.sym_size(0), k.sym_size(2), kWhere);
   const Schedule& s = settings.schedule();
   const Rotary& rotary = settings.rotary;
-  const Tensor stored =
-      rotary.keys_rotated ? k : rotate(k, tensors.token(kPlanPosition), rotary);
+  const Tensor stored = rotary.keys_rotated ? k : rotate(k, tensors.token(kPlanPosition), rotary);
   const Reading reading(tensors, s);
   const auto grouped = [&](const Tensor& rows) {
     return rows.masked_fill(reading.wide(reading.number.lt(0)), 0.0)
@@ -166,8 +162,7 @@ std::vector<Read> reads_of(const PlanRows& plan,
   reads.reserve(plan.batch() * plan.groups() * read);
   for (int64_t b = 0; b < plan.batch(); ++b) {
     const int64_t seen = plan.header(b, kPlanSeen);
-    const int64_t oldest =
-        std::max<int64_t>(0, plan.header(b, kPlanOldestToken) - s.overlap);
+    const int64_t oldest = std::max<int64_t>(0, plan.header(b, kPlanOldestToken) - s.overlap);
     for (int64_t g = 0; g < plan.groups(); ++g) {
       const int64_t first = plan.group(b, kPlanNumber, g) * s.ratio + s.sinks - s.overlap;
       for (int64_t i = 0; i < read; ++i) {
@@ -199,33 +194,32 @@ Tensor gather(const Tensor& x,
   const Tensor out = at::empty({batch, heads, count, width}, x.options().dtype(type));
   if (out.numel() == 0) return out;
   const Tensor call = rows(x);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "evicted_groups", [&] {
-        using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-        auto* const target = out.data_ptr<Wide>();
-        const int64_t grain = std::max<int64_t>(1, (1 << 14) / (count * width));
-        at::parallel_for(0, batch * heads, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t b = task / heads, h = task % heads;
-            const auto row = [&](const Tensor& from, int64_t i) {
-              return from.const_data_ptr<scalar_t>() + b * from.stride(0) + h * from.stride(1) +
-                     i * from.stride(2);
-            };
-            for (int64_t i = 0; i < count; ++i) {
-              const Read& r = reads[b * count + i];
-              Wide* const to = target + (task * count + i) * width;
-              if (r.source == Source::kNone) {
-                std::fill_n(to, width, Wide(0));
-                continue;
-              }
-              const scalar_t* const from = r.source == Source::kCall   ? row(call, r.index)
-                                           : r.source == Source::kRing ? row(ring, r.index)
-                                                                       : row(sinks, r.index);
-              for (int64_t d = 0; d < width; ++d) to[d] = static_cast<Wide>(from[d]);
-            }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "evicted_groups", [&] {
+    using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    auto* const target = out.data_ptr<Wide>();
+    const int64_t grain = std::max<int64_t>(1, (1 << 14) / (count * width));
+    at::parallel_for(0, batch * heads, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / heads, h = task % heads;
+        const auto row = [&](const Tensor& from, int64_t i) {
+          return from.const_data_ptr<scalar_t>() + b * from.stride(0) + h * from.stride(1) +
+                 i * from.stride(2);
+        };
+        for (int64_t i = 0; i < count; ++i) {
+          const Read& r = reads[b * count + i];
+          Wide* const to = target + (task * count + i) * width;
+          if (r.source == Source::kNone) {
+            std::fill_n(to, width, Wide(0));
+            continue;
           }
-        });
-      });
+          const scalar_t* const from = r.source == Source::kCall   ? row(call, r.index)
+                                       : r.source == Source::kRing ? row(ring, r.index)
+                                                                   : row(sinks, r.index);
+          for (int64_t d = 0; d < width; ++d) to[d] = static_cast<Wide>(from[d]);
+        }
+      }
+    });
+  });
   return out;
 }
 
@@ -259,11 +253,12 @@ Pairs groups_cpu(const Tensor& k,
   const auto reads = reads_of(rows, s, carried, carried ? memory[kWindowKeys].size(2) : 1);
   const auto held = [&](StateIndex index) { return carried ? memory[index] : Tensor(); };
   // As the memory stores them, so that slots do not depend on which call brought a token.
-  const Tensor stored = settings.rotary.keys_rotated
-                            ? k
-                            : rotated(k, PlanTensors(plan, k.size(0), k.size(2), kWhere)
-                                             .token(kPlanPosition),
-                                      settings.rotary);
+  const Tensor stored =
+      settings.rotary.keys_rotated
+          ? k
+          : rotated(k,
+                    PlanTensors(plan, k.size(0), k.size(2), kWhere).token(kPlanPosition),
+                    settings.rotary);
   const Tensor keys = gather(stored, held(kWindowKeys), held(kSinkKeys), reads);
   rotate_back(keys, reads, settings.rotary);
   const Tensor values = gather(v, held(kWindowValues), held(kSinkValues), reads);
@@ -317,8 +312,7 @@ Pairs backward_elsewhere(const Tensor& grad_k,
       rows = rotate(rows, reading.number, settings.rotary);
       rows = at::cat({rows.slice(-1, 0, dim) / (factor * factor), rows.slice(-1, dim)}, -1);
     }
-    const Tensor index =
-        reading.wide(reading.place.clamp_min(0).clamp_max(at::Scalar(tokens - 1)));
+    const Tensor index = reading.wide(reading.place.clamp_min(0).clamp_max(at::Scalar(tokens - 1)));
     return total.scatter_add(2, index.expand_symint(rows.sym_sizes()), rows).to(type);
   };
   return {sum(grad_k, settings.rotary.keys_rotated), sum(grad_v, false)};
@@ -383,8 +377,8 @@ Pairs backward_meta(const Tensor& grad_k,
                     at::IntArrayRef /*packed*/,
                     at::ArrayRef<double> /*numbers*/) {
   const auto made = [&](const Tensor& grad) {
-    return grad.new_empty_symint(
-        {grad.sym_size(0), grad.sym_size(1), tokens, grad.sym_size(4)}, grad.options().dtype(type));
+    return grad.new_empty_symint({grad.sym_size(0), grad.sym_size(1), tokens, grad.sym_size(4)},
+                                 grad.options().dtype(type));
   };
   return {made(grad_k), made(grad_v)};
 }
@@ -464,14 +458,8 @@ Pairs backward_autograd(c10::DispatchKeySet keys,
       at::GradMode::is_enabled() && (needs_grad(grad_k) || needs_grad(grad_v));
   if (differentiated || is_recorded(grad_k, grad_v))
     return backward_elsewhere(grad_k, grad_v, plan, tokens, type, settings, numbers);
-  return backward_op().redispatch(keys & c10::after_autograd_keyset,
-                                  grad_k,
-                                  grad_v,
-                                  plan,
-                                  tokens,
-                                  type,
-                                  settings,
-                                  numbers);
+  return backward_op().redispatch(
+      keys & c10::after_autograd_keyset, grad_k, grad_v, plan, tokens, type, settings, numbers);
 }
 
 }  // namespace

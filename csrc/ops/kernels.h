@@ -179,9 +179,9 @@ struct AttendArgs {
   // slots; slopes times the distance is taken from all (ALiBi, arXiv:2108.12409).
   const void* bias = nullptr;
   const void* slopes = nullptr;
-  Strided queries;  // of the whole call, un-rotated
+  Strided queries;           // of the whole call, un-rotated
   RelativeQueries relative;  // of the whole call
-  Strided out;  // of the whole call
+  Strided out;               // of the whole call
   // Weight that each region got: [B, heads, tokens of the call, 3] (sinks, compressed, window),
   // contiguous, in the arithmetic's type; null: not asked for. Zero at absent tokens.
   void* region_weights = nullptr;

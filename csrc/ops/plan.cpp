@@ -42,8 +42,7 @@ Schedule check_plan(const Tensor& seen,
   check_type(kPlanName, "seen", seen, at::kLong);
   CTX_CHECK_VALUE(tokens >= 0, kPlanName, "tokens must be at least 0, got ", tokens);
   check_rows(seen, tokens, lengths, reset_at, kPlanName);
-  CTX_CHECK_VALUE(
-      settings.size() > 5, kPlanName, "settings must be 12 integers, got ", settings);
+  CTX_CHECK_VALUE(settings.size() > 5, kPlanName, "settings must be 12 integers, got ", settings);
   const Schedule schedule{
       settings[0], settings[1], settings[2], settings[3], settings[4], settings[5]};
   schedule.validate();
@@ -59,7 +58,11 @@ SymInt columns(const SymInt& tokens, const SymInt& groups) {
 class PlanRow {
  public:
   PlanRow(const Schedule& schedule, bool carried, int64_t tokens, int64_t groups)
-      : s_(schedule), behind_(schedule, carried), tokens_(tokens), groups_(groups), start_(tokens) {}
+      : s_(schedule),
+        behind_(schedule, carried),
+        tokens_(tokens),
+        groups_(groups),
+        start_(tokens) {}
 
   void fill(int64_t seen, int64_t count, const bool* resets, int64_t* row) {
     seen_ = seen;
@@ -185,10 +188,9 @@ Tensor plan_elsewhere(const Tensor& seen,
   }
   const Tensor carries = start.lt(0).logical_or(start.eq(old_start));
   const Tensor slot_key =
-      resets ? at::where(carries,
-                         begun.unsqueeze(1),
-                         block.unsqueeze(1) - (start + a).div(c, "floor"))
-             : begun.unsqueeze(1).expand_symint({batch, tokens});
+      resets
+          ? at::where(carries, begun.unsqueeze(1), block.unsqueeze(1) - (start + a).div(c, "floor"))
+          : begun.unsqueeze(1).expand_symint({batch, tokens});
   const Tensor sink_key = at::where(carries, seen.clamp_max(a).unsqueeze(1), start.neg());
   Tensor number, first;
   if (!resets || s.compressed == 0) {
@@ -274,8 +276,10 @@ void advance_elsewhere(const Tensor& seen,
                        SymInt max_rewind) {
   check_advance(seen, rewindable, plan);
   const Tensor count = plan.select(1, kPlanCount), before = plan.select(1, kPlanSeen);
-  const Tensor last = count.sub(1).clamp_min(0).add(int64_t{kPlanHeader}).clamp_max(
-      at::Scalar(plan.sym_size(1) - 1));
+  const Tensor last = count.sub(1)
+                          .clamp_min(0)
+                          .add(int64_t{kPlanHeader})
+                          .clamp_max(at::Scalar(plan.sym_size(1) - 1));
   const Tensor length = plan.gather(1, last.unsqueeze(1)).squeeze(1).add(1);
   const Tensor some = count.gt(0), same = length.eq(before + count);
   const Tensor back = at::where(same.logical_or(some.logical_not()), rewindable + count, length);
@@ -365,9 +369,8 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
       "plan(Tensor seen, Tensor? lengths, Tensor? reset_at, SymInt tokens, int[] settings, bool "
       "carried) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  m.def(
-      "advance_(Tensor(a!) seen, Tensor(b!) rewindable, Tensor plan, SymInt max_rewind) -> ()",
-      {at::Tag::pt2_compliant_tag});
+  m.def("advance_(Tensor(a!) seen, Tensor(b!) rewindable, Tensor plan, SymInt max_rewind) -> ()",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {

@@ -16,11 +16,11 @@ namespace ctx::ops {
 
 // The columns: a header, then for each of T tokens and for each of G groups one column per quantity.
 enum PlanColumn : int64_t {
-  kPlanSeen,         // tokens of the carried stream before the call
-  kPlanCount,        // tokens that the row brings
-  kPlanBlock,        // group_block of the carried stream's first group that is not made yet
-  kPlanFirstToken,   // number of the first token, slot and sink of the memory that precede the call's
-  kPlanFirstSlot,    //   in the three spans that queries attend to
+  kPlanSeen,        // tokens of the carried stream before the call
+  kPlanCount,       // tokens that the row brings
+  kPlanBlock,       // group_block of the carried stream's first group that is not made yet
+  kPlanFirstToken,  // number of the first token, slot and sink of the memory that precede the call's
+  kPlanFirstSlot,   //   in the three spans that queries attend to
   kPlanFirstSink,
   kPlanOldestToken,  // the first that the next token of the carried stream can see
   kPlanOldestSlot,
@@ -55,9 +55,9 @@ class PlanTensors {
               const c10::SymInt& tokens,
               const char* where);
 
-  at::Tensor header(PlanColumn column) const { return plan_.select(1, column); }      // [B]
-  at::Tensor token(PlanToken quantity) const;                                         // [B, T]
-  at::Tensor group(PlanGroup quantity) const;                                         // [B, G]
+  at::Tensor header(PlanColumn column) const { return plan_.select(1, column); }  // [B]
+  at::Tensor token(PlanToken quantity) const;                                     // [B, T]
+  at::Tensor group(PlanGroup quantity) const;                                     // [B, G]
   const c10::SymInt& tokens() const { return tokens_; }
   const c10::SymInt& groups() const { return groups_; }
   const at::Tensor& tensor() const { return plan_; }

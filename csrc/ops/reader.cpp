@@ -42,8 +42,7 @@ Strided Reader::keep_rows(const Tensor& x) { return strided(kept_.emplace_back(r
 
 const void* Reader::per_head(const std::optional<Tensor>& values) {
   if (!values) return nullptr;
-  kept_.push_back(
-      values->to(arithmetic_type(q_.scalar_type())).expand({q_.size(1)}).contiguous());
+  kept_.push_back(values->to(arithmetic_type(q_.scalar_type())).expand({q_.size(1)}).contiguous());
   return kept_.back().const_data_ptr();
 }
 
@@ -99,7 +98,8 @@ void Reader::attend_spans(const Block& block) {
   a.position = position.data();
   a.queries = from(args_.queries), a.out = from(args_.out);
   if (args_.relative.dim > 0)
-    a.relative = {args_.relative.dim, from(args_.relative.queries), from(args_.relative.compressed)};
+    a.relative = {
+        args_.relative.dim, from(args_.relative.queries), from(args_.relative.compressed)};
   const auto set = [](Span& span,
                       int64_t size,
                       Storage storage,

@@ -11,9 +11,7 @@ RelativeQueries::RelativeQueries(const Tensor& q, at::TensorList operands) : ope
   // make that of the whole weight NaN.
   absent_ = at::isfinite(wide.detach()).all(-1, true).logical_not();
   q_ = wide.masked_fill(absent_, 0.0);
-  const auto biased = [&](const Tensor& x, int i) {
-    return x + operands[i].to(type).unsqueeze(1);
-  };
+  const auto biased = [&](const Tensor& x, int i) { return x + operands[i].to(type).unsqueeze(1); };
   content = biased(wide, 0).to(q.scalar_type());
   relative = at::matmul(biased(q_, 1), operands[2].to(type));
   compressed = at::matmul(biased(q_, 3), operands[4].to(type));

@@ -73,13 +73,12 @@ class RotaryFunction : public torch::autograd::Function<RotaryFunction> {
                                                  torch::autograd::variable_list grads) {
     const auto& data = saved->saved_data;
     const Tensor back = saved->get_saved_variables()[0].neg();
-    return {call(grads[0],
-                 back,
-                 data.at("settings").toIntVector(),
-                 data.at("numbers").toDoubleVector()),
-            Tensor(),
-            Tensor(),
-            Tensor()};
+    return {
+        call(
+            grads[0], back, data.at("settings").toIntVector(), data.at("numbers").toDoubleVector()),
+        Tensor(),
+        Tensor(),
+        Tensor()};
   }
 };
 
@@ -87,9 +86,10 @@ class RotaryFunction : public torch::autograd::Function<RotaryFunction> {
 Tensor rotary_composite(const Tensor& x, const Tensor& position, const Rotary& rotary) {
   const auto type = arithmetic_type(x.scalar_type());
   const int64_t pairs = rotary.dim / 2;
-  const Tensor frequency = at::tensor(at::ArrayRef<double>(rotary.inv_freq, pairs),
-                                      at::TensorOptions().dtype(at::kDouble))
-                               .to(position.device());
+  const Tensor frequency =
+      at::from_blob(const_cast<double*>(rotary.inv_freq), {pairs}, at::TensorOptions(at::kDouble))
+          .clone()
+          .to(position.device());
   const Tensor angle = position.to(at::kDouble).unsqueeze(1).unsqueeze(-1) * frequency;
   const double factor = rotary.attention_factor;
   const Tensor cosine = (angle.cos() * factor).to(type);  // [B, 1, T, pairs]
@@ -151,9 +151,8 @@ Tensor rotated(const Tensor& x, const Tensor& position, const Rotary& rotary, bo
 }
 
 TORCH_LIBRARY_FRAGMENT(ctx, m) {
-  m.def(
-      "rotary(Tensor x, Tensor position, int[] settings, float[] numbers) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+  m.def("rotary(Tensor x, Tensor position, int[] settings, float[] numbers) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(ctx, CPU, m) { m.impl("rotary", rotary); }

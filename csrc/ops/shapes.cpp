@@ -46,11 +46,8 @@ void check_type(const char* where,
       x.scalar_type() == type, where, name, " must be ", type, like, ", got ", x.scalar_type());
 }
 
-void check_device(const char* where,
-                  const char* name,
-                  const at::Tensor& x,
-                  at::Device device,
-                  const char* like) {
+void check_device(
+    const char* where, const char* name, const at::Tensor& x, at::Device device, const char* like) {
   CTX_CHECK_VALUE(
       x.device() == device, where, name, " must be on ", device, like, ", got ", x.device());
 }

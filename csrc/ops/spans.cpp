@@ -171,8 +171,8 @@ void CallSpans::backward(const std::array<Tensor, kRegions>& grad_keys,
       sum = at::zeros_like(x);
       const int64_t count = past(region);
       if (count == 0) continue;
-      const Tensor rows = grads.narrow(2, 0, count).masked_fill(
-          wide(held(region).logical_not()), 0.0);
+      const Tensor rows =
+          grads.narrow(2, 0, count).masked_fill(wide(held(region).logical_not()), 0.0);
       const Tensor index = wide(numbers(region).remainder(x.size(2))).expand_as(rows);
       sum = sum.scatter_add(2, index, rows.to(x.scalar_type()));
     }

@@ -135,7 +135,8 @@ Stepped step_meta(const Tensor& q,
     const PlanTensors tensors(plan, q.sym_size(0), q.sym_size(2), where);
     return plan.new_empty_symint({k.sym_size(0), k.sym_size(1), tensors.groups()});
   };
-  return {q.new_empty_symint(sizes), new_region_weights(q, with_region_weights), chosen(), chosen()};
+  return {
+      q.new_empty_symint(sizes), new_region_weights(q, with_region_weights), chosen(), chosen()};
 }
 
 void append_meta(const Tensor& /*k*/,
@@ -196,7 +197,8 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
   m.def(
       "step_(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor(a!)[] memory, Tensor[]? operands, "
       "Tensor? bias, Tensor? slopes, Tensor[]? relative, int[] settings, float[] numbers, bool "
-      "with_region_weights) -> (Tensor out, Tensor region_weights, Tensor chosen, Tensor positions)",
+      "with_region_weights) -> (Tensor out, Tensor region_weights, Tensor chosen, Tensor "
+      "positions)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "append_(Tensor k, Tensor v, Tensor plan, Tensor(a!)[] memory, Tensor[]? operands, int[] "

@@ -68,7 +68,7 @@ class Walk {
 
   const Memory& memory_;
   const PlanRows& plan_;
-  std::vector<int64_t> origin_;   // position of the call's first token
+  std::vector<int64_t> origin_;  // position of the call's first token
   std::vector<int64_t> lengths_;
 };
 

@@ -100,9 +100,7 @@ def streaming(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call
         law = layer.custom_law
         operands = _slots(layer, *engine.evicted_groups(k, v, plan, rings, law))
     scores = layer.scores(q.device)
-    out, weights, *_ = engine.step(
-        q, k, v, plan, rings, law, operands, scores, call.region_weights
-    )
+    out, weights, *_ = engine.step(q, k, v, plan, rings, law, operands, scores, call.region_weights)
     return out, weights, rings if call.update else call.rings
 
 

@@ -177,9 +177,7 @@ class AttentionParts(nn.Module):
         self.law = law_of(settings, compressor.engine_name, *sizes)
         self.custom_law = self.stored_law = law_of(settings, "custom", *sizes)
         if hidden:
-            plain = dataclasses.replace(
-                settings, rotary_dim=0, inv_freq=(), attention_factor=1.0
-            )
+            plain = dataclasses.replace(settings, rotary_dim=0, inv_freq=(), attention_factor=1.0)
             self.stored_law = law_of(plain, "custom", *sizes)
         self.plan_key = self.law.settings[:6]
 

@@ -52,6 +52,7 @@ class CompressiveTransformer(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         self.reset_parameters()
+        _ = self.spec  # made here, so that a first call may be a compiled one
 
     def reset_parameters(self) -> None:
         """Normal weights; branches that write to the residual stream start smaller (GPT-2)."""
@@ -259,6 +260,7 @@ class CompressiveTransformer(nn.Module):
         twin.config = dataclasses.replace(self.config, **changed)
         for layer, schedule in zip(twin.layers, twin.schedules, strict=True):
             layer.schedule = schedule
+        _ = twin.spec
         return twin
 
     def generate(

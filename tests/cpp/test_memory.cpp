@@ -155,7 +155,8 @@ void test_positions() {
       EXPECT(close(step(cut, Tokens(t, 4)), out.narrow(2, t, 4)));
     }
     const auto [again, same_weights] = cut.attend_with_region_weights(late.q);
-    EXPECT(close(again, out.narrow(2, 36, 4)) && close(same_weights, region_weights.narrow(2, 36, 4)));
+    EXPECT(close(again, out.narrow(2, 36, 4)) &&
+           close(same_weights, region_weights.narrow(2, 36, 4)));
     KVMemory copy = cut.clone();
     EXPECT(same(step(cut, Tokens(40, 3)), step(copy, Tokens(40, 3))));
     for (const char* other : {"rotary", "alibi", "relative", "none"}) {

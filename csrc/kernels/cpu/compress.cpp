@@ -229,8 +229,8 @@ class GroupCompressor {
       return;
     }
     if (side == 0 && args_.given_mass != nullptr)
-      mass_[g] = static_cast<const A*>(
-          args_.given_mass)[(b * m_.kv_heads + h) * args_.slots + given];
+      mass_[g] =
+          static_cast<const A*>(args_.given_mass)[(b * m_.kv_heads + h) * args_.slots + given];
     std::copy_n(row<A>(side == 0 ? args_.slot_keys : args_.slot_values, b, h, given), width, slot);
   }
 

@@ -156,8 +156,7 @@ inline void add_relative_tokens(const AttendArgs& args,
   for (int64_t r = 0; r < rows.count(); ++r) {
     const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;
     for (int64_t j = 0; j < piece.count; ++j) {
-      const double apart =
-          distance(args.memory, kCompressed, rows.b, rows.kv, t, piece.first + j);
+      const double apart = distance(args.memory, kCompressed, rows.b, rows.kv, t, piece.first + j);
       const RotaryTable<A> table = distance_table<A>(2 * half, apart);
       const A* z = query + r * 2 * half;
       scores[r * kBlock + j] += dot(z, table.sine, half) + dot(z + half, table.cosine, half);
