@@ -159,7 +159,7 @@ def whole_groups(plan, settings, tokens):
 @given(data=st.data())
 def test_kernels_are_the_composite(dtype, data):
     arguments = data.draw(problems(dtype)).call()
-    q, k, v, plan, rings, *_ = arguments
+    _, k, v, plan, rings, *_ = arguments
     due = whole_groups(plan, arguments[9], k.shape[2])[:, None, :, None, None]
     for mine, yours in zip(
         GROUPS(k, v, plan, rings, *arguments[9:]),

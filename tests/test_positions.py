@@ -24,8 +24,8 @@ from strategies import (
     lengths,
     memories,
     operands,
-    plan_of,
     pieces,
+    plan_of,
 )
 
 F64 = torch.float64

@@ -72,8 +72,8 @@ def law_of(settings: AttentionSettings, compressor: str, head_dim: int, overlap:
     Raises:
         ValueError: a setting is out of range.
     """
-    packed = _C.pack(native_settings(settings), compressor, head_dim, overlap)
-    return Law(*map(tuple, packed))
+    numbers, floats = _C.pack(native_settings(settings), compressor, head_dim, overlap)
+    return Law(tuple(numbers), tuple(floats))
 
 
 class Plan:

@@ -14,7 +14,8 @@ from ctx.schedule import SIZES
 from ctx.settings import AttentionSettings
 
 __all__ = [
-    "SETTINGS_ONLY", "LayerOptions", "bias_start", "check_by_usage", "check_options", "one_of", "with_settings",
+    "SETTINGS_ONLY", "LayerOptions", "bias_start", "check_by_usage", "check_options", "one_of",
+    "with_settings",
 ]  # fmt: skip
 
 _CHOICES: dict[str, tuple[str, ...]] = {
