@@ -14,8 +14,8 @@ from ctx.schedule import Schedule
 __all__ = ["CLOCK", "STATE", "TENSORS", "StateShape"]
 
 #: Names of the tensors that each layer has, in their order in ``Memory.rings`` and as operators
-#: take them. The last three have entries only where they are needed: how much attention each token of
-#: the window received and which token each slot is, where a compressor chooses by it; and the
+#: take them. The last three have entries only where they are needed: how much attention each token
+#: of the window received and which token each slot is, where a compressor chooses by it; and the
 #: log-mass of each slot, with ``slot_mass``.
 TENSORS = (
     "window_keys",
