@@ -12,6 +12,7 @@ set(CTX_SOURCES
     csrc/core/snapshot.cpp
     csrc/kernels/cpu/capability.cpp
     csrc/ops/attend.cpp
+    csrc/ops/attend_autograd.cpp
     csrc/ops/attend_composite.cpp
     csrc/ops/attend_kernels.cpp
     csrc/ops/composite.cpp
@@ -19,8 +20,11 @@ set(CTX_SOURCES
     csrc/ops/derivatives.cpp
     csrc/ops/enlarged.cpp
     csrc/ops/groups.cpp
+    csrc/ops/groups_composite.cpp
+    csrc/ops/groups_cpu.cpp
     csrc/ops/memory.cpp
     csrc/ops/plan.cpp
+    csrc/ops/plan_composite.cpp
     csrc/ops/reader.cpp
     csrc/ops/registry.cpp
     csrc/ops/relative.cpp
