@@ -61,7 +61,7 @@ void barriers() {
     return said.find(part) != std::string::npos;
   };
   in_every_order([&] {
-    EXPECT(has(error_of(64, 0, two_barriers), "divergent barrier"));
+    EXPECT(has(error_of(64, 0, [] { two_barriers(); }), "divergent barrier"));
     EXPECT(has(error_of(64,
                         0,
                         [] {
