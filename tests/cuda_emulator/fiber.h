@@ -11,6 +11,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -58,6 +59,9 @@ class Fiber {
   // The entry must not return: it ends in leave().
   void start(char* stack, void (*entry)()) {
     stack_ = stack;
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, kStackBytes);  // a fiber before may not have ended
+#endif
 #if defined(__x86_64__)
     auto top = reinterpret_cast<uintptr_t>(stack + kStackBytes) & ~uintptr_t{15};
     auto* slots = reinterpret_cast<void**>(top) - 8;
