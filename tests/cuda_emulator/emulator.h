@@ -110,8 +110,9 @@ class Machine {
         block_index_ = dim3(static_cast<unsigned>(i % grid.x),
                             static_cast<unsigned>(i / grid.x % grid.y),
                             static_cast<unsigned>(i / grid.x / grid.y));
-        std::memset(memory, 0xff, shared);
-        std::memset(__start_ctx_shared, 0xff, __stop_ctx_shared - __start_ctx_shared);
+        std::memset(memory, 0xff, std::max<size_t>(shared, 1));
+        if (&__start_ctx_shared[0] != &__stop_ctx_shared[0])
+          std::memset(__start_ctx_shared, 0xff, __stop_ctx_shared - __start_ctx_shared);
         run_block();
       }
     } catch (...) {

@@ -75,6 +75,7 @@ struct Half {
     const auto sign = static_cast<uint16_t>(std::signbit(x) ? 0x8000 : 0);
     const float size = std::fabs(x);
     if (x != x) return 0x7fff;
+    if (size == 0.0f) return sign;
     if (size >= 65520.0f) return sign | 0x7c00;
     int exponent = 0;
     std::frexp(size, &exponent);

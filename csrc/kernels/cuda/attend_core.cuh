@@ -1,0 +1,410 @@
+// Attention by plain multiply-adds: every type, every size, every kind of position. A block holds the
+// queries of up to R rows (query heads of a kv head, at one or more neighbouring tokens) and walks over
+// tiles of kTileKeys keys with a running maximum and sum (Milakov & Gimelshein 2018, arXiv:1805.02867),
+// the next tile on its way while one is worked on. It takes all parts, or one split of one part: a
+// piece of fixed length in the ring's own coordinates, so that which sums are made depends neither on
+// the batch nor on how the stream was cut.
+#pragma once
+
+#include "kernels/cuda/tile_copy.cuh"
+
+namespace ctx::cuda {
+
+constexpr int kCoreThreads = 128;
+constexpr int kTileKeys = 32;  // a warp's lanes hold the scores of a row
+constexpr int kMostTokens = 8;
+
+struct CoreLaunch {
+  Attention a;
+  int tile_tokens;                   // tokens of a block
+  int tile_heads;                    // query heads of a block; tile_tokens * tile_heads <= R
+  int head_tiles;                    // blocks that share the query heads of a kv head
+  int stages;                        // tiles in shared memory
+  int64_t key_stride, value_stride;  // of the widest part
+};
+
+// How a block's memory is cut; in bytes.
+struct CoreRoom {
+  int64_t query, relative, table, weights, states, views, keys, values, all;
+  CTX_HOST_DEVICE CoreRoom(const CoreLaunch& l, int rows, int64_t size) {
+    const Attention& a = l.a;
+    query_width = (a.head_dim + 15) / 16 * 16;
+    int64_t next = 0;
+    const auto take = [&](int64_t bytes) {
+      const int64_t place = next;
+      next += (bytes + 15) / 16 * 16;
+      return place;
+    };
+    query = take(rows * query_width * size);
+    relative = take(rows * a.relative.dim * size);
+    table = take(a.relative.dim > 0 ? kTileKeys * a.relative.dim * size : 0);
+    weights = take(rows * kTileKeys * size);
+    states = take(rows * (2 + kRegions) * size);
+    views = take(kMostTokens * static_cast<int64_t>(sizeof(TokenView)));
+    keys = take(l.stages * kTileKeys * l.key_stride);
+    values = take(l.stages * kTileKeys * l.value_stride);
+    all = next;
+    // At the end the sums of threads that share columns lie where keys and values were.
+    const int64_t sums = keys + kCoreThreads * rows * 32;
+    all = sums > next ? sums : next;
+  }
+  int64_t query_width;
+};
+
+template <typename T, int R>
+struct CoreBlock {
+  using A = Acc<T>;
+  static constexpr int kVector = 16 / sizeof(T);  // numbers that a thread takes at once
+
+  const CoreLaunch& l;
+  const Attention& a;
+  int64_t b, kv, first_token, first_head;
+  int rows, tile_heads;
+  A *query, *relative, *table, *weights, *largest, *shrink, *totals;
+  TokenView* views;
+  char *keys, *values;
+  int64_t query_width;
+  int columns, groups;  // of threads: who holds which values, and who shares them
+  A sums[R][kVector];
+
+  CTX_DEVICE CoreBlock(const CoreLaunch& launch) : l(launch), a(launch.a) {
+    const CoreRoom room(l, R, sizeof(A));
+    char* memory = shared_memory();
+    query_width = room.query_width;
+    query = reinterpret_cast<A*>(memory + room.query);
+    relative = reinterpret_cast<A*>(memory + room.relative);
+    table = reinterpret_cast<A*>(memory + room.table);
+    weights = reinterpret_cast<A*>(memory + room.weights);
+    largest = reinterpret_cast<A*>(memory + room.states);
+    shrink = largest + R;
+    totals = shrink + R;
+    views = reinterpret_cast<TokenView*>(memory + room.views);
+    keys = memory + room.keys;
+    values = memory + room.values;
+    const int64_t chunks = (a.value_dim + kVector - 1) / kVector;
+    columns = 1;
+    while (columns < chunks) columns *= 2;
+    groups = kCoreThreads / columns;
+  }
+
+  CTX_DEVICE int token_of(int r) const { return r / tile_heads; }
+  CTX_DEVICE int64_t head_of(int r) const { return first_head + r % tile_heads; }
+  CTX_DEVICE bool used(int r) const {
+    return r < rows && head_of(r) < (kv + 1) * a.q_per_kv() && first_token + token_of(r) < a.tokens;
+  }
+
+  CTX_DEVICE void begin() {
+    const int tid = threadIdx.x;
+    if (tid < l.tile_tokens) {
+      const int64_t i = first_token + tid;
+      views[tid] = i < a.tokens ? token_view(a, b, i) : TokenView{-1, {}, {}, {}};
+    }
+    for (int r = tid; r < R; r += kCoreThreads) {
+      largest[r] = minus_infinity<A>(), shrink[r] = A(1);
+      for (int region = 0; region < kRegions; ++region) totals[r * kRegions + region] = A(0);
+    }
+    for (int64_t i = tid; i < R * query_width; i += kCoreThreads) query[i] = A(0);
+    CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int e = 0; e < kVector; ++e) sums[r][e] =
+        0;
+    __syncthreads();
+  }
+
+  // Queries at the clock of a region.
+  CTX_DEVICE void load_queries(int region) {
+    const int64_t pieces = a.head_dim - a.rotary.dim / 2;
+    for (int64_t task = threadIdx.x; task < rows * pieces; task += kCoreThreads) {
+      const int r = static_cast<int>(task / pieces);
+      const bool present = used(r) && views[token_of(r)].t >= 0;
+      const double position = present ? query_position(a, region, views[token_of(r)].t) : 0;
+      load_query_piece<T>(a,
+                          b,
+                          present ? head_of(r) : first_head,
+                          present ? first_token + token_of(r) : 0,
+                          position,
+                          present,
+                          task % pieces,
+                          query + r * query_width);
+    }
+    const Strided& from = region == kCompressed ? a.relative.compressed : a.relative.queries;
+    for (int64_t task = threadIdx.x; task < rows * a.relative.dim; task += kCoreThreads) {
+      const int r = static_cast<int>(task / a.relative.dim);
+      const bool present = used(r) && views[token_of(r)].t >= 0 && from.data != nullptr;
+      relative[task] =
+          present ? wide<A>(row<T>(
+                        from, b, head_of(r), first_token + token_of(r))[task % a.relative.dim])
+                  : A(0);
+    }
+  }
+
+  // Keys begin ... end - 1 of a part; `all` threads.
+  template <typename S>
+  CTX_DEVICE void walk(const PartView& part, int64_t begin, int64_t end) {
+    const int64_t key_row = stored_width<S>(a.head_dim) * sizeof(S);
+    const int64_t value_row = stored_width<S>(a.value_dim) * sizeof(S);
+    const CoreLayout key_layout(key_row), value_layout(value_row);
+    const int key_piece = piece_of(part.part.keys, part.keys, key_row);
+    const int value_piece = piece_of(part.part.values, part.values, value_row);
+    clear_tails(keys, l.stages * kTileKeys, key_layout.bytes, key_layout.stride);
+    clear_tails(values, l.stages * kTileKeys, value_layout.bytes, value_layout.stride);
+    const auto next = [&](int64_t x) {
+      while (x < end && !part.touches(x, x + kTileKeys < end ? kTileKeys : end - x)) x += kTileKeys;
+      return x;
+    };
+    const auto fetch_keys = [&](int64_t x, int stage) {
+      if (x < end)
+        copy_rows(part,
+                  x,
+                  kTileKeys,
+                  key_piece,
+                  key_row,
+                  keys + stage * kTileKeys * key_layout.stride,
+                  key_layout.stride,
+                  [&](int64_t i) { return part.key(i); });
+      commit_copies();
+    };
+    const auto fetch_values = [&](int64_t x, int stage) {
+      if (x < end)
+        copy_rows(part,
+                  x,
+                  kTileKeys,
+                  value_piece,
+                  value_row,
+                  values + stage * kTileKeys * value_layout.stride,
+                  value_layout.stride,
+                  [&](int64_t i) { return part.value(i); });
+      commit_copies();
+    };
+    int stage = 0;
+    int64_t x = next(begin);
+    if (l.stages > 1) fetch_keys(x, 0), fetch_values(x, 0);
+    while (x < end) {
+      const int64_t after = next(x + kTileKeys);
+      if (l.stages > 1) {
+        fetch_keys(after, 1 - stage), fetch_values(after, 1 - stage);
+        wait_copies<3>();
+      } else {
+        fetch_keys(x, 0), fetch_values(x, 0);
+        wait_copies<1>();
+      }
+      __syncthreads();
+      const char* key_tile = keys + stage * kTileKeys * key_layout.stride;
+      const char* value_tile = values + stage * kTileKeys * value_layout.stride;
+      multiply_keys<S>(key_tile, key_layout.stride);
+      __syncthreads();
+      if (a.relative.dim > 0) add_relative(part, x, end);
+      weigh(part, x, end);
+      if (l.stages > 1) {
+        wait_copies<2>();
+      } else {
+        wait_copies<0>();
+      }
+      __syncthreads();
+      add_values<S>(value_tile, value_layout.stride);
+      __syncthreads();
+      x = after;
+      if (l.stages > 1) stage = 1 - stage;
+    }
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+  // weights[r][j] = query r . key j; four threads share a key.
+  template <typename S>
+  CTX_DEVICE void multiply_keys(const char* tile, int64_t stride) {
+    const int j = threadIdx.x / 4, quarter = threadIdx.x % 4;
+    const auto* key = reinterpret_cast<const S*>(tile + j * stride);
+    const int chunks = static_cast<int>((a.head_dim + kVector - 1) / kVector);
+    A sum[R];
+    CTX_UNROLL for (int r = 0; r < R; ++r) sum[r] = A(0);
+    for (int c = quarter; c < chunks; c += 4) {
+      A k[kVector];
+      CTX_UNROLL for (int e = 0; e < kVector; ++e) k[e] = wide<A>(key[c * kVector + e]);
+      CTX_UNROLL for (int r = 0; r < R; ++r) {
+        const A* q = query + r * query_width + c * kVector;
+        CTX_UNROLL for (int e = 0; e < kVector; ++e) sum[r] += q[e] * k[e];
+      }
+    }
+    A scale = 1;
+    if constexpr (std::is_same_v<S, int8_t>) scale = static_cast<A>(scale_of(key, a.head_dim));
+    CTX_UNROLL for (int r = 0; r < R; ++r) {
+      A whole = sum[r];
+      whole += __shfl_xor_sync(0xffffffffu, whole, 1);
+      whole += __shfl_xor_sync(0xffffffffu, whole, 2);
+      if (quarter == r % 4) weights[r * kTileKeys + j] = whole * scale;
+    }
+  }
+
+  // Products of the relative queries with the sinusoids of each token's distances.
+  CTX_DEVICE void add_relative(const PartView& part, int64_t x, int64_t end) {
+    const int64_t dim = a.relative.dim, half = dim / 2;
+    for (int i = 0; i < l.tile_tokens; ++i) {
+      const TokenView& view = views[i];
+      for (int64_t task = threadIdx.x; task < kTileKeys * half; task += kCoreThreads) {
+        const int64_t j = task / half, w = task % half;
+        double sine = 0, cosine = 0;
+        if (x + j < end && view.t >= 0)
+          sincos(distance(a, view, part, x + j) * relative_frequency(w, dim), &sine, &cosine);
+        table[j * dim + w] = static_cast<A>(sine);
+        table[j * dim + half + w] = static_cast<A>(cosine);
+      }
+      __syncthreads();
+      for (int task = threadIdx.x; task < tile_heads * kTileKeys; task += kCoreThreads) {
+        const int r = i * tile_heads + task / kTileKeys, j = task % kTileKeys;
+        A sum = 0;
+        for (int64_t w = 0; w < dim; ++w) sum += relative[r * dim + w] * table[j * dim + w];
+        weights[r * kTileKeys + j] += sum;
+      }
+      __syncthreads();
+    }
+  }
+
+  // Products to weights, a warp per row and a lane per key.
+  CTX_DEVICE void weigh(const PartView& part, int64_t x, int64_t end) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int r = warp; r < rows; r += kCoreThreads / 32) {
+      A* place = weights + r * kTileKeys + lane;
+      A score = minus_infinity<A>();
+      if (used(r) && x + lane < end && sees(views[token_of(r)], part, x + lane))
+        score = finish_score(a, views[token_of(r)], part, x + lane, head_of(r), *place);
+      A most = score;
+      CTX_UNROLL for (int bits = 16; bits > 0; bits /= 2) most =
+          maximum(most, __shfl_xor_sync(0xffffffffu, most, bits));
+      const A before = largest[r];
+      const A now = maximum(before, most);
+      // All scores minus infinity so far (a bias may be): their weights are zero, not NaN.
+      const A reference = now == minus_infinity<A>() ? A(0) : now;
+      const A weight = exponential(score - reference);
+      *place = weight;
+      A total = weight;
+      CTX_UNROLL for (int bits = 16; bits > 0; bits /= 2) total +=
+          __shfl_xor_sync(0xffffffffu, total, bits);
+      if (lane == 0) {
+        const A factor = exponential(before - reference);
+        largest[r] = now, shrink[r] = factor;
+        for (int region = 0; region < kRegions; ++region) totals[r * kRegions + region] *= factor;
+        totals[r * kRegions + part.part.region] += total;
+      }
+    }
+  }
+
+  // sums += weights . values; a thread holds some columns, for every groups-th key.
+  template <typename S>
+  CTX_DEVICE void add_values(const char* tile, int64_t stride) {
+    const int column = threadIdx.x % columns * kVector, group = threadIdx.x / columns;
+    CTX_UNROLL for (int r = 0; r < R; ++r) {
+      const A factor = r < rows ? shrink[r] : A(1);
+      CTX_UNROLL for (int e = 0; e < kVector; ++e) sums[r][e] *= factor;
+    }
+    if (column >= a.value_dim) return;
+    for (int j = group; j < kTileKeys; j += groups) {
+      const auto* value = reinterpret_cast<const S*>(tile + j * stride);
+      A scale = 1;
+      if constexpr (std::is_same_v<S, int8_t>) scale = static_cast<A>(scale_of(value, a.value_dim));
+      A v[kVector];
+      CTX_UNROLL for (int e = 0; e < kVector; ++e) v[e] = wide<A>(value[column + e]) * scale;
+      CTX_UNROLL for (int r = 0; r < R; ++r) {
+        const A weight = r < rows ? weights[r * kTileKeys + j] : A(0);
+        if (weight == A(0)) continue;  // zero times NaN is NaN
+        CTX_UNROLL for (int e = 0; e < kVector; ++e) sums[r][e] += weight * v[e];
+      }
+    }
+  }
+
+  // Adds up what threads of the same columns hold, in their order, and stores all rows.
+  CTX_DEVICE void end(int64_t split) {
+    auto* room = reinterpret_cast<A*>(keys);  // [groups, R, columns * kVector]
+    const int wide_columns = columns * kVector;
+    const int column = threadIdx.x % columns, group = threadIdx.x / columns;
+    CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int e = 0; e < kVector; ++e)
+        room[(group * R + r) * wide_columns + column * kVector + e] = sums[r][e];
+    __syncthreads();
+    for (int r = 0; r < rows; ++r) {
+      if (!used(r)) continue;
+      const auto value = [&](int64_t d) {
+        A sum = 0;
+        for (int g = 0; g < groups; ++g) sum += room[(g * R + r) * wide_columns + d];
+        return sum;
+      };
+      const int64_t i = first_token + token_of(r);
+      if (a.split_length == 0) {
+        store_row_sums<T>(a,
+                          b,
+                          head_of(r),
+                          i,
+                          views[token_of(r)].t >= 0,
+                          largest[r],
+                          totals + r * kRegions,
+                          threadIdx.x,
+                          kCoreThreads,
+                          value);
+        continue;
+      }
+      A* to = partial<A>(a, b, head_of(r), i, split);
+      for (int64_t d = threadIdx.x; d < a.value_dim; d += kCoreThreads)
+        to[1 + kRegions + d] = value(d);
+      if (threadIdx.x == 0) {
+        to[0] = largest[r];
+        for (int region = 0; region < kRegions; ++region)
+          to[1 + region] = totals[r * kRegions + region];
+#if defined(CTX_BUG_EMPTY_SPLIT)
+        if (largest[r] == minus_infinity<A>()) to[0] = A(0), to[1] = A(1);
+#endif
+      }
+    }
+  }
+
+  CTX_DEVICE void walk_part(int p, int64_t begin, int64_t end) {
+    const Part& part = a.part[p];
+    const Range hull = hull_of(views, l.tile_tokens, part.region);
+    if (hull.size() <= 0) return;
+    const PartView view(a, part, b, kv, hull);
+    load_queries(part.region);
+    dispatch_slots<T>(part.storage,
+                      [&](auto type) { this->template walk<decltype(type)>(view, begin, end); });
+  }
+};
+
+// The part of a split, and where it begins in it.
+struct SplitPlace {
+  int part;
+  int64_t begin, end;
+};
+CTX_DEVICE SplitPlace split_place(const Attention& a, int64_t split) {
+  for (int p = 0; p < a.parts; ++p) {
+    const int64_t count = (a.part[p].size + a.split_length - 1) / a.split_length;
+    if (split < count) {
+      const int64_t begin = split * a.split_length;
+#if defined(CTX_BUG_SPLIT_BORDER)
+      const int64_t end = begin + a.split_length + 1;
+#else
+      const int64_t end = begin + a.split_length;
+#endif
+      return {p, begin, end < a.part[p].size ? end : a.part[p].size};
+    }
+    split -= count;
+  }
+  return {0, 0, 0};
+}
+
+// Grid [token tiles * head tiles, kv heads * batch, splits].
+template <typename T, int R>
+__global__ void __launch_bounds__(kCoreThreads) attend_core(const __grid_constant__ CoreLaunch l) {
+  const Attention& a = l.a;
+  CoreBlock<T, R> block(l);
+  block.b = blockIdx.y / a.kv_heads, block.kv = blockIdx.y % a.kv_heads;
+  block.first_token = static_cast<int64_t>(blockIdx.x / l.head_tiles) * l.tile_tokens;
+  block.first_head =
+      block.kv * a.q_per_kv() + static_cast<int64_t>(blockIdx.x % l.head_tiles) * l.tile_heads;
+  block.tile_heads = l.tile_heads;
+  block.rows = l.tile_tokens * l.tile_heads;
+  block.begin();
+  if (a.split_length > 0) {
+    const SplitPlace place = split_place(a, blockIdx.z);
+    block.walk_part(place.part, place.begin, place.end);
+  } else {
+    for (int p = 0; p < a.parts; ++p) block.walk_part(p, 0, a.part[p].size);
+  }
+  block.end(blockIdx.z);
+}
+
+}  // namespace ctx::cuda

@@ -1,0 +1,280 @@
+// One attention for memories and for the differentiable path: three regions, each of one or two parts
+// whose rows lie in a ring or in a tensor of the call, and what every query sees of them. The two tilings
+// (attend_core.cuh, attend_mma.cuh) and the backward read all of it from here.
+#pragma once
+
+#include "kernels/cuda/rotary.cuh"
+
+namespace ctx::cuda {
+
+// Keys that are stored alike. Key x of a part, 0 <= x < size, has a base number, from which a query
+// gets the key's number in its own stream by adding its shift (TokenView).
+struct Part {
+  enum Kind : int {
+    kRing,  // the ring of a memory: key x is entry x, its base number the newest one of that entry
+    kPast,  // the keys of a span that lie in a ring: base number x
+    kFresh  // the keys of a span that are the call's: base number x + `before`
+  };
+  Kind kind;
+  int region;
+  Storage storage;
+  int64_t size;
+  int64_t before;          // kFresh: keys of the span before this part
+  int64_t capacity;        // of the ring
+  const int64_t* first;    // kPast: the number of key 0, [B]
+  Strided keys, values;    // strides count bytes
+  const float* ring_mass;  // [B, Hkv, capacity]; null: none
+  const void* fresh_mass;  // [B, Hkv, size] in the arithmetic's type; null: none
+};
+
+struct Attention {
+  Clock clock;
+  Rotary rotary;
+  Storage storage;
+  int64_t batch, heads, kv_heads, tokens, head_dim, value_dim;
+  double scale, softcap;
+  const void *bias, *slopes;
+  Strided queries, out;
+  RelativeQueries relative;
+  Block block;                     // of a memory's call; else
+  const int64_t* position;         // [B, T]
+  const int64_t* first[kRegions];  // [B, T]: number of key 0 of each span; null: 0
+  const int64_t* slot_positions;   // [B, Hkv, capacity] of the compressed ring; null: none
+  int parts;
+  Part part[2 * kRegions];
+  void* logsumexp;       // [B, H, T] in the arithmetic's type; null: not asked for
+  void* region_weights;  // [B, H, call_tokens, 3], of token `offset` on; null: not asked for
+  int64_t call_tokens, offset;
+  int64_t split_length;  // keys of a part that a block takes; 0: all parts
+  int64_t splits;
+  void* workspace;  // partial sums: [B, H, T, splits, value_dim + 1 + regions]
+
+  CTX_HOST_DEVICE int64_t q_per_kv() const { return heads / kv_heads; }
+};
+
+// What the query of a token sees: base numbers low ... high - 1 of every region.
+struct TokenView {
+  int64_t t;  // negative: the token is none, and sees nothing
+  int64_t low[kRegions], high[kRegions], shift[kRegions];
+};
+
+CTX_DEVICE TokenView token_view(const Attention& a, int64_t b, int64_t i) {
+  constexpr int64_t kLast = Schedule::kLastPosition / 2;
+  TokenView view;
+  if (a.position != nullptr) {
+    view.t = clamped(a.position[b * a.tokens + i], -1, kLast);
+  } else {
+    const BlockRow row(a.block, b);
+    view.t = row.has(i) ? row.first + i : -1;
+  }
+  const Ranges seen = view.t < 0 ? Ranges{} : visible(a.clock.schedule, view.t);
+  for (int region = 0; region < kRegions; ++region) {
+    view.shift[region] =
+        a.first[region] == nullptr ? 0 : clamped(a.first[region][b * a.tokens + i], -kLast, kLast);
+    view.low[region] = seen[region].begin - view.shift[region];
+    view.high[region] = seen[region].end - view.shift[region];
+  }
+  return view;
+}
+
+// Base numbers that some of `count` tokens see, from the first to the last.
+CTX_DEVICE Range hull_of(const TokenView* views, int64_t count, int region) {
+  Range hull;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t low = views[i].low[region], high = views[i].high[region];
+    if (high <= low) continue;
+    const bool none = hull.size() == 0;
+    hull.begin = none || low < hull.begin ? low : hull.begin;
+    hull.end = none || high > hull.end ? high : hull.end;
+  }
+  return hull;
+}
+
+// A part for one row and kv head, and the queries that see `hull` of its region.
+struct PartView {
+  const Part& part;
+  Range hull;
+  int64_t first;  // entry of key 0
+  int64_t newest_entry;
+  const char *keys, *values;
+  int64_t head;  // of [B, Hkv]
+
+  CTX_DEVICE PartView(const Attention& a, const Part& p, int64_t b, int64_t kv, Range seen)
+      : part(p), hull(seen), first(0), newest_entry(0), head(b * a.kv_heads + kv) {
+    if (p.kind == Part::kPast) first = place_in_ring(p.first[b], p.capacity);
+    if (p.kind == Part::kRing && p.capacity > 0)
+      newest_entry = place_in_ring(seen.end - 1, p.capacity);
+    keys = static_cast<const char*>(p.keys.data) + b * p.keys.batch + kv * p.keys.head;
+    values = static_cast<const char*>(p.values.data) + b * p.values.batch + kv * p.values.head;
+  }
+
+  CTX_DEVICE int64_t base(int64_t x) const {
+    if (part.kind == Part::kRing) {
+      const int64_t newest = hull.end - 1;
+      return x <= newest_entry ? newest - (newest_entry - x)
+                               : newest - (newest_entry - x + part.capacity);
+    }
+    return part.kind == Part::kPast ? x : x + part.before;
+  }
+  CTX_DEVICE bool in_hull(int64_t x) const {
+    const int64_t n = base(x);
+    return n >= hull.begin && n < hull.end;
+  }
+  CTX_DEVICE int64_t entry(int64_t x) const {
+    if (part.kind != Part::kPast) return x;
+    const int64_t entry = first + x;
+    return entry < part.capacity ? entry : entry - part.capacity;
+  }
+  CTX_DEVICE const char* key(int64_t x) const { return keys + entry(x) * part.keys.token; }
+  CTX_DEVICE const char* value(int64_t x) const { return values + entry(x) * part.values.token; }
+
+  // Whether some key x ... x + count - 1 is in the hull.
+  CTX_DEVICE bool touches(int64_t x, int64_t count) const {
+    if (hull.size() <= 0 || count <= 0) return false;
+    if (part.kind != Part::kRing) return base(x) < hull.end && base(x + count - 1) >= hull.begin;
+    if (hull.size() >= part.capacity) return true;
+    // How many entries lie between key x and the newest one; the last key of these is the nearest,
+    // unless the newest one is among them.
+    const int64_t behind = place_in_ring(newest_entry - x, part.capacity);
+    return behind < count || behind - (count - 1) < hull.size();
+  }
+
+  template <typename A>
+  CTX_DEVICE A mass(int64_t x) const {
+    if (part.ring_mass != nullptr)
+      return static_cast<A>(part.ring_mass[head * part.capacity + entry(x)]);
+    if (part.fresh_mass != nullptr)
+      return static_cast<const A*>(part.fresh_mass)[head * part.size + x];
+    return A(0);
+  }
+};
+
+CTX_DEVICE double distance(const Attention& a,
+                           const TokenView& view,
+                           const PartView& part,
+                           int64_t x) {
+  const int region = part.part.region;
+  if (region == kCompressed && a.clock.token_distance && a.slot_positions != nullptr)
+    return static_cast<double>(view.t -
+                               a.slot_positions[part.head * part.part.capacity + part.entry(x)]);
+  return static_cast<double>(query_clock(a.clock, region, view.t)) -
+         key_clock(a.clock, region, part.base(x) + view.shift[region]);
+}
+
+// Where the query of a token is rotated to for a region.
+CTX_DEVICE double query_position(const Attention& a, int region, int64_t t) {
+#if defined(CTX_BUG_CLOCK)
+  if (region == kCompressed) region = kWindow;
+#endif
+  return static_cast<double>(query_clock(a.clock, region, t));
+}
+
+// From a product of query and key (and the relative part) to a score; `slope_of_cap`: its derivative
+// by what is before the cap.
+template <typename A>
+CTX_DEVICE A finish_score(const Attention& a,
+                          const TokenView& view,
+                          const PartView& part,
+                          int64_t x,
+                          int64_t head,
+                          A product,
+                          A* slope_of_cap = nullptr) {
+  A score = product * static_cast<A>(a.scale);
+  if (a.softcap > 0) {
+    const A cap = static_cast<A>(a.softcap);
+    const A bent = hyperbolic_tangent(score / cap);
+    score = cap * bent;
+    if (slope_of_cap != nullptr) *slope_of_cap = A(1) - bent * bent;
+  } else if (slope_of_cap != nullptr) {
+    *slope_of_cap = A(1);
+  }
+  if (part.part.region == kCompressed) {
+    if (a.bias != nullptr) score += static_cast<const A*>(a.bias)[head];
+  }
+  score += part.mass<A>(x);
+  if (a.slopes != nullptr)
+    score -= static_cast<const A*>(a.slopes)[head] * static_cast<A>(distance(a, view, part, x));
+  return score;
+}
+
+CTX_DEVICE bool sees(const TokenView& view, const PartView& part, int64_t x) {
+  const int64_t n = part.base(x);
+  return n >= view.low[part.part.region] && n < view.high[part.part.region];
+}
+
+// Rotates the pair or copies the single number `piece` of a query, from memory to A; not scaled.
+template <typename T>
+CTX_DEVICE void load_query_piece(const Attention& a,
+                                 int64_t b,
+                                 int64_t head,
+                                 int64_t i,
+                                 double position,
+                                 bool present,
+                                 int64_t piece,
+                                 Acc<T>* to) {
+  using A = Acc<T>;
+  const int64_t half = a.rotary.dim / 2;
+  const T* from = row<T>(a.queries, b, head, i);
+  if (piece >= half) {
+    to[piece + half] = present ? wide<A>(from[piece + half]) : A(0);
+    return;
+  }
+  const PairPlace place = pair_place(a.rotary, piece);
+  A x = 0, y = 0;
+  if (present) {
+    double sine, cosine;
+    sincos(position * a.rotary.inv_freq[piece], &sine, &cosine);
+    const A factor = static_cast<A>(a.rotary.attention_factor);
+    const A c = static_cast<A>(cosine) * factor, s = static_cast<A>(sine) * factor;
+    const A p = wide<A>(from[place.first]), q = wide<A>(from[place.second]);
+    x = p * c - q * s;
+    y = q * c + p * s;
+  }
+  to[place.first] = x, to[place.second] = y;
+}
+
+// 10000^(-2i/dim)
+CTX_DEVICE double relative_frequency(int64_t i, int64_t dim) {
+  return exp(-2.0 * static_cast<double>(i) / static_cast<double>(dim) * 9.210340371976182736);
+}
+
+// Partial sums of one row and split: largest score, weights of the regions, weighted values.
+template <typename A>
+CTX_DEVICE A* partial(const Attention& a, int64_t b, int64_t head, int64_t i, int64_t split) {
+  const int64_t row = (b * a.heads + head) * a.tokens + i;
+  return static_cast<A*>(a.workspace) + (row * a.splits + split) * (a.value_dim + 1 + kRegions);
+}
+
+// What a row has summed up goes to the outputs; `lane` of `lanes` threads, values(d) unscaled.
+template <typename T, typename F>
+CTX_DEVICE void store_row_sums(const Attention& a,
+                               int64_t b,
+                               int64_t head,
+                               int64_t i,
+                               bool present,
+                               Acc<T> largest,
+                               const Acc<T>* totals,
+                               int64_t lane,
+                               int64_t lanes,
+                               const F& values) {
+  using A = Acc<T>;
+  const A total = totals[0] + totals[1] + totals[2];
+  // Without a key: zero. All scores minus infinity: zero by zero in a memory, zero in a span.
+  const bool none = !present || (a.position != nullptr && total == A(0));
+  const A inverse = none ? A(0) : A(1) / total;
+  T* out = row<T>(a.out, b, head, i);
+  for (int64_t d = lane; d < a.value_dim; d += lanes)
+    out[d] = narrow<T>(none ? A(0) : values(d) * inverse);
+  if (lane != 0) return;
+  const int64_t index = (b * a.heads + head) * a.tokens + i;
+  if (a.logsumexp != nullptr)
+    static_cast<A*>(a.logsumexp)[index] =
+        present ? largest + logarithm(total) : minus_infinity<A>();
+  if (a.region_weights == nullptr) return;
+  A* weights = static_cast<A*>(a.region_weights) +
+               ((b * a.heads + head) * a.call_tokens + a.offset + i) * kRegions;
+  for (int region = 0; region < kRegions; ++region)
+    weights[region] = none ? A(0) : totals[region] * inverse;
+}
+
+}  // namespace ctx::cuda

@@ -1,0 +1,72 @@
+// Rows of keys or values into shared memory, by asynchronous copies of the widest pieces that the
+// addresses allow. Rows that no query sees, and what lies behind a row's end, become zero: what was
+// never written, be it NaN, reaches no product.
+#pragma once
+
+#include "kernels/cuda/attention.cuh"
+
+namespace ctx::cuda {
+
+// How rows of `bytes` lie in shared memory: `stride` apart, a multiple of 16 that sends the first
+// pieces of neighbouring rows to other banks (quads of threads read 64 bytes of a row at once).
+struct CoreLayout {
+  int64_t bytes, stride;
+  CTX_HOST_DEVICE explicit CoreLayout(int64_t row_bytes) : bytes(row_bytes) {
+    const int64_t whole = (row_bytes + 15) / 16 * 16;
+    stride = whole + (64 + 128 - whole % 128) % 128;
+  }
+};
+
+// The widest piece that rows may be copied by: 16, 8, 4, or 0 bytes (then by single bytes).
+CTX_DEVICE int piece_of(const Strided& rows, const char* first, int64_t bytes) {
+  const auto low = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(first)) |
+                   static_cast<uint64_t>(rows.token) | static_cast<uint64_t>(bytes);
+  return low % 16 == 0 ? 16 : low % 8 == 0 ? 8 : low % 4 == 0 ? 4 : 0;
+}
+
+// Key and value rows of `count` keys from x on; for all threads of a block. The caller commits.
+template <int kPiece, typename F>
+CTX_DEVICE void copy_pieces(const PartView& part,
+                            int64_t x,
+                            int count,
+                            int64_t bytes,
+                            char* to,
+                            int64_t stride,
+                            const F& row) {
+  const int pieces = static_cast<int>(bytes / kPiece);
+  for (int task = threadIdx.x; task < count * pieces; task += blockDim.x) {
+    const int j = task / pieces, c = task % pieces;
+    const bool there = x + j < part.part.size && part.in_hull(x + j);
+    copy_async<kPiece>(to + j * stride + c * kPiece,
+                       there ? row(x + j) + c * kPiece : part.keys,
+                       there ? kPiece : 0);
+  }
+}
+
+template <typename F>
+CTX_DEVICE void copy_rows(const PartView& part,
+                          int64_t x,
+                          int count,
+                          int piece,
+                          int64_t bytes,
+                          char* to,
+                          int64_t stride,
+                          const F& row) {
+  if (piece == 16) return copy_pieces<16>(part, x, count, bytes, to, stride, row);
+  if (piece == 8) return copy_pieces<8>(part, x, count, bytes, to, stride, row);
+  if (piece == 4) return copy_pieces<4>(part, x, count, bytes, to, stride, row);
+  for (int64_t task = threadIdx.x; task < count * bytes; task += blockDim.x) {
+    const int64_t j = task / bytes, c = task % bytes;
+    const bool there = x + j < part.part.size && part.in_hull(x + j);
+    to[j * stride + c] = there ? row(x + j)[c] : char{0};
+  }
+}
+
+// Zeros behind the ends of `count` rows, once: copies do not write there.
+CTX_DEVICE void clear_tails(char* to, int64_t count, int64_t bytes, int64_t stride) {
+  const int64_t tail = stride - bytes;
+  for (int64_t task = threadIdx.x; task < count * tail; task += blockDim.x)
+    to[task / tail * stride + bytes + task % tail] = char{0};
+}
+
+}  // namespace ctx::cuda
