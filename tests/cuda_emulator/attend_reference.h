@@ -52,6 +52,7 @@ struct Attended {
   double logsumexp = -std::numeric_limits<double>::infinity();
   double weights[kRegions] = {0, 0, 0};  // of the regions
   std::vector<double> window;            // of the window's keys
+  double size = 1;                       // of the largest value, at least one
 };
 
 // The query of token t in head h; key(region, number) of what it sees.
@@ -94,7 +95,10 @@ Attended attend_one(World& w,
     const double weight = std::exp(scores[j] - largest) / total;
     made.weights[regions[j]] += weight;
     if (regions[j] == kWindow) made.window.push_back(weight);
-    for (int64_t d = 0; d < w.value_dim; ++d) made.out[d] += weight * values[j][d];
+    for (int64_t d = 0; d < w.value_dim; ++d) {
+      made.out[d] += weight * values[j][d];
+      made.size = std::max(made.size, std::abs(values[j][d]));
+    }
   }
   if (!scores.empty()) made.logsumexp = largest + std::log(total);
   return made;

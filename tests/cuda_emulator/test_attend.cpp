@@ -136,7 +136,7 @@ class AttendTest {
               return key(b, kv, region, t, n);
             });
         for (int64_t d = 0; d < w_.value_dim; ++d)
-          EXPECT(std::abs(out_.get(b, h, i, d) - expected.out[d]) <= error);
+          EXPECT(std::abs(out_.get(b, h, i, d) - expected.out[d]) <= error * expected.size);
         for (int region = 0; region < kRegions && asks_weights_; ++region) {
           const int64_t at = ((b * w_.heads() + h) * w_.tokens + i) * kRegions + region;
           const double got =
