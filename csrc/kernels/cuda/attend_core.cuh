@@ -137,10 +137,12 @@ struct CoreBlock {
   }
 
   // Keys begin ... end - 1 of a part; `all` threads.
-  template <typename S>
+  // kSame: they are stored as T, else as part.storage says.
+  template <bool kSame>
   CTX_DEVICE void walk(const PartView& part, int64_t begin, int64_t end) {
-    const int64_t key_row = stored_width<S>(a.head_dim) * sizeof(S);
-    const int64_t value_row = stored_width<S>(a.value_dim) * sizeof(S);
+    const Storage storage = kSame ? storage_of<T>() : part.part.storage;
+    const int64_t key_row = row_bytes(storage, a.head_dim);
+    const int64_t value_row = row_bytes(storage, a.value_dim);
     const CoreLayout key_layout(key_row), value_layout(value_row);
     const int key_piece = piece_of(part.part.keys, part.keys, key_row);
     const int value_piece = piece_of(part.part.values, part.values, value_row);
@@ -189,7 +191,7 @@ struct CoreBlock {
       __syncthreads();
       const char* key_tile = keys + stage * kTileKeys * key_layout.stride;
       const char* value_tile = values + stage * kTileKeys * value_layout.stride;
-      multiply_keys<S>(key_tile, key_layout.stride);
+      multiply_keys<kSame>(storage, key_tile, key_layout.stride);
       __syncthreads();
       if (a.relative.dim > 0) add_relative(part, x, end);
       weigh(part, x, end);
@@ -199,7 +201,7 @@ struct CoreBlock {
         wait_copies<0>();
       }
       __syncthreads();
-      add_values<S>(value_tile, value_layout.stride);
+      add_values<kSame>(storage, value_tile, value_layout.stride);
       __syncthreads();
       x = after;
       if (l.stages > 1) stage = 1 - stage;
@@ -208,24 +210,36 @@ struct CoreBlock {
     __syncthreads();
   }
 
+  // Vector c of a row in shared memory.
+  template <bool kSame>
+  CTX_DEVICE static void load_vector(Storage storage, const char* row, int c, A (&to)[kVector]) {
+    if constexpr (kSame) {
+      const auto x = reinterpret_cast<const Vector<T>*>(row)[c];
+      CTX_UNROLL for (int e = 0; e < kVector; ++e) to[e] = wide<A>(x.x[e]);
+    } else {
+      load_numbers(storage, row + c * kVector * size_of(storage), to);
+    }
+  }
+
   // weights[r][j] = query r . key j; four threads share a key.
-  template <typename S>
-  CTX_DEVICE void multiply_keys(const char* tile, int64_t stride) {
+  template <bool kSame>
+  CTX_DEVICE void multiply_keys(Storage storage, const char* tile, int64_t stride) {
     const int j = threadIdx.x / 4, quarter = threadIdx.x % 4;
-    const auto* key = reinterpret_cast<const S*>(tile + j * stride);
+    const char* key = tile + j * stride;
     const int chunks = static_cast<int>((a.head_dim + kVector - 1) / kVector);
     A sum[R];
     CTX_UNROLL for (int r = 0; r < R; ++r) sum[r] = A(0);
     for (int c = quarter; c < chunks; c += 4) {
       A k[kVector];
-      CTX_UNROLL for (int e = 0; e < kVector; ++e) k[e] = wide<A>(key[c * kVector + e]);
+      load_vector<kSame>(storage, key, c, k);
       CTX_UNROLL for (int r = 0; r < R; ++r) {
         const A* q = query + r * query_width + c * kVector;
         CTX_UNROLL for (int e = 0; e < kVector; ++e) sum[r] += q[e] * k[e];
       }
     }
     A scale = 1;
-    if constexpr (std::is_same_v<S, int8_t>) scale = static_cast<A>(scale_of(key, a.head_dim));
+    if (!kSame && storage == Storage::kInt8)
+      scale = static_cast<A>(scale_of(reinterpret_cast<const int8_t*>(key), a.head_dim));
     CTX_UNROLL for (int r = 0; r < R; ++r) {
       A whole = sum[r];
       whole += __shfl_xor_sync(0xffffffffu, whole, 1);
@@ -288,8 +302,8 @@ struct CoreBlock {
   }
 
   // sums += weights . values; a thread holds some columns, for every groups-th key.
-  template <typename S>
-  CTX_DEVICE void add_values(const char* tile, int64_t stride) {
+  template <bool kSame>
+  CTX_DEVICE void add_values(Storage storage, const char* tile, int64_t stride) {
     const int column = threadIdx.x % columns * kVector, group = threadIdx.x / columns;
     CTX_UNROLL for (int r = 0; r < R; ++r) {
       const A factor = r < rows ? shrink[r] : A(1);
@@ -297,11 +311,13 @@ struct CoreBlock {
     }
     if (column >= a.value_dim) return;
     for (int j = group; j < kTileKeys; j += groups) {
-      const auto* value = reinterpret_cast<const S*>(tile + j * stride);
+      const char* value = tile + j * stride;
       A scale = 1;
-      if constexpr (std::is_same_v<S, int8_t>) scale = static_cast<A>(scale_of(value, a.value_dim));
+      if (!kSame && storage == Storage::kInt8)
+        scale = static_cast<A>(scale_of(reinterpret_cast<const int8_t*>(value), a.value_dim));
       A v[kVector];
-      CTX_UNROLL for (int e = 0; e < kVector; ++e) v[e] = wide<A>(value[column + e]) * scale;
+      load_vector<kSame>(storage, value, column / kVector, v);
+      if (!kSame) CTX_UNROLL for (int e = 0; e < kVector; ++e) v[e] *= scale;
       CTX_UNROLL for (int r = 0; r < R; ++r) {
         const A weight = r < rows ? weights[r * kTileKeys + j] : A(0);
         if (weight == A(0)) continue;  // zero times NaN is NaN
@@ -359,8 +375,8 @@ struct CoreBlock {
     if (hull.size() <= 0) return;
     const PartView view(a, part, b, kv, hull);
     load_queries(part.region);
-    dispatch_slots<T>(part.storage,
-                      [&](auto type) { this->template walk<decltype(type)>(view, begin, end); });
+    if (part.storage == storage_of<T>()) return walk<true>(view, begin, end);
+    if constexpr (!std::is_same_v<T, double>) walk<false>(view, begin, end);
   }
 };
 

@@ -58,7 +58,7 @@ struct TokenView {
   int64_t low[kRegions], high[kRegions], shift[kRegions];
 };
 
-CTX_DEVICE TokenView token_view(const Attention& a, int64_t b, int64_t i) {
+CTX_DEVICE_CALL TokenView token_view(const Attention& a, int64_t b, int64_t i) {
   constexpr int64_t kLast = Schedule::kLastPosition / 2;
   TokenView view;
   if (a.position != nullptr) {
@@ -78,7 +78,7 @@ CTX_DEVICE TokenView token_view(const Attention& a, int64_t b, int64_t i) {
 }
 
 // Base numbers that some of `count` tokens see, from the first to the last.
-CTX_DEVICE Range hull_of(const TokenView* views, int64_t count, int region) {
+CTX_DEVICE_CALL Range hull_of(const TokenView* views, int64_t count, int region) {
   Range hull;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t low = views[i].low[region], high = views[i].high[region];
@@ -149,10 +149,10 @@ struct PartView {
   }
 };
 
-CTX_DEVICE double distance(const Attention& a,
-                           const TokenView& view,
-                           const PartView& part,
-                           int64_t x) {
+CTX_DEVICE_CALL double distance(const Attention& a,
+                                const TokenView& view,
+                                const PartView& part,
+                                int64_t x) {
   const int region = part.part.region;
   if (region == kCompressed && a.clock.token_distance && a.slot_positions != nullptr)
     return static_cast<double>(view.t -
@@ -162,7 +162,7 @@ CTX_DEVICE double distance(const Attention& a,
 }
 
 // Where the query of a token is rotated to for a region.
-CTX_DEVICE double query_position(const Attention& a, int region, int64_t t) {
+CTX_DEVICE_CALL double query_position(const Attention& a, int region, int64_t t) {
 #if defined(CTX_BUG_CLOCK)
   if (region == kCompressed) region = kWindow;
 #endif
@@ -204,14 +204,14 @@ CTX_DEVICE bool sees(const TokenView& view, const PartView& part, int64_t x) {
 
 // Rotates the pair or copies the single number `piece` of a query, from memory to A; not scaled.
 template <typename T>
-CTX_DEVICE void load_query_piece(const Attention& a,
-                                 int64_t b,
-                                 int64_t head,
-                                 int64_t i,
-                                 double position,
-                                 bool present,
-                                 int64_t piece,
-                                 Acc<T>* to) {
+CTX_DEVICE_CALL void load_query_piece(const Attention& a,
+                                      int64_t b,
+                                      int64_t head,
+                                      int64_t i,
+                                      double position,
+                                      bool present,
+                                      int64_t piece,
+                                      Acc<T>* to) {
   using A = Acc<T>;
   const int64_t half = a.rotary.dim / 2;
   const T* from = row<T>(a.queries, b, head, i);

@@ -12,9 +12,6 @@ inline Strided moved(Strided x, int64_t tokens, int64_t size) {
   if (x.data != nullptr) x.data = static_cast<char*>(x.data) + tokens * x.token * size;
   return x;
 }
-inline int64_t row_bytes(Storage storage, int64_t width) {
-  return width * size_of(storage) + (storage == Storage::kInt8 ? kScaleBytes : 0);
-}
 // Rows of a contiguous ring [B, heads, capacity, width]; strides count bytes.
 inline Strided ring_rows(void* data, int64_t heads, int64_t capacity, int64_t bytes) {
   return {data, heads * capacity * bytes, capacity * bytes, bytes};

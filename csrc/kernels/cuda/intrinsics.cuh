@@ -13,8 +13,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define CTX_DEVICE __device__ __forceinline__
+#define CTX_DEVICE_CALL __device__ __noinline__ inline  // much code, seldom run
 #elif defined(CTX_CUDA_EMULATOR)
 #define CTX_DEVICE inline
+#define CTX_DEVICE_CALL inline
 #else
 #error "needs nvcc, or the emulator of tests/cuda_emulator"
 #endif

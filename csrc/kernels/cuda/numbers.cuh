@@ -118,7 +118,7 @@ CTX_DEVICE T narrow(A x) {
 
 template <typename A>
 CTX_DEVICE A minus_infinity() {
-  return -std::numeric_limits<A>::infinity();
+  return static_cast<A>(-INFINITY);
 }
 template <typename A>
 CTX_DEVICE A maximum(A a, A b) {
@@ -135,11 +135,19 @@ CTX_DEVICE double logarithm(double x) { return log(x); }
 CTX_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 CTX_DEVICE double hyperbolic_tangent(double x) { return tanh(x); }
 
-constexpr int64_t size_of(Storage storage) {
+CTX_HOST_DEVICE constexpr int64_t size_of(Storage storage) {
   return storage == Storage::kFloat64   ? 8
          : storage == Storage::kFloat32 ? 4
          : storage == Storage::kInt8    ? 1
                                         : 2;
+}
+
+template <typename T>
+CTX_HOST_DEVICE constexpr Storage storage_of() {
+  return std::is_same_v<T, double>     ? Storage::kFloat64
+         : std::is_same_v<T, float>    ? Storage::kFloat32
+         : std::is_same_v<T, BFloat16> ? Storage::kBFloat16
+                                       : Storage::kFloat16;
 }
 
 // Calls run(T{}) for the type of a memory's pairs.
@@ -174,6 +182,24 @@ CTX_DEVICE void dispatch_slots(Storage storage, const F& run) {
         return run(Half{});
       default:
         return run(float{});
+    }
+  }
+}
+
+// N numbers of a row in a storage that is known when the kernel runs; not for float64.
+template <int N, typename A>
+CTX_DEVICE void load_numbers(Storage storage, const char* from, A (&to)[N]) {
+  if (storage == Storage::kInt8) {
+    CTX_UNROLL for (int e = 0; e < N; ++e) to[e] = static_cast<A>(static_cast<int8_t>(from[e]));
+  } else if (storage == Storage::kFloat32) {
+    const auto* x = reinterpret_cast<const float*>(from);
+    CTX_UNROLL for (int e = 0; e < N; ++e) to[e] = static_cast<A>(x[e]);
+  } else {
+    const auto* x = reinterpret_cast<const uint16_t*>(from);
+    if (storage == Storage::kBFloat16) {
+      CTX_UNROLL for (int e = 0; e < N; ++e) to[e] = static_cast<A>(BFloat16::float_of_bits(x[e]));
+    } else {
+      CTX_UNROLL for (int e = 0; e < N; ++e) to[e] = static_cast<A>(Half::float_of_bits(x[e]));
     }
   }
 }

@@ -28,6 +28,11 @@ CTX_DEVICE constexpr int64_t stored_width(int64_t width) {
   return std::is_same_v<S, int8_t> ? width + kScaleBytes : width;
 }
 
+// Bytes from one row of a ring to the next.
+CTX_HOST_DEVICE inline int64_t row_bytes(Storage storage, int64_t width) {
+  return width * size_of(storage) + (storage == Storage::kInt8 ? kScaleBytes : 0);
+}
+
 CTX_DEVICE float scale_of(const int8_t* row, int64_t width) {
   float scale;
   memcpy(&scale, row + width, sizeof(scale));
