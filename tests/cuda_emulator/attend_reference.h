@@ -53,6 +53,7 @@ struct Attended {
   double weights[kRegions] = {0, 0, 0};  // of the regions
   std::vector<double> window;            // of the window's keys
   double size = 1;                       // of the largest value, at least one
+  double steep = 1;                      // how errors of scores, relative to them, become errors
 };
 
 // The query of token t in head h; key(region, number) of what it sees.
@@ -78,10 +79,14 @@ Attended attend_one(World& w,
         w.rotated(q, static_cast<double>(query_clock(w.clock, region, t)));
     for (int64_t n = seen[region].begin; n < seen[region].end; ++n) {
       AttendedKey k = key(region, n);
-      double s = 0;
-      for (int64_t d = 0; d < w.head_dim; ++d) s += query[d] * k.key[d];
+      double s = 0, size = 0;
+      for (int64_t d = 0; d < w.head_dim; ++d) {
+        s += query[d] * k.key[d];
+        size += std::abs(query[d] * k.key[d]);
+      }
       if (law.relative_dim > 0) s += law.relative_score(region == kCompressed ? zc : z, k.distance);
       s *= law.scale;
+      made.steep = std::max(made.steep, size * law.scale / 8);
       if (law.softcap > 0) s = law.softcap * std::tanh(s / law.softcap);
       s += k.mass;
       if (region == kCompressed) s += law.per_head(law.bias, h);

@@ -111,19 +111,20 @@ struct CoreBlock {
 
   // Queries at the clock of a region.
   CTX_DEVICE void load_queries(int region) {
-    const int64_t pieces = a.head_dim - a.rotary.dim / 2;
+    const int64_t pieces = query_pieces(a);
     for (int64_t task = threadIdx.x; task < rows * pieces; task += kCoreThreads) {
       const int r = static_cast<int>(task / pieces);
       const bool present = used(r) && views[token_of(r)].t >= 0;
       const double position = present ? query_position(a, region, views[token_of(r)].t) : 0;
-      load_query_piece<T>(a,
-                          b,
-                          present ? head_of(r) : first_head,
-                          present ? first_token + token_of(r) : 0,
-                          position,
-                          present,
-                          task % pieces,
-                          query + r * query_width);
+      const auto piece = query_piece<T>(a,
+                                        b,
+                                        present ? head_of(r) : first_head,
+                                        present ? first_token + token_of(r) : 0,
+                                        position,
+                                        present,
+                                        task % pieces);
+      query[r * query_width + piece.first] = piece.x;
+      if (piece.second >= 0) query[r * query_width + piece.second] = piece.y;
     }
     const Strided& from = region == kCompressed ? a.relative.compressed : a.relative.queries;
     for (int64_t task = threadIdx.x; task < rows * a.relative.dim; task += kCoreThreads) {

@@ -2,8 +2,8 @@
 // memory holds, so that a CUDA graph can hold them.
 #pragma once
 
-#include "kernels/cuda/attend_core.cuh"
 #include "kernels/cuda/attend_merge.cuh"
+#include "kernels/cuda/attend_mma.cuh"
 #include "kernels/cuda/attention_build.cuh"
 
 namespace ctx::cuda {
@@ -18,6 +18,12 @@ inline int64_t default_split_length(const Attention& a) {
   return length;
 }
 
+// Few enough for one tile of rows; the heads of a kv head may need several.
+inline bool has_few_queries(const Attention& a) {
+  const int64_t heads = a.q_per_kv() < kMmaRows ? a.q_per_kv() : kMmaRows;
+  return a.tokens * heads <= kMmaRows;
+}
+
 // Few queries: parts are cut into splits of `length` keys (0: the default).
 inline void set_splits(Attention& a, int64_t length) {
   if (length == 0) length = default_split_length(a);
@@ -28,8 +34,7 @@ inline void set_splits(Attention& a, int64_t length) {
     a.splits += (a.part[p].size + length - 1) / length;
   }
   a.split_length = length;
-  if (a.tokens * a.q_per_kv() > 16 || keys <= length || a.splits > 65535)
-    a.split_length = 0, a.splits = 1;
+  if (!has_few_queries(a) || keys <= length || a.splits > 65535) a.split_length = 0, a.splits = 1;
 }
 
 inline int64_t arithmetic_size(const Attention& a) {
@@ -86,6 +91,65 @@ inline void launch_core(const Attention& a, cudaStream_t stream) {
   });
 }
 
+// Whether mma takes this: its types, sizes and alignment, and enough rows to be worth it.
+inline bool fits_mma(const Attention& a) {
+  const bool half = a.storage == Storage::kBFloat16 || a.storage == Storage::kFloat16;
+  if (!half || a.head_dim % 16 != 0 || a.value_dim % 16 != 0) return false;
+  if (a.head_dim > 256 || a.value_dim > 128 || a.relative.dim > 0) return false;
+  if (a.q_per_kv() * a.tokens < 4) return false;
+  if (a.slopes != nullptr && a.slot_positions != nullptr) return false;
+  for (int p = 0; p < a.parts; ++p) {
+    const Part& part = a.part[p];
+    if (part.storage != a.storage && part.storage != Storage::kInt8) return false;
+    const int64_t align = part.storage == Storage::kInt8 ? 4 : 16;
+    for (const Strided* x : {&part.keys, &part.values}) {
+      const auto at = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x->data) % 16);
+      if (at % align != 0 || x->batch % align != 0 || x->head % align != 0 || x->token % align != 0)
+        return false;
+    }
+  }
+  return true;
+}
+
+template <typename T, int kValues, bool kByKeys>
+void launch_mma_tile(const Attention& a, cudaStream_t stream) {
+  constexpr int kRows = MmaBlock<T, kValues, kByKeys>::kRows;
+  MmaLaunch l{};
+  l.a = a;
+  const int64_t q_per_kv = a.q_per_kv();
+  const int64_t head_tiles = (q_per_kv + kRows - 1) / kRows;
+  l.head_tiles = static_cast<int>(head_tiles);
+  l.tile_heads = static_cast<int>((q_per_kv + head_tiles - 1) / head_tiles);
+  const int64_t fit = head_tiles > 1 ? 1 : kRows / l.tile_heads;
+  l.tile_tokens = static_cast<int>(fit < a.tokens ? fit : a.tokens);
+  for (int p = 0; p < a.parts; ++p) l.has_int8 = l.has_int8 || a.part[p].storage == Storage::kInt8;
+  const int64_t tiles = (a.tokens + l.tile_tokens - 1) / l.tile_tokens;
+  launch(&attend_mma<T, kValues, kByKeys>,
+         grid_of(tiles * head_tiles, a.kv_heads * a.batch, a.splits),
+         kMmaThreads,
+         MmaRoom(a, kRows, l.has_int8).all,
+         stream,
+         l);
+}
+
+template <typename T>
+void launch_mma_type(const Attention& a, cudaStream_t stream) {
+  const bool few = has_few_queries(a);
+  if (a.value_dim <= 64) {
+    few ? launch_mma_tile<T, 64, true>(a, stream) : launch_mma_tile<T, 64, false>(a, stream);
+  } else {
+    few ? launch_mma_tile<T, 128, true>(a, stream) : launch_mma_tile<T, 128, false>(a, stream);
+  }
+}
+
+inline void launch_mma(const Attention& a, cudaStream_t stream) {
+  if (a.storage == Storage::kBFloat16) {
+    launch_mma_type<BFloat16>(a, stream);
+  } else {
+    launch_mma_type<Half>(a, stream);
+  }
+}
+
 inline void launch_merge(const Attention& a, cudaStream_t stream) {
   dispatch(a.storage, [&](auto type) {
     launch(&merge_kernel<decltype(type)>, grid_of(rows_of(a)), kMergeThreads, 0, stream, a);
@@ -120,7 +184,7 @@ inline int64_t attend_workspace(const AttendArgs& args, int64_t split_length = 0
 }
 
 inline void run_attention(Attention& a, cudaStream_t stream) {
-  launch_core(a, stream);
+  fits_mma(a) ? launch_mma(a, stream) : launch_core(a, stream);
   if (a.split_length > 0) launch_merge(a, stream);
 }
 

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t b = blockIdx.y / a.kv_heads, kv = blockIdx.y % a.kv_heads;
   const int64_t x = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
   auto* query = reinterpret_cast<A*>(shared_memory());
-  const int64_t pieces = a.head_dim - a.rotary.dim / 2, q_per_kv = a.q_per_kv();
+  const int64_t pieces = query_pieces(a), q_per_kv = a.q_per_kv();
   A used = 0;
   for (int64_t i = 0; i < a.tokens; ++i) {
     const TokenView view = token_view(a, b, i);
@@ -61,8 +61,9 @@ __global__ void __launch_bounds__(kMergeThreads)
     const double position = query_position(a, kWindow, view.t);
     for (int64_t task = threadIdx.x; task < q_per_kv * pieces; task += kMergeThreads) {
       const int64_t g = task / pieces;
-      load_query_piece<T>(
-          a, b, kv * q_per_kv + g, i, position, true, task % pieces, query + g * a.head_dim);
+      const auto piece = query_piece<T>(a, b, kv * q_per_kv + g, i, position, true, task % pieces);
+      query[g * a.head_dim + piece.first] = piece.x;
+      if (piece.second >= 0) query[g * a.head_dim + piece.second] = piece.y;
     }
     __syncthreads();
     if (x < p.size && part.in_hull(x)) {

@@ -202,36 +202,36 @@ CTX_DEVICE bool sees(const TokenView& view, const PartView& part, int64_t x) {
   return n >= view.low[part.part.region] && n < view.high[part.part.region];
 }
 
-// Rotates the pair or copies the single number `piece` of a query, from memory to A; not scaled.
+// Numbers of a rotated query: those of a pair, or a single one behind the pairs.
+template <typename A>
+struct QueryPiece {
+  A x, y;
+  int64_t first, second;  // their places; second < 0: there is no y
+};
+
+// Piece `piece` of the query of head `head` and token i, not scaled; zero where it is not `present`.
 template <typename T>
-CTX_DEVICE_CALL void load_query_piece(const Attention& a,
-                                      int64_t b,
-                                      int64_t head,
-                                      int64_t i,
-                                      double position,
-                                      bool present,
-                                      int64_t piece,
-                                      Acc<T>* to) {
+CTX_DEVICE_CALL QueryPiece<Acc<T>> query_piece(const Attention& a,
+                                               int64_t b,
+                                               int64_t head,
+                                               int64_t i,
+                                               double position,
+                                               bool present,
+                                               int64_t piece) {
   using A = Acc<T>;
   const int64_t half = a.rotary.dim / 2;
   const T* from = row<T>(a.queries, b, head, i);
-  if (piece >= half) {
-    to[piece + half] = present ? wide<A>(from[piece + half]) : A(0);
-    return;
-  }
+  if (piece >= half) return {present ? wide<A>(from[piece + half]) : A(0), A(0), piece + half, -1};
   const PairPlace place = pair_place(a.rotary, piece);
-  A x = 0, y = 0;
-  if (present) {
-    double sine, cosine;
-    sincos(position * a.rotary.inv_freq[piece], &sine, &cosine);
-    const A factor = static_cast<A>(a.rotary.attention_factor);
-    const A c = static_cast<A>(cosine) * factor, s = static_cast<A>(sine) * factor;
-    const A p = wide<A>(from[place.first]), q = wide<A>(from[place.second]);
-    x = p * c - q * s;
-    y = q * c + p * s;
-  }
-  to[place.first] = x, to[place.second] = y;
+  if (!present) return {A(0), A(0), place.first, place.second};
+  double sine, cosine;
+  sincos(position * a.rotary.inv_freq[piece], &sine, &cosine);
+  const A factor = static_cast<A>(a.rotary.attention_factor);
+  const A c = static_cast<A>(cosine) * factor, s = static_cast<A>(sine) * factor;
+  const A p = wide<A>(from[place.first]), q = wide<A>(from[place.second]);
+  return {p * c - q * s, q * c + p * s, place.first, place.second};
 }
+CTX_DEVICE int64_t query_pieces(const Attention& a) { return a.head_dim - a.rotary.dim / 2; }
 
 // 10000^(-2i/dim)
 CTX_DEVICE double relative_frequency(int64_t i, int64_t dim) {

@@ -1,0 +1,490 @@
+// Attention by mma.sync.m16n8k16, for bfloat16 and float16 with slots of the same type or int8. A tile of
+// kMmaKeys keys lies in shared memory, the next one on its way. Few queries (kByKeys): one tile of 16 rows, whose
+// keys are shared out over the four warps of a block, each with a softmax of its own; they are merged
+// at the end, in the order of the warps. Many queries: four tiles of 16 rows, one per warp.
+//
+// Fragments (PTX manual, m16n8k16): lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and + 1.
+#pragma once
+
+#include "kernels/cuda/attend_core.cuh"
+
+namespace ctx::cuda {
+
+constexpr int kMmaThreads = 128;
+constexpr int kMmaKeys = 64;
+constexpr int kMmaRows = 16;  // of a warp
+
+// Rows of 16-bit numbers in shared memory; 16-byte pieces are swizzled, or rows are padded where they
+// are too short for that, so that the eight rows that ldmatrix reads lie in different banks.
+struct MmaLayout {
+  int stride;
+  int mask;
+  CTX_HOST_DEVICE explicit MmaLayout(int64_t width) {
+    const int pieces = static_cast<int>(width / 8);
+    mask = pieces % 8 == 0 ? 7 : 0;
+    stride = pieces * 16 + (mask == 0 && pieces % 2 == 0 ? 16 : 0);
+  }
+  CTX_HOST_DEVICE int place(int row, int column) const {  // in bytes
+    return row * stride + ((column / 8) ^ (row & mask)) * 16 + column % 8 * 2;
+  }
+};
+
+// How a block's memory is cut; in bytes.
+struct MmaRoom {
+  int views, query, key_offset, key_scale, value_scale, mass, keys, values, all;
+  int key_stage, value_stage, raw_keys, raw_values, raw_key_stride, raw_value_stride;
+  CTX_HOST_DEVICE MmaRoom(const Attention& a, int rows, bool has_int8) {
+    int next = 0;
+    const auto take = [&](int64_t bytes) {
+      const int place = next;
+      next += static_cast<int>((bytes + 127) / 128 * 128);
+      return place;
+    };
+    views = take(rows * static_cast<int64_t>(sizeof(TokenView)));
+    query = take(rows * MmaLayout(a.head_dim).stride);
+    key_offset = take(kMmaKeys * 4);
+    key_scale = take(kMmaKeys * 4);
+    value_scale = take(kMmaKeys * 4);
+    mass = take(kMmaKeys * 4);
+    key_stage = kMmaKeys * MmaLayout(a.head_dim).stride;
+    value_stage = kMmaKeys * MmaLayout(a.value_dim).stride;
+    raw_key_stride = static_cast<int>(a.head_dim) + 16;
+    raw_value_stride = static_cast<int>(a.value_dim) + 16;
+    keys = take(2 * key_stage);
+    values = take(2 * value_stage);
+    raw_keys = take(has_int8 ? 2 * kMmaKeys * raw_key_stride : 0);
+    raw_values = take(has_int8 ? 2 * kMmaKeys * raw_value_stride : 0);
+    // At the end the sums of all warps lie where keys and values were.
+    const int sums = keys + 4 * kMmaRows * static_cast<int>(a.value_dim + 1 + kRegions) * 4;
+    all = sums > next ? sums : next;
+  }
+};
+
+struct MmaLaunch {
+  Attention a;
+  int tile_tokens, tile_heads, head_tiles;
+  bool has_int8;
+};
+
+CTX_DEVICE uint32_t packed(uint16_t low, uint16_t high) {
+  return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
+}
+
+template <typename T, int kValues, bool kByKeys>
+struct MmaBlock {
+  static constexpr int kRows = kByKeys ? kMmaRows : 4 * kMmaRows;
+  static constexpr int kChunks = kByKeys ? 1 : kMmaKeys / 16;  // of 16 keys, of a warp
+
+  const MmaLaunch& l;
+  const Attention& a;
+  const MmaRoom room;
+  const MmaLayout key_layout, value_layout;
+  char* memory;
+  TokenView* views;
+  int64_t b, kv, first_token, first_head;
+  int warp, lane, row_base;
+  // Of the rows lane / 4 and lane / 4 + 8 of the warp's tile:
+  float largest[2], totals[2][kRegions];
+  float sums[kValues / 8][4];
+  // of a part:
+  int low[2], high[2];
+  float bias[2], slope[2], distance_of_first[2];
+
+  CTX_DEVICE explicit MmaBlock(const MmaLaunch& launch)
+      : l(launch),
+        a(launch.a),
+        room(launch.a, kRows, launch.has_int8),
+        key_layout(launch.a.head_dim),
+        value_layout(launch.a.value_dim),
+        memory(shared_memory()) {
+    views = reinterpret_cast<TokenView*>(memory + room.views);
+    warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    row_base = kByKeys ? 0 : warp * kMmaRows;
+  }
+
+  CTX_DEVICE int token_of(int r) const { return r / l.tile_heads; }
+  CTX_DEVICE int64_t head_of(int r) const { return first_head + r % l.tile_heads; }
+  CTX_DEVICE bool used(int r) const {
+    return r < l.tile_tokens * l.tile_heads && head_of(r) < (kv + 1) * a.q_per_kv() &&
+           first_token + token_of(r) < a.tokens;
+  }
+  CTX_DEVICE int row_of(int half) const { return row_base + lane / 4 + 8 * half; }
+
+  CTX_DEVICE void begin() {
+    for (int i = threadIdx.x; i < l.tile_tokens; i += kMmaThreads) {
+      const int64_t token = first_token + i;
+      views[i] = token < a.tokens ? token_view(a, b, token) : TokenView{-1, {}, {}, {}};
+    }
+    CTX_UNROLL for (int half = 0; half < 2; ++half) {
+      largest[half] = minus_infinity<float>();
+      CTX_UNROLL for (int region = 0; region < kRegions; ++region) totals[half][region] = 0;
+    }
+    CTX_UNROLL for (int n = 0; n < kValues / 8; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e)
+        sums[n][e] = 0;
+    __syncthreads();
+  }
+
+  // Queries at the clock of a part's region, and what its scores are made of.
+  CTX_DEVICE void enter(const PartView& part) {
+    const int region = part.part.region;
+    const int64_t pieces = query_pieces(a);
+    char* query = memory + room.query;
+    for (int64_t task = threadIdx.x; task < kRows * pieces; task += kMmaThreads) {
+      const int r = static_cast<int>(task / pieces);
+      const bool present = used(r) && views[token_of(r)].t >= 0;
+      const double position = present ? query_position(a, region, views[token_of(r)].t) : 0;
+      const auto piece = query_piece<T>(a,
+                                        b,
+                                        present ? head_of(r) : first_head,
+                                        present ? first_token + token_of(r) : 0,
+                                        position,
+                                        present,
+                                        task % pieces);
+      const auto put = [&](int64_t d, float x) {
+        *reinterpret_cast<T*>(query + key_layout.place(r, static_cast<int>(d))) = narrow<T>(x);
+      };
+      put(piece.first, piece.x);
+      if (piece.second >= 0) put(piece.second, piece.y);
+    }
+    for (int half = 0; half < 2; ++half) {
+      const int r = row_of(half);
+      low[half] = high[half] = 0, bias[half] = slope[half] = distance_of_first[half] = 0;
+      if (!used(r) || views[token_of(r)].t < 0) continue;
+      const TokenView& view = views[token_of(r)];
+      const int64_t size = part.hull.size();
+      low[half] = static_cast<int>(clamped(view.low[region] - part.hull.begin, 0, size));
+      high[half] = static_cast<int>(clamped(view.high[region] - part.hull.begin, 0, size));
+      if (region == kCompressed && a.bias != nullptr)
+        bias[half] = static_cast<const float*>(a.bias)[head_of(r)];
+      if (a.slopes == nullptr) continue;
+      slope[half] = static_cast<const float*>(a.slopes)[head_of(r)];
+      distance_of_first[half] =
+          static_cast<float>(static_cast<double>(query_clock(a.clock, region, view.t)) -
+                             key_clock(a.clock, region, part.hull.begin + view.shift[region]));
+    }
+  }
+
+  template <bool kInt8>
+  CTX_DEVICE void fetch(
+      const PartView& part, int64_t x, int64_t end, int stage, bool values) const {
+    const int64_t width = values ? a.value_dim : a.head_dim;
+    if (x < end) {
+      if constexpr (kInt8) {
+        const int stride = values ? room.raw_value_stride : room.raw_key_stride;
+        char* to = memory + (values ? room.raw_values : room.raw_keys) + stage * kMmaKeys * stride;
+        copy_pieces<4>(part, x, kMmaKeys, width + kScaleBytes, to, stride, [&](int64_t i) {
+          return values ? part.value(i) : part.key(i);
+        });
+      } else {
+        const MmaLayout& layout = values ? value_layout : key_layout;
+        char* to = memory + (values ? room.values + stage * room.value_stage
+                                    : room.keys + stage * room.key_stage);
+        const int pieces = static_cast<int>(width / 8);
+        for (int task = threadIdx.x; task < kMmaKeys * pieces; task += kMmaThreads) {
+          const int j = task / pieces, c = task % pieces;
+          const bool there = x + j < end && part.in_hull(x + j);
+          const char* from =
+              there ? (values ? part.value(x + j) : part.key(x + j)) + c * 16 : part.keys;
+          copy_async<16>(to + layout.place(j, c * 8), from, there ? 16 : 0);
+        }
+      }
+    }
+    commit_copies();
+  }
+
+  // int8 rows of a stage become 16-bit rows of stage 0, and their scales numbers beside them.
+  CTX_DEVICE void widen(int stage, bool values) const {
+    const int64_t width = values ? a.value_dim : a.head_dim;
+    const int stride = values ? room.raw_value_stride : room.raw_key_stride;
+    const MmaLayout& layout = values ? value_layout : key_layout;
+    const char* from =
+        memory + (values ? room.raw_values : room.raw_keys) + stage * kMmaKeys * stride;
+    char* to = memory + (values ? room.values : room.keys);
+    const int pieces = static_cast<int>(width / 4);
+    for (int task = threadIdx.x; task < kMmaKeys * pieces; task += kMmaThreads) {
+      const int j = task / pieces, c = task % pieces * 4;
+      const char* bytes = from + j * stride + c;
+      const auto bits = [&](int e) {
+        return T::bits_of(static_cast<float>(static_cast<int8_t>(bytes[e])));
+      };
+      auto* pair = reinterpret_cast<uint32_t*>(to + layout.place(j, c));
+      pair[0] = packed(bits(0), bits(1)), pair[1] = packed(bits(2), bits(3));
+    }
+    auto* scales = reinterpret_cast<float*>(memory + (values ? room.value_scale : room.key_scale));
+    for (int j = threadIdx.x; j < kMmaKeys; j += kMmaThreads)
+      scales[j] = scale_of(reinterpret_cast<const int8_t*>(from + j * stride), width);
+  }
+
+  // What is known of every key of a tile before the scores.
+  CTX_DEVICE void describe(const PartView& part, int64_t x, int64_t end) const {
+    auto* offset = reinterpret_cast<int*>(memory + room.key_offset);
+    auto* mass = reinterpret_cast<float*>(memory + room.mass);
+    for (int j = threadIdx.x; j < kMmaKeys; j += kMmaThreads) {
+      const bool there = x + j < end && part.in_hull(x + j);
+      offset[j] = there ? static_cast<int>(part.base(x + j) - part.hull.begin) : -1;
+      mass[j] = there ? part.mass<float>(x + j) : 0.0f;
+    }
+  }
+
+  template <bool kInt8>
+  CTX_DEVICE void walk(const PartView& part, int64_t begin, int64_t end) {
+    enter(part);
+    const auto next = [&](int64_t x) {
+      while (x < end && !part.touches(x, x + kMmaKeys < end ? kMmaKeys : end - x)) x += kMmaKeys;
+      return x;
+    };
+    int stage = 0;
+    int64_t x = next(begin);
+    fetch<kInt8>(part, x, end, 0, false), fetch<kInt8>(part, x, end, 0, true);
+    while (x < end) {
+      const int64_t after = next(x + kMmaKeys);
+      fetch<kInt8>(part, after, end, 1 - stage, false);
+      fetch<kInt8>(part, after, end, 1 - stage, true);
+      describe(part, x, end);
+      wait_copies<3>();
+      __syncthreads();
+      if constexpr (kInt8) {
+        widen(stage, false);
+        __syncthreads();
+      }
+      float scores[2 * kChunks][4];
+      multiply_keys(kInt8 ? 0 : stage, scores);
+      weigh<kInt8>(part.part.region, scores);
+      wait_copies<2>();
+      __syncthreads();
+      if constexpr (kInt8) {
+        widen(stage, true);
+        __syncthreads();
+        scale_weights(scores);
+      }
+      char* tile = memory + room.values + (kInt8 ? 0 : stage * room.value_stage);
+      if (!kInt8 && l.tile_tokens > 1) keep_apart(tile, scores);
+      add_values(tile, scores);
+      __syncthreads();
+      x = after, stage = 1 - stage;
+    }
+    wait_copies<0>();
+    __syncthreads();
+  }
+
+  CTX_DEVICE int first_key(int chunk) const { return (kByKeys ? warp : chunk) * 16; }
+
+  CTX_DEVICE void multiply_keys(int stage, float (&scores)[2 * kChunks][4]) const {
+    const char* query = memory + room.query;
+    const char* keys = memory + room.keys + stage * room.key_stage;
+    CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e)
+        scores[n][e] = 0;
+    for (int k = 0; k < a.head_dim; k += 16) {
+      uint32_t q[4];
+      load_matrices<false>(q, query + key_layout.place(row_base + lane % 16, k + lane / 16 * 8));
+      CTX_UNROLL for (int chunk = 0; chunk < kChunks; ++chunk) {
+        uint32_t x[4];
+        const int j = first_key(chunk) + lane / 16 * 8 + lane % 8;
+        load_matrices<false>(x, keys + key_layout.place(j, k + lane / 8 % 2 * 8));
+        multiply_tile<T>(scores[2 * chunk], q, x[0], x[1]);
+        multiply_tile<T>(scores[2 * chunk + 1], q, x[2], x[3]);
+      }
+    }
+  }
+
+  CTX_DEVICE int key_of(int n, int e) const {
+    return first_key(n / 2) + n % 2 * 8 + lane % 4 * 2 + e % 2;
+  }
+
+  // Products to weights relative to the largest score so far of each row.
+  template <bool kInt8>
+  CTX_DEVICE void weigh(int region, float (&scores)[2 * kChunks][4]) {
+    const auto* offset = reinterpret_cast<const int*>(memory + room.key_offset);
+    const auto* mass = reinterpret_cast<const float*>(memory + room.mass);
+    const auto* key_scale = reinterpret_cast<const float*>(memory + room.key_scale);
+    const auto scale = static_cast<float>(a.scale), cap = static_cast<float>(a.softcap);
+    const auto step =
+        static_cast<float>(key_clock(a.clock, region, 1) - key_clock(a.clock, region, 0));
+    float most[2] = {minus_infinity<float>(), minus_infinity<float>()};
+    CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) {
+      CTX_UNROLL for (int e = 0; e < 4; ++e) {
+        const int j = key_of(n, e), half = e / 2, place = offset[j];
+        float score = scores[n][e] * scale;
+        if constexpr (kInt8) score *= key_scale[j];
+        if (cap > 0) score = cap * tanhf(score / cap);
+        score += bias[half] + mass[j];
+        score -= slope[half] * (distance_of_first[half] - step * static_cast<float>(place));
+        const bool seen = place >= low[half] && place < high[half];
+        scores[n][e] = seen ? score : minus_infinity<float>();
+        most[half] = maximum(most[half], scores[n][e]);
+      }
+    }
+    float factor[2];
+    CTX_UNROLL for (int half = 0; half < 2; ++half) {
+      most[half] = maximum(most[half], __shfl_xor_sync(0xffffffffu, most[half], 1));
+      most[half] = maximum(most[half], __shfl_xor_sync(0xffffffffu, most[half], 2));
+      const float now = maximum(largest[half], most[half]);
+      const float reference = now == minus_infinity<float>() ? 0.0f : now;
+      factor[half] = exponential(largest[half] - reference);
+      largest[half] = now;
+      float total = 0;
+      CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) {
+        CTX_UNROLL for (int e = 0; e < 2; ++e) {
+          float& score = scores[n][2 * half + e];
+          score = exponential(score - reference);
+          total += score;
+        }
+      }
+      CTX_UNROLL for (int r = 0; r < kRegions; ++r) totals[half][r] =
+          totals[half][r] * factor[half] + (r == region ? total : 0.0f);
+    }
+    CTX_UNROLL for (int n = 0; n < kValues / 8; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e)
+        sums[n][e] *= factor[e / 2];
+  }
+
+  CTX_DEVICE void scale_weights(float (&scores)[2 * kChunks][4]) const {
+    const auto* value_scale = reinterpret_cast<const float*>(memory + room.value_scale);
+    CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e) {
+      if (scores[n][e] != 0.0f) scores[n][e] *= value_scale[key_of(n, e)];
+    }
+  }
+
+  // Zero times NaN is NaN: values that are not finite are added here to the queries that see them, and
+  // are zero in the tile behind.
+  CTX_DEVICE_CALL void keep_apart(char* tile, const float (&scores)[2 * kChunks][4]) {
+    int any = 0;
+    for (int64_t task = threadIdx.x; task < kMmaKeys * a.value_dim; task += kMmaThreads) {
+      const int j = static_cast<int>(task / a.value_dim), d = static_cast<int>(task % a.value_dim);
+      any |= !is_finite(wide<float>(*reinterpret_cast<T*>(tile + value_layout.place(j, d))));
+    }
+    if (__syncthreads_or(any) == 0) return;
+    CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) {
+      for (int column = 0; column < 8; ++column) {
+        const int j = first_key(n / 2) + n % 2 * 8 + column;
+        const int source = lane / 4 * 4 + column / 2;
+        float weight[2];
+        CTX_UNROLL for (int half = 0; half < 2; ++half) {
+          const float even = __shfl_sync(0xffffffffu, scores[n][2 * half], source);
+          const float odd = __shfl_sync(0xffffffffu, scores[n][2 * half + 1], source);
+          weight[half] = column % 2 == 0 ? even : odd;
+        }
+        CTX_UNROLL for (int m = 0; m < kValues / 8; ++m) CTX_UNROLL for (int e = 0; e < 4; ++e) {
+          const int d = m * 8 + lane % 4 * 2 + e % 2;
+          if (d >= a.value_dim) continue;
+          const float v = wide<float>(*reinterpret_cast<T*>(tile + value_layout.place(j, d)));
+          if (!is_finite(v) && weight[e / 2] != 0.0f) sums[m][e] += weight[e / 2] * v;
+        }
+      }
+    }
+    __syncthreads();
+    for (int64_t task = threadIdx.x; task < kMmaKeys * a.value_dim; task += kMmaThreads) {
+      const int j = static_cast<int>(task / a.value_dim), d = static_cast<int>(task % a.value_dim);
+      T* place = reinterpret_cast<T*>(tile + value_layout.place(j, d));
+      if (!is_finite(wide<float>(*place))) *place = T{0};
+    }
+    __syncthreads();
+  }
+
+  CTX_DEVICE void add_values(const char* tile, const float (&scores)[2 * kChunks][4]) {
+    CTX_UNROLL for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const float (&one)[4] = scores[2 * chunk];
+      const float (&two)[4] = scores[2 * chunk + 1];
+      const uint32_t weights[4] = {packed(T::bits_of(one[0]), T::bits_of(one[1])),
+                                   packed(T::bits_of(one[2]), T::bits_of(one[3])),
+                                   packed(T::bits_of(two[0]), T::bits_of(two[1])),
+                                   packed(T::bits_of(two[2]), T::bits_of(two[3]))};
+      const int j = first_key(chunk) + lane % 16;
+      CTX_UNROLL for (int n = 0; n < kValues / 8; n += 2) {
+        if (n * 8 >= a.value_dim) break;
+        uint32_t v[4];
+        load_matrices<true>(v, tile + value_layout.place(j, n * 8 + lane / 16 * 8));
+        multiply_tile<T>(sums[n], weights, v[0], v[1]);
+        multiply_tile<T>(sums[n + 1], weights, v[2], v[3]);
+      }
+    }
+  }
+
+  // All warps lay down their sums, [warps, 16, value_dim + 1 + regions]; then rows are merged and stored.
+  CTX_DEVICE void end(int64_t split) {
+    auto* all = reinterpret_cast<float*>(memory + room.keys);
+    const int width = static_cast<int>(a.value_dim) + 1 + kRegions;
+    CTX_UNROLL for (int half = 0; half < 2; ++half) {
+      float* mine = all + (warp * kMmaRows + lane / 4 + 8 * half) * width;
+      CTX_UNROLL for (int region = 0; region < kRegions; ++region) {
+        totals[half][region] += __shfl_xor_sync(0xffffffffu, totals[half][region], 1);
+        totals[half][region] += __shfl_xor_sync(0xffffffffu, totals[half][region], 2);
+        if (lane % 4 == 0) mine[1 + region] = totals[half][region];
+      }
+      if (lane % 4 == 0) mine[0] = largest[half];
+      CTX_UNROLL for (int n = 0; n < kValues / 8; ++n) CTX_UNROLL for (int e = 0; e < 2; ++e) {
+        const int d = n * 8 + lane % 4 * 2 + e;
+        if (d < a.value_dim) mine[1 + kRegions + d] = sums[n][2 * half + e];
+      }
+    }
+    __syncthreads();
+    for (int r = 0; r < kRows; ++r) {
+      if (!used(r)) continue;
+      const float* first = all + r * width;
+      const int parts = kByKeys ? 4 : 1, step = kMmaRows * width;
+      float most = minus_infinity<float>();
+      for (int w = 0; w < parts; ++w) most = maximum(most, first[w * step]);
+      const float reference = most == minus_infinity<float>() ? 0.0f : most;
+      const auto sum_of = [&](int64_t place) {
+        float sum = 0;
+        for (int w = 0; w < parts; ++w)
+          sum += exponential(first[w * step] - reference) * first[w * step + place];
+        return sum;
+      };
+      const float whole[kRegions] = {sum_of(1), sum_of(2), sum_of(3)};
+      const auto value = [&](int64_t d) { return sum_of(1 + kRegions + d); };
+      const int64_t i = first_token + token_of(r);
+      if (a.split_length == 0) {
+        store_row_sums<T>(a,
+                          b,
+                          head_of(r),
+                          i,
+                          views[token_of(r)].t >= 0,
+                          most,
+                          whole,
+                          threadIdx.x,
+                          kMmaThreads,
+                          value);
+        continue;
+      }
+      float* to = partial<float>(a, b, head_of(r), i, split);
+      for (int64_t d = threadIdx.x; d < a.value_dim; d += kMmaThreads)
+        to[1 + kRegions + d] = value(d);
+      if (threadIdx.x != 0) continue;
+      to[0] = most;
+      for (int region = 0; region < kRegions; ++region) to[1 + region] = whole[region];
+    }
+  }
+
+  CTX_DEVICE void walk_part(int p, int64_t begin, int64_t end) {
+    const Part& part = a.part[p];
+    const Range hull = hull_of(views, l.tile_tokens, part.region);
+    if (hull.size() <= 0) return;
+    const PartView view(a, part, b, kv, hull);
+    if (part.storage == Storage::kInt8) {
+      walk<true>(view, begin, end);
+    } else {
+      walk<false>(view, begin, end);
+    }
+  }
+};
+
+// Grid [token tiles * head tiles, kv heads * batch, splits].
+template <typename T, int kValues, bool kByKeys>
+__global__ void __launch_bounds__(kMmaThreads) attend_mma(const __grid_constant__ MmaLaunch l) {
+  const Attention& a = l.a;
+  MmaBlock<T, kValues, kByKeys> block(l);
+  block.b = blockIdx.y / a.kv_heads, block.kv = blockIdx.y % a.kv_heads;
+  block.first_token = static_cast<int64_t>(blockIdx.x / l.head_tiles) * l.tile_tokens;
+  block.first_head =
+      block.kv * a.q_per_kv() + static_cast<int64_t>(blockIdx.x % l.head_tiles) * l.tile_heads;
+  block.begin();
+  if (a.split_length > 0) {
+    const SplitPlace place = split_place(a, blockIdx.z);
+    block.walk_part(place.part, place.begin, place.end);
+  } else {
+    for (int p = 0; p < a.parts; ++p) block.walk_part(p, 0, a.part[p].size);
+  }
+  block.end(blockIdx.z);
+}
+
+}  // namespace ctx::cuda
