@@ -115,10 +115,17 @@ inline double arithmetic_error(Storage storage) {
 class Rows {
  public:
   Rows() = default;
-  void make(Random& random, Storage storage, int64_t b, int64_t heads, int64_t t, int64_t width) {
+  // `aligned`: rows lie together, aligned as allocations are.
+  void make(Random& random,
+            Storage storage,
+            int64_t b,
+            int64_t heads,
+            int64_t t,
+            int64_t width,
+            bool aligned = false) {
     storage_ = storage, heads_ = heads, tokens_ = t, width_ = width;
-    step_ = width + (random.coin() ? 0 : random.between(0, 9));
-    lead_ = random.coin() ? 0 : random.between(0, 3);
+    step_ = width + (aligned || random.coin() ? 0 : random.between(0, 9));
+    lead_ = aligned || random.coin() ? 0 : random.between(0, 3);
     const double nan = std::numeric_limits<double>::quiet_NaN();
     bytes_.assign(size_t(lead_ + b * heads * t * step_) * cuda::size_of(storage), char{});
     for (size_t i = 0; i < bytes_.size() / cuda::size_of(storage); ++i)

@@ -346,29 +346,30 @@ struct MmaBlock {
 
   // Zero times NaN is NaN: values that are not finite are added here to the queries that see them, and
   // are zero in the tile behind.
-  CTX_DEVICE_CALL void keep_apart(char* tile, const float (&scores)[2 * kChunks][4]) {
+  CTX_DEVICE void keep_apart(char* tile, const float (&scores)[2 * kChunks][4]) {
     int any = 0;
     for (int64_t task = threadIdx.x; task < kMmaKeys * a.value_dim; task += kMmaThreads) {
       const int j = static_cast<int>(task / a.value_dim), d = static_cast<int>(task % a.value_dim);
       any |= !is_finite(wide<float>(*reinterpret_cast<T*>(tile + value_layout.place(j, d))));
     }
     if (__syncthreads_or(any) == 0) return;
-    CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) {
-      for (int column = 0; column < 8; ++column) {
-        const int j = first_key(n / 2) + n % 2 * 8 + column;
-        const int source = lane / 4 * 4 + column / 2;
-        float weight[2];
-        CTX_UNROLL for (int half = 0; half < 2; ++half) {
-          const float even = __shfl_sync(0xffffffffu, scores[n][2 * half], source);
-          const float odd = __shfl_sync(0xffffffffu, scores[n][2 * half + 1], source);
-          weight[half] = column % 2 == 0 ? even : odd;
-        }
-        CTX_UNROLL for (int m = 0; m < kValues / 8; ++m) CTX_UNROLL for (int e = 0; e < 4; ++e) {
-          const int d = m * 8 + lane % 4 * 2 + e % 2;
-          if (d >= a.value_dim) continue;
-          const float v = wide<float>(*reinterpret_cast<T*>(tile + value_layout.place(j, d)));
-          if (!is_finite(v) && weight[e / 2] != 0.0f) sums[m][e] += weight[e / 2] * v;
-        }
+    for (int column = 0; column < 16 * kChunks; ++column) {
+      const int j = first_key(0) + column, source = lane / 4 * 4 + column % 8 / 2;
+      float mine[4] = {0, 0, 0, 0};
+      CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e) {
+        if (n == column / 8) mine[e] = scores[n][e];
+      }
+      float weight[2];
+      CTX_UNROLL for (int half = 0; half < 2; ++half) {
+        const float even = __shfl_sync(0xffffffffu, mine[2 * half], source);
+        const float odd = __shfl_sync(0xffffffffu, mine[2 * half + 1], source);
+        weight[half] = column % 2 == 0 ? even : odd;
+      }
+      CTX_UNROLL for (int m = 0; m < kValues / 8; ++m) CTX_UNROLL for (int e = 0; e < 4; ++e) {
+        const int d = m * 8 + lane % 4 * 2 + e % 2;
+        if (d >= a.value_dim) continue;
+        const float v = wide<float>(*reinterpret_cast<T*>(tile + value_layout.place(j, d)));
+        if (!is_finite(v) && weight[e / 2] != 0.0f) sums[m][e] += weight[e / 2] * v;
       }
     }
     __syncthreads();

@@ -149,16 +149,20 @@ struct PartView {
   }
 };
 
-CTX_DEVICE_CALL double distance(const Attention& a,
-                                const TokenView& view,
-                                const PartView& part,
-                                int64_t x) {
+// From the query of token t to a key of a region.
+CTX_DEVICE_CALL double clock_distance(const Clock& clock, int region, int64_t t, int64_t number) {
+  return static_cast<double>(query_clock(clock, region, t)) - key_clock(clock, region, number);
+}
+
+CTX_DEVICE double distance(const Attention& a,
+                           const TokenView& view,
+                           const PartView& part,
+                           int64_t x) {
   const int region = part.part.region;
   if (region == kCompressed && a.clock.token_distance && a.slot_positions != nullptr)
     return static_cast<double>(view.t -
                                a.slot_positions[part.head * part.part.capacity + part.entry(x)]);
-  return static_cast<double>(query_clock(a.clock, region, view.t)) -
-         key_clock(a.clock, region, part.base(x) + view.shift[region]);
+  return clock_distance(a.clock, region, view.t, part.base(x) + view.shift[region]);
 }
 
 // Where the query of a token is rotated to for a region.
