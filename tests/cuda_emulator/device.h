@@ -168,6 +168,34 @@ class Rows {
   Buffer<char> bytes_;
 };
 
+// What a test program is asked for: [cases] [first case] [bug that is planted].
+struct Asked {
+  int64_t cases, first;
+  Asked(int argc, char** argv, int64_t usual)
+      : cases(argc > 1 ? std::atoll(argv[1]) : usual), first(argc > 2 ? std::atoll(argv[2]) : 0) {
+#if defined(CTX_PLANTED_BUGS)
+    cuda::planted_bug = argc > 3 ? std::atoi(argv[3]) : cuda::kNoBug;
+#endif
+  }
+};
+
+// Runs test(random, number of the case) for every case; what a program returns.
+template <typename F>
+int run_cases(const char* name, const Asked& asked, const F& test) {
+  for (int64_t i = asked.first; i < asked.first + asked.cases && failures <= 20; ++i) {
+    const int before = failures;
+    Random random(i);
+    try {
+      test(random, i);
+    } catch (const std::exception& error) {
+      ++failures;
+      std::printf("%s\n", error.what());
+    }
+    if (failures > before) std::printf("case %lld\n", static_cast<long long>(i));
+  }
+  return finish(name, asked.cases);
+}
+
 inline void in_order(Random& random) {
 #if !defined(__CUDACC__)
   constexpr emulator::Order kOrders[] = {

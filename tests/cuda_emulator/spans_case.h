@@ -100,6 +100,17 @@ class SpansCase {
     return made;
   }
 
+  // Some keys and values become NaN: nothing, to the queries that do not see them.
+  void spoil() {
+    for (SpanData& s : spans) {
+      for (int64_t times = random_.between(0, 2); times > 0 && s.fresh > 0; --times) {
+        const int64_t b = random_.between(0, w.batch - 1), h = random_.between(0, w.kv_heads - 1);
+        Rows& rows = s.rows[random_.between(0, 1)];
+        rows.set(b, h, random_.between(0, s.fresh - 1), 0, std::nan(""));
+      }
+    }
+  }
+
   // What token i sees of a span.
   Range seen(int64_t b, int region, int64_t i) {
     const int64_t t = position[b * tokens + i], size = spans[region].past + spans[region].fresh;

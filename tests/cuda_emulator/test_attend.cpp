@@ -1,7 +1,7 @@
 // Attention of a memory against float64 loops over what its rings hold, for random laws, sizes, types,
 // positions and ragged calls, in splits of several lengths.
 //
-//   test_attend [cases] [first case]
+//   test_attend [cases] [first case] [bug]
 #include "attend_reference.h"
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/attend_launch.cuh"
@@ -30,6 +30,23 @@ class AttendTest {
     }
   }
 
+  // Counters that are anything: no kernel may touch what is not its memory's (an ASan build sees it).
+  void run_damaged() {
+    for (int64_t call = 0; call < 4; ++call) {
+      w_.next_call();
+      make_inputs();
+      constexpr int64_t kLarge = std::numeric_limits<int64_t>::max();
+      for (int64_t b = 0; b < w_.batch; ++b) {
+        const int64_t numbers[] = {
+            kLarge, -kLarge - 1, kLarge / 3, -5, random_.between(0, kLarge / 2)};
+        w_.origin[b] = random_.of(numbers);
+        if (random_.coin()) w_.lengths[b] = random_.of(numbers);
+      }
+      w_.ragged = random_.coin();
+      run_kernels(w_.block(0, w_.tokens));
+    }
+  }
+
  private:
   void make_inputs() {
     const auto make = [&](Rows& x, int64_t heads, int64_t width) {
@@ -53,6 +70,12 @@ class AttendTest {
   }
 
   void run_block(const Block& block) {
+    const auto usage = run_kernels(block);
+    for (int64_t b = 0; b < w_.batch; ++b) check_row(block, b, usage);
+  }
+
+  // Returns the usage before attention.
+  std::vector<double> run_kernels(const Block& block) {
     AppendArgs append;
     append.memory = w_.view(), append.block = block;
     append.keys = k_.strided(), append.values = v_.strided();
@@ -66,9 +89,9 @@ class AttendTest {
     Buffer<char> workspace(cuda::compress_workspace(compress));
     cuda::compress(compress, workspace.device(), nullptr);
     w_.fetch();
-    const auto usage = usage_numbers();
+    auto usage = usage_numbers();
     attend(block);
-    for (int64_t b = 0; b < w_.batch; ++b) check_row(block, b, usage);
+    return usage;
   }
 
   void attend(const Block& block) {
@@ -172,18 +195,17 @@ class AttendTest {
 }  // namespace ctx::test
 
 int main(int argc, char** argv) {
-  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 140;
-  const int64_t first = argc > 2 ? std::atoll(argv[2]) : 0;
-  for (int64_t i = first; i < first + cases; ++i) {
-    const int before = ctx::test::failures;
-    ctx::test::Random random(i);
-    ctx::test::Wish wish{.small = i % 3 != 0, .kind = static_cast<int>(i % 6)};
-    if (!wish.small)
-      wish.storage = static_cast<int>(i / 3 % 2 == 0 ? 2 : 3), wish.q_per_kv = 1 + i % 8;
-    ctx::test::AttendTest(random, wish).run();
-    if (ctx::test::failures > before) std::printf("case %lld\n", static_cast<long long>(i));
-    if (ctx::test::failures > 20) break;
-  }
-  std::printf("%lld launches by mma\n", static_cast<long long>(ctx::test::tiled_by_mma));
-  return ctx::test::finish("attend", cases);
+  using namespace ctx;
+  using namespace ctx::test;
+  const int failed = run_cases("attend", Asked(argc, argv, 120), [](Random& random, int64_t i) {
+    Wish wish{.small = i % 3 != 0, .kind = static_cast<int>(i % 6)};
+    if (!wish.small) {
+      wish.storage = static_cast<int>(i / 3 % 2 == 0 ? Storage::kBFloat16 : Storage::kFloat16);
+      wish.q_per_kv = 1 + i % 8;
+    }
+    AttendTest(random, wish).run();
+    if (i % 5 == 0) AttendTest(random, wish).run_damaged();
+  });
+  std::printf("%lld launches by mma\n", static_cast<long long>(tiled_by_mma));
+  return failed;
 }

@@ -1,7 +1,7 @@
 // The kernels that write a memory (append, compress, choose) and rotate, against float64 loops, for random
 // laws, sizes, types and ragged calls: what must be written is, and nothing else changes.
 //
-//   test_memory [cases] [first case]
+//   test_memory [cases] [first case] [bug]
 #include "kernels/cuda/append.cuh"
 #include "kernels/cuda/compress_launch.cuh"
 #include "kernels/cuda/rotary_kernel.cuh"
@@ -298,15 +298,9 @@ void rotate_case(Random& random) {
 }  // namespace ctx::test
 
 int main(int argc, char** argv) {
-  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 140;
-  const int64_t first = argc > 2 ? std::atoll(argv[2]) : 0;
-  for (int64_t i = first; i < first + cases; ++i) {
-    const int before = ctx::test::failures;
-    ctx::test::Random random(i);
-    ctx::test::rotate_case(random);
-    ctx::test::MemoryTest(random, static_cast<int>(i % 7)).run();
-    if (ctx::test::failures > before) std::printf("case %lld\n", static_cast<long long>(i));
-    if (ctx::test::failures > 20) break;
-  }
-  return ctx::test::finish("memory", cases);
+  using namespace ctx::test;
+  return run_cases("memory", Asked(argc, argv, 210), [](Random& random, int64_t i) {
+    rotate_case(random);
+    MemoryTest(random, static_cast<int>(i % 7)).run();
+  });
 }

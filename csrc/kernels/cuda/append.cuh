@@ -22,17 +22,11 @@ __global__ void __launch_bounds__(kAppendThreads)
   const int64_t source = args.block.offset + i;
   const bool sink = t < m.clock.schedule.sinks;
   const int64_t capacity = sink ? m.clock.schedule.sinks : m.window_capacity;
-#if defined(CTX_BUG_SLOT)
-  const int64_t index = (t + (t % 7 == 3)) % capacity;
-#else
-  const int64_t index = t % capacity;
-#endif
+  const int64_t index = (t + (CTX_PLANTED(kWrongSlot) ? 1 : 0)) % capacity;
   const bool rotates = m.rotary.dim > 0 && !m.rotary.keys_rotated;
   auto* table = reinterpret_cast<A*>(shared_memory());
   if (rotates) make_table(m.rotary, static_cast<double>(t), table, threadIdx.x, kAppendThreads);
-#if !defined(CTX_BUG_BARRIER)
-  __syncthreads();
-#endif
+  if (!CTX_PLANTED(kMissingBarrier)) __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int64_t task = warp; task < 2 * m.kv_heads; task += kAppendThreads / 32) {
     const int64_t h = task / 2;

@@ -363,9 +363,8 @@ struct CoreBlock {
         to[0] = largest[r];
         for (int region = 0; region < kRegions; ++region)
           to[1 + region] = totals[r * kRegions + region];
-#if defined(CTX_BUG_EMPTY_SPLIT)
-        if (largest[r] == minus_infinity<A>()) to[0] = A(0), to[1] = A(1);
-#endif
+        const bool empty = largest[r] == minus_infinity<A>();
+        if (CTX_PLANTED(kUnmaskedEmptySplit) && empty) to[0] = A(0), to[1] = A(1);
       }
     }
   }
@@ -391,11 +390,7 @@ CTX_DEVICE SplitPlace split_place(const Attention& a, int64_t split) {
     const int64_t count = (a.part[p].size + a.split_length - 1) / a.split_length;
     if (split < count) {
       const int64_t begin = split * a.split_length;
-#if defined(CTX_BUG_SPLIT_BORDER)
-      const int64_t end = begin + a.split_length + 1;
-#else
-      const int64_t end = begin + a.split_length;
-#endif
+      const int64_t end = begin + a.split_length + (CTX_PLANTED(kWrongSplitBorder) ? 1 : 0);
       return {p, begin, end < a.part[p].size ? end : a.part[p].size};
     }
     split -= count;

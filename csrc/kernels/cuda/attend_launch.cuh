@@ -80,15 +80,13 @@ void launch_core_rows(const Attention& a, cudaStream_t stream) {
          l);
 }
 
-inline void launch_core(const Attention& a, cudaStream_t stream) {
+template <typename T>
+void launch_core_type(const Attention& a, cudaStream_t stream) {
   const int64_t rows = a.q_per_kv() * a.tokens;
-  dispatch(a.storage, [&](auto type) {
-    using T = decltype(type);
-    if (rows <= 1) return launch_core_rows<T, 1>(a, stream);
-    if (rows <= 2) return launch_core_rows<T, 2>(a, stream);
-    if (rows <= 4) return launch_core_rows<T, 4>(a, stream);
-    launch_core_rows<T, 8>(a, stream);
-  });
+  if (rows <= 1) return launch_core_rows<T, 1>(a, stream);
+  if (rows <= 2) return launch_core_rows<T, 2>(a, stream);
+  if (rows <= 4) return launch_core_rows<T, 4>(a, stream);
+  launch_core_rows<T, 8>(a, stream);
 }
 
 // Whether mma takes this: its types, sizes and alignment, and enough rows to be worth it.
@@ -140,6 +138,20 @@ void launch_mma_type(const Attention& a, cudaStream_t stream) {
   } else {
     few ? launch_mma_tile<T, 128, true>(a, stream) : launch_mma_tile<T, 128, false>(a, stream);
   }
+}
+
+// Compiled once each, in files of their own (attend_core_*.cu, attend_mma_*.cu).
+#if defined(__CUDACC__) && !defined(CTX_CUDA_ATTENTION_UNIT)
+extern template void launch_core_type<float>(const Attention&, cudaStream_t);
+extern template void launch_core_type<double>(const Attention&, cudaStream_t);
+extern template void launch_core_type<BFloat16>(const Attention&, cudaStream_t);
+extern template void launch_core_type<Half>(const Attention&, cudaStream_t);
+extern template void launch_mma_type<BFloat16>(const Attention&, cudaStream_t);
+extern template void launch_mma_type<Half>(const Attention&, cudaStream_t);
+#endif
+
+inline void launch_core(const Attention& a, cudaStream_t stream) {
+  dispatch(a.storage, [&](auto type) { launch_core_type<decltype(type)>(a, stream); });
 }
 
 inline void launch_mma(const Attention& a, cudaStream_t stream) {

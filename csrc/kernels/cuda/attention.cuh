@@ -167,9 +167,7 @@ CTX_DEVICE double distance(const Attention& a,
 
 // Where the query of a token is rotated to for a region.
 CTX_DEVICE_CALL double query_position(const Attention& a, int region, int64_t t) {
-#if defined(CTX_BUG_CLOCK)
-  if (region == kCompressed) region = kWindow;
-#endif
+  if (CTX_PLANTED(kWrongClock) && region == kCompressed) region = kWindow;
   return static_cast<double>(query_clock(a.clock, region, t));
 }
 

@@ -30,6 +30,23 @@
 
 namespace ctx::cuda {
 
+// Bugs that the emulator's tests plant, to see that they find them; in any other build there are none.
+enum Bug : int {
+  kNoBug,
+  kMissingBarrier,
+  kWrongSlot,
+  kWrongClock,
+  kWrongSplitBorder,
+  kUnmaskedEmptySplit,
+  kSwappedScale
+};
+#if defined(CTX_PLANTED_BUGS)
+inline int planted_bug = kNoBug;
+#define CTX_PLANTED(bug) (::ctx::cuda::planted_bug == ::ctx::cuda::bug)
+#else
+#define CTX_PLANTED(bug) false
+#endif
+
 #if defined(__CUDACC__)
 
 CTX_DEVICE char* shared_memory() {

@@ -109,11 +109,7 @@ CTX_DEVICE void store_slot(const A* from, S* to, int64_t width, int lane) {
       const float steps = finite ? rintf(static_cast<float>(from[i]) * inverse) : 1.0f;
       to[i] = static_cast<int8_t>(steps < -127.0f ? -127.0f : steps > 127.0f ? 127.0f : steps);
     }
-#if defined(CTX_BUG_INT8_SCALE)
-    const float stored = inverse;
-#else
-    const float stored = scale;
-#endif
+    const float stored = CTX_PLANTED(kSwappedScale) ? inverse : scale;
     if (lane == 0) memcpy(to + width, &stored, sizeof(stored));
   } else {
     for (int64_t i = lane; i < width; i += 32) to[i] = narrow<S>(from[i]);
