@@ -162,6 +162,7 @@ struct CoreBlock {
                   key_row,
                   keys + stage * kTileKeys * key_layout.stride,
                   key_layout.stride,
+                  part.keys,
                   [&](int64_t i) { return part.key(i); });
       commit_copies();
     };
@@ -174,6 +175,7 @@ struct CoreBlock {
                   value_row,
                   values + stage * kTileKeys * value_layout.stride,
                   value_layout.stride,
+                  part.values,
                   [&](int64_t i) { return part.value(i); });
       commit_copies();
     };

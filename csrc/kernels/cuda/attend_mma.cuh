@@ -172,9 +172,10 @@ struct MmaBlock {
       if constexpr (kInt8) {
         const int stride = values ? room.raw_value_stride : room.raw_key_stride;
         char* to = memory + (values ? room.raw_values : room.raw_keys) + stage * kMmaKeys * stride;
-        copy_pieces<4>(part, x, kMmaKeys, width + kScaleBytes, to, stride, [&](int64_t i) {
-          return values ? part.value(i) : part.key(i);
-        });
+        copy_pieces<4>(
+            part, x, kMmaKeys, width + kScaleBytes, to, stride, part.keys, [&](int64_t i) {
+              return values ? part.value(i) : part.key(i);
+            });
       } else {
         const MmaLayout& layout = values ? value_layout : key_layout;
         char* to = memory + (values ? room.values + stage * room.value_stage

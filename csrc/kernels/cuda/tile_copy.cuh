@@ -24,7 +24,8 @@ CTX_DEVICE int piece_of(const Strided& rows, const char* first, int64_t bytes) {
   return low % 16 == 0 ? 16 : low % 8 == 0 ? 8 : low % 4 == 0 ? 4 : 0;
 }
 
-// Key and value rows of `count` keys from x on; for all threads of a block. The caller commits.
+// Rows of `count` keys from x on; for all threads of a block. The caller commits. `nowhere` is an address
+// as aligned as the rows, for pieces that are not read.
 template <int kPiece, typename F>
 CTX_DEVICE void copy_pieces(const PartView& part,
                             int64_t x,
@@ -32,13 +33,14 @@ CTX_DEVICE void copy_pieces(const PartView& part,
                             int64_t bytes,
                             char* to,
                             int64_t stride,
+                            const char* nowhere,
                             const F& row) {
   const int pieces = static_cast<int>(bytes / kPiece);
   for (int task = threadIdx.x; task < count * pieces; task += blockDim.x) {
     const int j = task / pieces, c = task % pieces;
     const bool there = x + j < part.part.size && part.in_hull(x + j);
     copy_async<kPiece>(to + j * stride + c * kPiece,
-                       there ? row(x + j) + c * kPiece : part.keys,
+                       there ? row(x + j) + c * kPiece : nowhere,
                        there ? kPiece : 0);
   }
 }
@@ -51,10 +53,11 @@ CTX_DEVICE void copy_rows(const PartView& part,
                           int64_t bytes,
                           char* to,
                           int64_t stride,
+                          const char* nowhere,
                           const F& row) {
-  if (piece == 16) return copy_pieces<16>(part, x, count, bytes, to, stride, row);
-  if (piece == 8) return copy_pieces<8>(part, x, count, bytes, to, stride, row);
-  if (piece == 4) return copy_pieces<4>(part, x, count, bytes, to, stride, row);
+  if (piece == 16) return copy_pieces<16>(part, x, count, bytes, to, stride, nowhere, row);
+  if (piece == 8) return copy_pieces<8>(part, x, count, bytes, to, stride, nowhere, row);
+  if (piece == 4) return copy_pieces<4>(part, x, count, bytes, to, stride, nowhere, row);
   for (int64_t task = threadIdx.x; task < count * bytes; task += blockDim.x) {
     const int64_t j = task / bytes, c = task % bytes;
     const bool there = x + j < part.part.size && part.in_hull(x + j);
