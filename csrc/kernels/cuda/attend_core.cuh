@@ -10,7 +10,6 @@
 
 namespace ctx::cuda {
 
-constexpr int kCoreThreads = 128;
 constexpr int kTileKeys = 32;  // a warp's lanes hold the scores of a row
 constexpr int kMostTokens = 8;
 
@@ -111,9 +110,9 @@ struct CoreBlock {
 
   // Queries at the clock of a region.
   CTX_DEVICE void load_queries(int region) {
-    const int64_t pieces = query_pieces(a);
-    for (int64_t task = threadIdx.x; task < rows * pieces; task += kCoreThreads) {
-      const int r = static_cast<int>(task / pieces);
+    const int pieces = static_cast<int>(query_pieces(a));
+    for (int task = threadIdx.x; task < rows * pieces; task += kCoreThreads) {
+      const int r = task / pieces;
       const bool present = used(r) && views[token_of(r)].t >= 0;
       const double position = present ? query_position(a, region, views[token_of(r)].t) : 0;
       const auto piece = query_piece<T>(a,
@@ -182,6 +181,7 @@ struct CoreBlock {
     int stage = 0;
     int64_t x = next(begin);
     if (l.stages > 1) fetch_keys(x, 0), fetch_values(x, 0);
+    load_queries(part.part.region);  // while the first tile is on its way
     while (x < end) {
       const int64_t after = next(x + kTileKeys);
       if (l.stages > 1) {
@@ -258,11 +258,12 @@ struct CoreBlock {
       const TokenView& view = views[i];
       for (int64_t task = threadIdx.x; task < kTileKeys * half; task += kCoreThreads) {
         const int64_t j = task / half, w = task % half;
-        double sine = 0, cosine = 0;
+        A sine = 0, cosine = 0;
         if (x + j < end && view.t >= 0)
-          sincos(distance(a, view, part, x + j) * relative_frequency(w, dim), &sine, &cosine);
-        table[j * dim + w] = static_cast<A>(sine);
-        table[j * dim + half + w] = static_cast<A>(cosine);
+          sine_and_cosine(
+              distance(a, view, part, x + j) * relative_frequency(w, dim), sine, cosine);
+        table[j * dim + w] = sine;
+        table[j * dim + half + w] = cosine;
       }
       __syncthreads();
       for (int task = threadIdx.x; task < tile_heads * kTileKeys; task += kCoreThreads) {
@@ -376,7 +377,6 @@ struct CoreBlock {
     const Range hull = hull_of(views, l.tile_tokens, part.region);
     if (hull.size() <= 0) return;
     const PartView view(a, part, b, kv, hull);
-    load_queries(part.region);
     if (part.storage == storage_of<T>()) return walk<true>(view, begin, end);
     if constexpr (!std::is_same_v<T, double>) walk<false>(view, begin, end);
   }

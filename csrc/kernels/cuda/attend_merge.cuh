@@ -78,10 +78,9 @@ __global__ void __launch_bounds__(kMergeThreads)
           const T* z = row<T>(a.relative.queries, b, head, i);
           const double apart = distance(a, view, part, x);
           for (int64_t w = 0; w < half; ++w) {
-            double sine, cosine;
-            sincos(apart * relative_frequency(w, a.relative.dim), &sine, &cosine);
-            product += wide<A>(z[w]) * static_cast<A>(sine) +
-                       wide<A>(z[half + w]) * static_cast<A>(cosine);
+            A sine, cosine;
+            sine_and_cosine(apart * relative_frequency(w, a.relative.dim), sine, cosine);
+            product += wide<A>(z[w]) * sine + wide<A>(z[half + w]) * cosine;
           }
         }
         const A score = finish_score(a, view, part, x, head, product);

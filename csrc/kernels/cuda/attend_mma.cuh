@@ -115,6 +115,8 @@ struct MmaBlock {
       const int64_t token = first_token + i;
       views[i] = token < a.tokens ? token_view(a, b, token) : TokenView{-1, {}, {}, {}};
     }
+    auto* query = reinterpret_cast<uint32_t*>(memory + room.query);
+    for (int i = threadIdx.x; i < kRows * key_layout.stride / 4; i += kMmaThreads) query[i] = 0;
     CTX_UNROLL for (int half = 0; half < 2; ++half) {
       largest[half] = minus_infinity<float>();
       CTX_UNROLL for (int region = 0; region < kRegions; ++region) totals[half][region] = 0;
@@ -127,18 +129,18 @@ struct MmaBlock {
   // Queries at the clock of a part's region, and what its scores are made of.
   CTX_DEVICE void enter(const PartView& part) {
     const int region = part.part.region;
-    const int64_t pieces = query_pieces(a);
+    const int pieces = static_cast<int>(query_pieces(a));
     char* query = memory + room.query;
-    for (int64_t task = threadIdx.x; task < kRows * pieces; task += kMmaThreads) {
-      const int r = static_cast<int>(task / pieces);
-      const bool present = used(r) && views[token_of(r)].t >= 0;
-      const double position = present ? query_position(a, region, views[token_of(r)].t) : 0;
+    for (int task = threadIdx.x; task < l.tile_tokens * l.tile_heads * pieces;
+         task += kMmaThreads) {
+      const int r = task / pieces;
+      if (!used(r) || views[token_of(r)].t < 0) continue;  // zero since begin()
       const auto piece = query_piece<T>(a,
                                         b,
-                                        present ? head_of(r) : first_head,
-                                        present ? first_token + token_of(r) : 0,
-                                        position,
-                                        present,
+                                        head_of(r),
+                                        first_token + token_of(r),
+                                        query_position(a, region, views[token_of(r)].t),
+                                        true,
                                         task % pieces);
       const auto put = [&](int64_t d, float x) {
         *reinterpret_cast<T*>(query + key_layout.place(r, static_cast<int>(d))) = narrow<T>(x);
@@ -151,7 +153,7 @@ struct MmaBlock {
       low[half] = high[half] = 0, bias[half] = slope[half] = distance_of_first[half] = 0;
       if (!used(r) || views[token_of(r)].t < 0) continue;
       const TokenView& view = views[token_of(r)];
-      const int64_t size = part.hull.size();
+      const int64_t size = part.seen;
       low[half] = static_cast<int>(clamped(view.low[region] - part.hull.begin, 0, size));
       high[half] = static_cast<int>(clamped(view.high[region] - part.hull.begin, 0, size));
       if (region == kCompressed && a.bias != nullptr)
@@ -180,14 +182,12 @@ struct MmaBlock {
         const MmaLayout& layout = values ? value_layout : key_layout;
         char* to = memory + (values ? room.values + stage * room.value_stage
                                     : room.keys + stage * room.key_stage);
-        const int pieces = static_cast<int>(width / 8);
-        for (int task = threadIdx.x; task < kMmaKeys * pieces; task += kMmaThreads) {
-          const int j = task / pieces, c = task % pieces;
+        const char* nowhere = values ? part.values : part.keys;
+        for_pieces<kMmaThreads>(kMmaKeys, static_cast<int>(width / 8), [&](int j, int c) {
           const bool there = x + j < end && part.in_hull(x + j);
-          const char* from =
-              there ? (values ? part.value(x + j) : part.key(x + j)) + c * 16 : part.keys;
-          copy_async<16>(to + layout.place(j, c * 8), from, there ? 16 : 0);
-        }
+          const char* from = there ? (values ? part.value(x + j) : part.key(x + j)) : nowhere;
+          copy_async<16>(to + layout.place(j, c * 8), from + (there ? c * 16 : 0), there ? 16 : 0);
+        });
       }
     }
     commit_copies();
@@ -222,14 +222,13 @@ struct MmaBlock {
     auto* mass = reinterpret_cast<float*>(memory + room.mass);
     for (int j = threadIdx.x; j < kMmaKeys; j += kMmaThreads) {
       const bool there = x + j < end && part.in_hull(x + j);
-      offset[j] = there ? static_cast<int>(part.base(x + j) - part.hull.begin) : -1;
+      offset[j] = there ? part.offset(static_cast<int>(x + j)) : -1;
       mass[j] = there ? part.mass<float>(x + j) : 0.0f;
     }
   }
 
   template <bool kInt8>
   CTX_DEVICE void walk(const PartView& part, int64_t begin, int64_t end) {
-    enter(part);
     const auto next = [&](int64_t x) {
       while (x < end && !part.touches(x, x + kMmaKeys < end ? kMmaKeys : end - x)) x += kMmaKeys;
       return x;
@@ -237,6 +236,7 @@ struct MmaBlock {
     int stage = 0;
     int64_t x = next(begin);
     fetch<kInt8>(part, x, end, 0, false), fetch<kInt8>(part, x, end, 0, true);
+    enter(part);  // while the first tile is on its way
     while (x < end) {
       const int64_t after = next(x + kMmaKeys);
       fetch<kInt8>(part, after, end, 1 - stage, false);
@@ -472,7 +472,8 @@ struct MmaBlock {
 
 // Grid [token tiles * head tiles, kv heads * batch, splits].
 template <typename T, int kValues, bool kByKeys>
-__global__ void __launch_bounds__(kMmaThreads) attend_mma(const __grid_constant__ MmaLaunch l) {
+__global__ void __launch_bounds__(kMmaThreads, kByKeys ? 3 : 2)
+    attend_mma(const __grid_constant__ MmaLaunch l) {
   const Attention& a = l.a;
   MmaBlock<T, kValues, kByKeys> block(l);
   block.b = blockIdx.y / a.kv_heads, block.kv = blockIdx.y % a.kv_heads;

@@ -19,7 +19,7 @@ struct Part {
   int region;
   Storage storage;
   int64_t size;
-  int64_t before;          // kFresh: keys of the span before this part
+  int64_t before;          // keys of the span before this part
   int64_t capacity;        // of the ring
   const int64_t* first;    // kPast: the number of key 0, [B]
   Strided keys, values;    // strides count bytes
@@ -90,35 +90,43 @@ CTX_DEVICE_CALL Range hull_of(const TokenView* views, int64_t count, int region)
   return hull;
 }
 
-// A part for one row and kv head, and the queries that see `hull` of its region.
+// A part for one row and kv head, and the queries that see `hull` of its region. Places of keys are
+// 32-bit numbers: rings and spans have fewer than 2^31 keys (attention_of() sees to it).
 struct PartView {
   const Part& part;
-  Range hull;
-  int64_t first;  // entry of key 0
-  int64_t newest_entry;
+  Range hull;  // what of it the part can hold
+  int seen;    // its size
+  int first;   // kPast: entry of key 0; kRing: entry of the newest key; kFresh, kPast: see offset()
+  int shift;
   const char *keys, *values;
   int64_t head;  // of [B, Hkv]
 
-  CTX_DEVICE PartView(const Attention& a, const Part& p, int64_t b, int64_t kv, Range seen)
-      : part(p), hull(seen), first(0), newest_entry(0), head(b * a.kv_heads + kv) {
-    if (p.kind == Part::kPast) first = place_in_ring(p.first[b], p.capacity);
-    if (p.kind == Part::kRing && p.capacity > 0)
-      newest_entry = place_in_ring(seen.end - 1, p.capacity);
+  CTX_DEVICE PartView(const Attention& a, const Part& p, int64_t b, int64_t kv, Range range)
+      : part(p), hull(range), first(0), shift(0), head(b * a.kv_heads + kv) {
+    if (p.kind == Part::kRing) {
+      const int64_t low = hull.end - p.capacity;
+      hull.begin = hull.begin < low ? low : hull.begin;
+      first = static_cast<int>(place_in_ring(hull.end - 1, p.capacity));
+    } else {
+      hull.begin = clamped(hull.begin, p.before, p.before + p.size);
+      hull.end = clamped(hull.end, hull.begin, p.before + p.size);
+      shift = static_cast<int>(p.before - hull.begin);
+      if (p.kind == Part::kPast) first = static_cast<int>(place_in_ring(p.first[b], p.capacity));
+    }
+    seen = static_cast<int>(hull.size());
     keys = static_cast<const char*>(p.keys.data) + b * p.keys.batch + kv * p.keys.head;
     values = static_cast<const char*>(p.values.data) + b * p.values.batch + kv * p.values.head;
   }
 
-  CTX_DEVICE int64_t base(int64_t x) const {
-    if (part.kind == Part::kRing) {
-      const int64_t newest = hull.end - 1;
-      return x <= newest_entry ? newest - (newest_entry - x)
-                               : newest - (newest_entry - x + part.capacity);
-    }
-    return part.kind == Part::kPast ? x : x + part.before;
+  // Which number of the hull key x is: 0 ... seen - 1, or another number where it is none.
+  CTX_DEVICE int offset(int x) const {
+    if (part.kind != Part::kRing) return x + shift;
+    const int behind = first - x;  // the newest key
+    return seen - 1 - (behind < 0 ? behind + static_cast<int>(part.capacity) : behind);
   }
+  CTX_DEVICE int64_t base(int64_t x) const { return hull.begin + offset(static_cast<int>(x)); }
   CTX_DEVICE bool in_hull(int64_t x) const {
-    const int64_t n = base(x);
-    return n >= hull.begin && n < hull.end;
+    return static_cast<unsigned>(offset(static_cast<int>(x))) < static_cast<unsigned>(seen);
   }
   CTX_DEVICE int64_t entry(int64_t x) const {
     if (part.kind != Part::kPast) return x;
@@ -130,13 +138,11 @@ struct PartView {
 
   // Whether some key x ... x + count - 1 is in the hull.
   CTX_DEVICE bool touches(int64_t x, int64_t count) const {
-    if (hull.size() <= 0 || count <= 0) return false;
-    if (part.kind != Part::kRing) return base(x) < hull.end && base(x + count - 1) >= hull.begin;
-    if (hull.size() >= part.capacity) return true;
-    // How many entries lie between key x and the newest one; the last key of these is the nearest,
-    // unless the newest one is among them.
-    const int64_t behind = place_in_ring(newest_entry - x, part.capacity);
-    return behind < count || behind - (count - 1) < hull.size();
+    if (seen <= 0 || count <= 0) return false;
+    const int begin = offset(static_cast<int>(x)), last = offset(static_cast<int>(x + count - 1));
+    if (part.kind != Part::kRing) return begin < seen && last >= 0;
+    // Keys become newer from one to the next, but for the one behind the newest.
+    return last >= 0 || begin > last;
   }
 
   template <typename A>
@@ -226,10 +232,10 @@ CTX_DEVICE_CALL QueryPiece<Acc<T>> query_piece(const Attention& a,
   if (piece >= half) return {present ? wide<A>(from[piece + half]) : A(0), A(0), piece + half, -1};
   const PairPlace place = pair_place(a.rotary, piece);
   if (!present) return {A(0), A(0), place.first, place.second};
-  double sine, cosine;
-  sincos(position * a.rotary.inv_freq[piece], &sine, &cosine);
+  A sine, cosine;
+  sine_and_cosine(position * a.rotary.inv_freq[piece], sine, cosine);
   const A factor = static_cast<A>(a.rotary.attention_factor);
-  const A c = static_cast<A>(cosine) * factor, s = static_cast<A>(sine) * factor;
+  const A c = cosine * factor, s = sine * factor;
   const A p = wide<A>(from[place.first]), q = wide<A>(from[place.second]);
   return {p * c - q * s, q * c + p * s, place.first, place.second};
 }

@@ -17,6 +17,15 @@ inline Strided ring_rows(void* data, int64_t heads, int64_t capacity, int64_t by
   return {data, heads * capacity * bytes, capacity * bytes, bytes};
 }
 
+// Places in a part are 32-bit numbers.
+inline int64_t checked_size(int64_t size) {
+  if (size >= int64_t{1} << 30)
+    throw std::runtime_error(
+        "ctx: attention on CUDA: a region must have fewer than 2^30 keys, got " +
+        std::to_string(size));
+  return size;
+}
+
 inline Attention attention_of(const AttendArgs& args) {
   const MemoryView& m = args.memory;
   const int64_t size = size_of(m.storage), offset = args.block.offset;
@@ -42,7 +51,7 @@ inline Attention attention_of(const AttendArgs& args) {
     Part& p = a.part[a.parts++];
     p = Part{};
     p.kind = Part::kRing, p.region = region, p.storage = stored;
-    p.size = p.capacity = capacity[region];
+    p.size = p.capacity = checked_size(capacity[region]);
     p.keys = ring_rows(keys[region], m.kv_heads, p.capacity, row_bytes(stored, m.head_dim));
     p.values = ring_rows(values[region], m.kv_heads, p.capacity, row_bytes(stored, m.value_dim));
     if (region == kCompressed) p.ring_mass = m.slot_mass;
@@ -71,7 +80,7 @@ inline Attention attention_of(const SpansArgs& args) {
       p = Part{};
       p.kind = Part::kPast, p.region = region, p.storage = past.storage;
       p.size = past.size < past.capacity ? past.size : past.capacity;
-      p.capacity = past.capacity, p.first = past.first;
+      p.capacity = checked_size(past.capacity), p.first = past.first;
       p.keys =
           ring_rows(past.keys, args.kv_heads, p.capacity, row_bytes(past.storage, args.head_dim));
       p.values = ring_rows(
@@ -82,7 +91,7 @@ inline Attention attention_of(const SpansArgs& args) {
       Part& p = a.part[a.parts++];
       p = Part{};
       p.kind = Part::kFresh, p.region = region, p.storage = args.storage;
-      p.size = span.size - past.size, p.before = past.size;
+      p.size = checked_size(span.size) - past.size, p.before = past.size;
       p.keys = in_bytes(span.keys, size), p.values = in_bytes(span.values, size);
       p.fresh_mass = span.mass;
     }

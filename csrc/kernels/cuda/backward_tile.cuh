@@ -219,10 +219,10 @@ struct BackwardTile {
 
   CTX_DEVICE void sinusoid(
       const PartView& part, int r, int64_t x, int64_t w, A& sine, A& cosine) const {
-    double s, c;
-    sincos(
-        distance(a, views[token_of(r)], part, x) * relative_frequency(w, a.relative.dim), &s, &c);
-    sine = static_cast<A>(s), cosine = static_cast<A>(c);
+    sine_and_cosine(
+        distance(a, views[token_of(r)], part, x) * relative_frequency(w, a.relative.dim),
+        sine,
+        cosine);
   }
 };
 

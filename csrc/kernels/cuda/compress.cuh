@@ -92,9 +92,8 @@ struct GroupCompressor {
 
   // Rotates pair i by the angle of a position, which nobody else needs.
   CTX_DEVICE void turn(double position, Rotation rotation, int64_t i, A& x, A& y) const {
-    double sine, cosine;
-    sincos(position * m.rotary.inv_freq[i], &sine, &cosine);
-    A angles[2] = {static_cast<A>(cosine), static_cast<A>(sine)};
+    A angles[2];
+    sine_and_cosine(position * m.rotary.inv_freq[i], angles[1], angles[0]);
     if (m.rotary.attention_factor != 1.0)
       for (A& angle : angles) angle *= static_cast<A>(m.rotary.attention_factor);
     const A factor = factor_of<A>(m.rotary, rotation);

@@ -94,10 +94,10 @@ struct QueryGradients : BackwardTile<T> {
       }
       const PairPlace at = pair_place(a.rotary, piece);
       const double position = query_position(a, region, this->views[this->token_of(r)].t);
-      double sine, cosine;
-      sincos(position * a.rotary.inv_freq[piece], &sine, &cosine);
+      A sine, cosine;
+      sine_and_cosine(position * a.rotary.inv_freq[piece], sine, cosine);
       const A factor = static_cast<A>(a.rotary.attention_factor);
-      const A c = static_cast<A>(cosine) * factor, s = static_cast<A>(sine) * factor;
+      const A c = cosine * factor, s = sine * factor;
       to[at.first] += scale * (grad[at.first] * c + grad[at.second] * s);
       to[at.second] += scale * (grad[at.second] * c - grad[at.first] * s);
     }

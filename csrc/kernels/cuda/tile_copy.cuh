@@ -7,6 +7,8 @@
 
 namespace ctx::cuda {
 
+constexpr int kCoreThreads = 128;
+
 // How rows of `bytes` lie in shared memory: `stride` apart, a multiple of 16 that sends the first
 // pieces of neighbouring rows to other banks (quads of threads read 64 bytes of a row at once).
 struct CoreLayout {
@@ -24,6 +26,19 @@ CTX_DEVICE int piece_of(const Strided& rows, const char* first, int64_t bytes) {
   return low % 16 == 0 ? 16 : low % 8 == 0 ? 8 : low % 4 == 0 ? 4 : 0;
 }
 
+// Calls run(row, piece) for all pieces of some rows, shared out over kThreads threads; a thread keeps
+// its piece where the numbers allow it.
+template <int kThreads, typename F>
+CTX_DEVICE void for_pieces(int rows, int pieces, const F& run) {
+  const int first = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+  if (kThreads % pieces == 0) {
+    for (int j = first; j < rows; j += kThreads / pieces) run(j, piece);
+  } else {
+    for (int task = threadIdx.x; task < rows * pieces; task += kThreads)
+      run(task / pieces, task % pieces);
+  }
+}
+
 // Rows of `count` keys from x on; for all threads of a block. The caller commits. `nowhere` is an address
 // as aligned as the rows, for pieces that are not read.
 template <int kPiece, typename F>
@@ -35,14 +50,12 @@ CTX_DEVICE void copy_pieces(const PartView& part,
                             int64_t stride,
                             const char* nowhere,
                             const F& row) {
-  const int pieces = static_cast<int>(bytes / kPiece);
-  for (int task = threadIdx.x; task < count * pieces; task += blockDim.x) {
-    const int j = task / pieces, c = task % pieces;
+  for_pieces<kCoreThreads>(count, static_cast<int>(bytes / kPiece), [&](int j, int c) {
     const bool there = x + j < part.part.size && part.in_hull(x + j);
     copy_async<kPiece>(to + j * stride + c * kPiece,
                        there ? row(x + j) + c * kPiece : nowhere,
                        there ? kPiece : 0);
-  }
+  });
 }
 
 template <typename F>
