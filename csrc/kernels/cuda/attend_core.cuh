@@ -6,49 +6,10 @@
 // the batch nor on how the stream was cut.
 #pragma once
 
-#include "kernels/cuda/tile_copy.cuh"
+#include "kernels/cuda/attend_core_room.cuh"
+#include "kernels/cuda/attend_split.cuh"
 
 namespace ctx::cuda {
-
-constexpr int kTileKeys = 32;  // a warp's lanes hold the scores of a row
-constexpr int kMostTokens = 8;
-
-struct CoreLaunch {
-  Attention a;
-  int tile_tokens;                   // tokens of a block
-  int tile_heads;                    // query heads of a block; tile_tokens * tile_heads <= R
-  int head_tiles;                    // blocks that share the query heads of a kv head
-  int stages;                        // tiles in shared memory
-  int64_t key_stride, value_stride;  // of the widest part
-};
-
-// How a block's memory is cut; in bytes.
-struct CoreRoom {
-  int64_t query, relative, table, weights, states, views, keys, values, all;
-  CTX_HOST_DEVICE CoreRoom(const CoreLaunch& l, int rows, int64_t size) {
-    const Attention& a = l.a;
-    query_width = (a.head_dim + 15) / 16 * 16;
-    int64_t next = 0;
-    const auto take = [&](int64_t bytes) {
-      const int64_t place = next;
-      next += (bytes + 15) / 16 * 16;
-      return place;
-    };
-    query = take(rows * query_width * size);
-    relative = take(rows * a.relative.dim * size);
-    table = take(a.relative.dim > 0 ? kTileKeys * a.relative.dim * size : 0);
-    weights = take(rows * kTileKeys * size);
-    states = take(rows * (2 + kRegions) * size);
-    views = take(kMostTokens * static_cast<int64_t>(sizeof(TokenView)));
-    keys = take(l.stages * kTileKeys * l.key_stride);
-    values = take(l.stages * kTileKeys * l.value_stride);
-    all = next;
-    // At the end the sums of threads that share columns lie where keys and values were.
-    const int64_t sums = keys + kCoreThreads * rows * 32;
-    all = sums > next ? sums : next;
-  }
-  int64_t query_width;
-};
 
 template <typename T, int R>
 struct CoreBlock {
@@ -381,24 +342,6 @@ struct CoreBlock {
     if constexpr (!std::is_same_v<T, double>) walk<false>(view, begin, end);
   }
 };
-
-// The part of a split, and where it begins in it.
-struct SplitPlace {
-  int part;
-  int64_t begin, end;
-};
-CTX_DEVICE SplitPlace split_place(const Attention& a, int64_t split) {
-  for (int p = 0; p < a.parts; ++p) {
-    const int64_t count = (a.part[p].size + a.split_length - 1) / a.split_length;
-    if (split < count) {
-      const int64_t begin = split * a.split_length;
-      const int64_t end = begin + a.split_length + (CTX_PLANTED(kWrongSplitBorder) ? 1 : 0);
-      return {p, begin, end < a.part[p].size ? end : a.part[p].size};
-    }
-    split -= count;
-  }
-  return {0, 0, 0};
-}
 
 // Grid [token tiles * head tiles, kv heads * batch, splits].
 template <typename T, int R>

@@ -1,6 +1,5 @@
 // One type of the plain attention kernels, which take long to compile.
-#define CTX_CUDA_ATTENTION_UNIT
-#include "kernels/cuda/attend_launch.cuh"
+#include "kernels/cuda/attend_core_launch.cuh"
 
 namespace ctx::cuda {
 

@@ -6,80 +6,24 @@
 // Fragments (PTX manual, m16n8k16): lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and + 1.
 #pragma once
 
-#include "kernels/cuda/attend_core.cuh"
+#include "kernels/cuda/attend_mma_tiles.cuh"
 
 namespace ctx::cuda {
 
-constexpr int kMmaThreads = 128;
-constexpr int kMmaKeys = 64;
-constexpr int kMmaRows = 16;  // of a warp
-
-// Rows of 16-bit numbers in shared memory; 16-byte pieces are swizzled, or rows are padded where they
-// are too short for that, so that the eight rows that ldmatrix reads lie in different banks.
-struct MmaLayout {
-  int stride;
-  int mask;
-  CTX_HOST_DEVICE explicit MmaLayout(int64_t width) {
-    const int pieces = static_cast<int>(width / 8);
-    mask = pieces % 8 == 0 ? 7 : 0;
-    stride = pieces * 16 + (mask == 0 && pieces % 2 == 0 ? 16 : 0);
-  }
-  CTX_HOST_DEVICE int place(int row, int column) const {  // in bytes
-    return row * stride + ((column / 8) ^ (row & mask)) * 16 + column % 8 * 2;
-  }
-};
-
-// How a block's memory is cut; in bytes.
-struct MmaRoom {
-  int views, query, key_offset, key_scale, value_scale, mass, keys, values, all;
-  int key_stage, value_stage, raw_keys, raw_values, raw_key_stride, raw_value_stride;
-  CTX_HOST_DEVICE MmaRoom(const Attention& a, int rows, bool has_int8) {
-    int next = 0;
-    const auto take = [&](int64_t bytes) {
-      const int place = next;
-      next += static_cast<int>((bytes + 127) / 128 * 128);
-      return place;
-    };
-    views = take(rows * static_cast<int64_t>(sizeof(TokenView)));
-    query = take(rows * MmaLayout(a.head_dim).stride);
-    key_offset = take(kMmaKeys * 4);
-    key_scale = take(kMmaKeys * 4);
-    value_scale = take(kMmaKeys * 4);
-    mass = take(kMmaKeys * 4);
-    key_stage = kMmaKeys * MmaLayout(a.head_dim).stride;
-    value_stage = kMmaKeys * MmaLayout(a.value_dim).stride;
-    raw_key_stride = static_cast<int>(a.head_dim) + 16;
-    raw_value_stride = static_cast<int>(a.value_dim) + 16;
-    keys = take(2 * key_stage);
-    values = take(2 * value_stage);
-    raw_keys = take(has_int8 ? 2 * kMmaKeys * raw_key_stride : 0);
-    raw_values = take(has_int8 ? 2 * kMmaKeys * raw_value_stride : 0);
-    // At the end the sums of all warps lie where keys and values were.
-    const int sums = keys + 4 * kMmaRows * static_cast<int>(a.value_dim + 1 + kRegions) * 4;
-    all = sums > next ? sums : next;
-  }
-};
-
-struct MmaLaunch {
-  Attention a;
-  int tile_tokens, tile_heads, head_tiles;
-  bool has_int8;
-};
-
-CTX_DEVICE uint32_t packed(uint16_t low, uint16_t high) {
-  return static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
-}
-
 template <typename T, int kValues, bool kByKeys>
-struct MmaBlock {
+struct MmaBlock : MmaTiles<T> {
+  using Tiles = MmaTiles<T>;
+  using Tiles::a;
+  using Tiles::describe;
+  using Tiles::key_layout;
+  using Tiles::memory;
+  using Tiles::room;
+  using Tiles::value_layout;
+  using Tiles::widen;
   static constexpr int kRows = kByKeys ? kMmaRows : 4 * kMmaRows;
   static constexpr int kChunks = kByKeys ? 1 : kMmaKeys / 16;  // of 16 keys, of a warp
 
   const MmaLaunch& l;
-  const Attention& a;
-  const MmaRoom room;
-  const MmaLayout key_layout, value_layout;
-  char* memory;
   TokenView* views;
   int64_t b, kv, first_token, first_head;
   int warp, lane, row_base;
@@ -90,13 +34,7 @@ struct MmaBlock {
   int low[2], high[2];
   float bias[2], slope[2], distance_of_first[2];
 
-  CTX_DEVICE explicit MmaBlock(const MmaLaunch& launch)
-      : l(launch),
-        a(launch.a),
-        room(launch.a, kRows, launch.has_int8),
-        key_layout(launch.a.head_dim),
-        value_layout(launch.a.value_dim),
-        memory(shared_memory()) {
+  CTX_DEVICE explicit MmaBlock(const MmaLaunch& launch) : Tiles(launch, kRows), l(launch) {
     views = reinterpret_cast<TokenView*>(memory + room.views);
     warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     row_base = kByKeys ? 0 : warp * kMmaRows;
@@ -167,67 +105,6 @@ struct MmaBlock {
   }
 
   template <bool kInt8>
-  CTX_DEVICE void fetch(
-      const PartView& part, int64_t x, int64_t end, int stage, bool values) const {
-    const int64_t width = values ? a.value_dim : a.head_dim;
-    if (x < end) {
-      if constexpr (kInt8) {
-        const int stride = values ? room.raw_value_stride : room.raw_key_stride;
-        char* to = memory + (values ? room.raw_values : room.raw_keys) + stage * kMmaKeys * stride;
-        copy_pieces<4>(
-            part, x, kMmaKeys, width + kScaleBytes, to, stride, part.keys, [&](int64_t i) {
-              return values ? part.value(i) : part.key(i);
-            });
-      } else {
-        const MmaLayout& layout = values ? value_layout : key_layout;
-        char* to = memory + (values ? room.values + stage * room.value_stage
-                                    : room.keys + stage * room.key_stage);
-        const char* nowhere = values ? part.values : part.keys;
-        for_pieces<kMmaThreads>(kMmaKeys, static_cast<int>(width / 8), [&](int j, int c) {
-          const bool there = x + j < end && part.in_hull(x + j);
-          const char* from = there ? (values ? part.value(x + j) : part.key(x + j)) : nowhere;
-          copy_async<16>(to + layout.place(j, c * 8), from + (there ? c * 16 : 0), there ? 16 : 0);
-        });
-      }
-    }
-    commit_copies();
-  }
-
-  // int8 rows of a stage become 16-bit rows of stage 0, and their scales numbers beside them.
-  CTX_DEVICE void widen(int stage, bool values) const {
-    const int64_t width = values ? a.value_dim : a.head_dim;
-    const int stride = values ? room.raw_value_stride : room.raw_key_stride;
-    const MmaLayout& layout = values ? value_layout : key_layout;
-    const char* from =
-        memory + (values ? room.raw_values : room.raw_keys) + stage * kMmaKeys * stride;
-    char* to = memory + (values ? room.values : room.keys);
-    const int pieces = static_cast<int>(width / 4);
-    for (int task = threadIdx.x; task < kMmaKeys * pieces; task += kMmaThreads) {
-      const int j = task / pieces, c = task % pieces * 4;
-      const char* bytes = from + j * stride + c;
-      const auto bits = [&](int e) {
-        return T::bits_of(static_cast<float>(static_cast<int8_t>(bytes[e])));
-      };
-      auto* pair = reinterpret_cast<uint32_t*>(to + layout.place(j, c));
-      pair[0] = packed(bits(0), bits(1)), pair[1] = packed(bits(2), bits(3));
-    }
-    auto* scales = reinterpret_cast<float*>(memory + (values ? room.value_scale : room.key_scale));
-    for (int j = threadIdx.x; j < kMmaKeys; j += kMmaThreads)
-      scales[j] = scale_of(reinterpret_cast<const int8_t*>(from + j * stride), width);
-  }
-
-  // What is known of every key of a tile before the scores.
-  CTX_DEVICE void describe(const PartView& part, int64_t x, int64_t end) const {
-    auto* offset = reinterpret_cast<int*>(memory + room.key_offset);
-    auto* mass = reinterpret_cast<float*>(memory + room.mass);
-    for (int j = threadIdx.x; j < kMmaKeys; j += kMmaThreads) {
-      const bool there = x + j < end && part.in_hull(x + j);
-      offset[j] = there ? part.offset(static_cast<int>(x + j)) : -1;
-      mass[j] = there ? part.mass<float>(x + j) : 0.0f;
-    }
-  }
-
-  template <bool kInt8>
   CTX_DEVICE void walk(const PartView& part, int64_t begin, int64_t end) {
     const auto next = [&](int64_t x) {
       while (x < end && !part.touches(x, x + kMmaKeys < end ? kMmaKeys : end - x)) x += kMmaKeys;
@@ -235,12 +112,13 @@ struct MmaBlock {
     };
     int stage = 0;
     int64_t x = next(begin);
-    fetch<kInt8>(part, x, end, 0, false), fetch<kInt8>(part, x, end, 0, true);
+    this->template fetch<kInt8>(part, x, end, 0, false),
+        this->template fetch<kInt8>(part, x, end, 0, true);
     enter(part);  // while the first tile is on its way
     while (x < end) {
       const int64_t after = next(x + kMmaKeys);
-      fetch<kInt8>(part, after, end, 1 - stage, false);
-      fetch<kInt8>(part, after, end, 1 - stage, true);
+      this->template fetch<kInt8>(part, after, end, 1 - stage, false);
+      this->template fetch<kInt8>(part, after, end, 1 - stage, true);
       describe(part, x, end);
       wait_copies<3>();
       __syncthreads();

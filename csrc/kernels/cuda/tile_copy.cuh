@@ -30,6 +30,7 @@ CTX_DEVICE int piece_of(const Strided& rows, const char* first, int64_t bytes) {
 // its piece where the numbers allow it.
 template <int kThreads, typename F>
 CTX_DEVICE void for_pieces(int rows, int pieces, const F& run) {
+  if (pieces == 0) return;
   const int first = threadIdx.x / pieces, piece = threadIdx.x % pieces;
   if (kThreads % pieces == 0) {
     for (int j = first; j < rows; j += kThreads / pieces) run(j, piece);
