@@ -55,10 +55,6 @@ struct CoreBlock {
 
   CTX_DEVICE void begin() {
     const int tid = threadIdx.x;
-    if (tid < l.tile_tokens) {
-      const int64_t i = first_token + tid;
-      views[tid] = i < a.tokens ? token_view(a, b, i) : TokenView{-1, {}, {}, {}};
-    }
     for (int r = tid; r < R; r += kCoreThreads) {
       largest[r] = minus_infinity<A>(), shrink[r] = A(1);
       for (int region = 0; region < kRegions; ++region) totals[r * kRegions + region] = A(0);
@@ -66,7 +62,7 @@ struct CoreBlock {
     for (int64_t i = tid; i < R * query_width; i += kCoreThreads) query[i] = A(0);
     CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int e = 0; e < kVector; ++e) sums[r][e] =
         0;
-    __syncthreads();
+    fill_views(a, b, first_token, l.tile_tokens, views);
   }
 
   // Queries at the clock of a region.
@@ -75,7 +71,7 @@ struct CoreBlock {
     for (int task = threadIdx.x; task < rows * pieces; task += kCoreThreads) {
       const int r = task / pieces;
       const bool present = used(r) && views[token_of(r)].t >= 0;
-      const double position = present ? query_position(a, region, views[token_of(r)].t) : 0;
+      const double position = present ? views[token_of(r)].clock[region] : 0;
       const auto piece = query_piece<T>(a,
                                         b,
                                         present ? head_of(r) : first_head,

@@ -49,10 +49,6 @@ struct MmaBlock : MmaTiles<T> {
   CTX_DEVICE int row_of(int half) const { return row_base + lane / 4 + 8 * half; }
 
   CTX_DEVICE void begin() {
-    for (int i = threadIdx.x; i < l.tile_tokens; i += kMmaThreads) {
-      const int64_t token = first_token + i;
-      views[i] = token < a.tokens ? token_view(a, b, token) : TokenView{-1, {}, {}, {}};
-    }
     auto* query = reinterpret_cast<uint32_t*>(memory + room.query);
     for (int i = threadIdx.x; i < kRows * key_layout.stride / 4; i += kMmaThreads) query[i] = 0;
     CTX_UNROLL for (int half = 0; half < 2; ++half) {
@@ -61,7 +57,7 @@ struct MmaBlock : MmaTiles<T> {
     }
     CTX_UNROLL for (int n = 0; n < kValues / 8; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e)
         sums[n][e] = 0;
-    __syncthreads();
+    fill_views(a, b, first_token, l.tile_tokens, views);
   }
 
   // Queries at the clock of a part's region, and what its scores are made of.
@@ -77,7 +73,7 @@ struct MmaBlock : MmaTiles<T> {
                                         b,
                                         head_of(r),
                                         first_token + token_of(r),
-                                        query_position(a, region, views[token_of(r)].t),
+                                        views[token_of(r)].clock[region],
                                         true,
                                         task % pieces);
       const auto put = [&](int64_t d, float x) {
@@ -98,9 +94,8 @@ struct MmaBlock : MmaTiles<T> {
         bias[half] = static_cast<const float*>(a.bias)[head_of(r)];
       if (a.slopes == nullptr) continue;
       slope[half] = static_cast<const float*>(a.slopes)[head_of(r)];
-      distance_of_first[half] =
-          static_cast<float>(static_cast<double>(query_clock(a.clock, region, view.t)) -
-                             key_clock(a.clock, region, part.hull.begin + view.shift[region]));
+      distance_of_first[half] = static_cast<float>(
+          view.clock[region] - key_clock(a.clock, region, part.hull.begin + view.shift[region]));
     }
   }
 
@@ -304,10 +299,14 @@ struct MmaBlock : MmaTiles<T> {
       float most = minus_infinity<float>();
       for (int w = 0; w < parts; ++w) most = maximum(most, first[w * step]);
       const float reference = most == minus_infinity<float>() ? 0.0f : most;
+      float factor[4];
+      CTX_UNROLL for (int w = 0; w < 4; ++w) factor[w] =
+          w < parts ? exponential(first[w * step] - reference) : 0.0f;
       const auto sum_of = [&](int64_t place) {
         float sum = 0;
-        for (int w = 0; w < parts; ++w)
-          sum += exponential(first[w * step] - reference) * first[w * step + place];
+        CTX_UNROLL for (int w = 0; w < 4; ++w) {
+          if (w < parts) sum += factor[w] * first[w * step + place];
+        }
         return sum;
       };
       const float whole[kRegions] = {sum_of(1), sum_of(2), sum_of(3)};

@@ -56,17 +56,21 @@ struct Attention {
 struct TokenView {
   int64_t t;  // negative: the token is none, and sees nothing
   int64_t low[kRegions], high[kRegions], shift[kRegions];
+  double clock[kRegions];  // where its query is rotated to; of fill_views() only
 };
+
+// The position of token i of the call; negative: it is none.
+CTX_DEVICE int64_t token_position(const Attention& a, int64_t b, int64_t i) {
+  if (a.position != nullptr)
+    return clamped(a.position[b * a.tokens + i], -1, Schedule::kLastPosition / 2);
+  const BlockRow row(a.block, b);
+  return row.has(i) ? row.first + i : -1;
+}
 
 CTX_DEVICE_CALL TokenView token_view(const Attention& a, int64_t b, int64_t i) {
   constexpr int64_t kLast = Schedule::kLastPosition / 2;
   TokenView view;
-  if (a.position != nullptr) {
-    view.t = clamped(a.position[b * a.tokens + i], -1, kLast);
-  } else {
-    const BlockRow row(a.block, b);
-    view.t = row.has(i) ? row.first + i : -1;
-  }
+  view.t = token_position(a, b, i);
   const Ranges seen = view.t < 0 ? Ranges{} : visible(a.clock.schedule, view.t);
   for (int region = 0; region < kRegions; ++region) {
     view.shift[region] =
@@ -75,6 +79,36 @@ CTX_DEVICE_CALL TokenView token_view(const Attention& a, int64_t b, int64_t i) {
     view.high[region] = seen[region].end - view.shift[region];
   }
   return view;
+}
+
+// Where the query of a token is rotated to for a region.
+CTX_DEVICE_CALL double query_position(const Attention& a, int region, int64_t t) {
+  if (CTX_PLANTED(kWrongClock) && region == kCompressed) region = kWindow;
+  return static_cast<double>(query_clock(a.clock, region, t));
+}
+
+// The views of `count` tokens from `first` on, by four warps; the first one makes what is seen, and
+// the others a clock each. Ends with a barrier.
+CTX_DEVICE void fill_views(
+    const Attention& a, int64_t b, int64_t first, int count, TokenView* views) {
+  const int warp = threadIdx.x / 32;
+  for (int j = threadIdx.x % 32; j < count; j += 32) {
+    const int64_t i = first + j;
+    if (warp == 0) {
+      TokenView view = {};
+      view.t = -1;
+      if (i < a.tokens) view = token_view(a, b, i);
+      views[j].t = view.t;
+      for (int region = 0; region < kRegions; ++region) {
+        views[j].low[region] = view.low[region], views[j].high[region] = view.high[region];
+        views[j].shift[region] = view.shift[region];
+      }
+    } else {
+      const int64_t t = i < a.tokens ? token_position(a, b, i) : -1;
+      views[j].clock[warp - 1] = t < 0 ? 0.0 : query_position(a, warp - 1, t);
+    }
+  }
+  __syncthreads();
 }
 
 // Base numbers that some of `count` tokens see, from the first to the last.
@@ -98,11 +132,23 @@ struct PartView {
   int seen;    // its size
   int first;   // kPast: entry of key 0; kRing: entry of the newest key; kFresh, kPast: see offset()
   int shift;
+  int capacity, size;
+  Part::Kind kind;
   const char *keys, *values;
-  int64_t head;  // of [B, Hkv]
+  int64_t key_stride, value_stride;  // in bytes
+  int64_t head;                      // of [B, Hkv]
 
   CTX_DEVICE PartView(const Attention& a, const Part& p, int64_t b, int64_t kv, Range range)
-      : part(p), hull(range), first(0), shift(0), head(b * a.kv_heads + kv) {
+      : part(p),
+        hull(range),
+        first(0),
+        shift(0),
+        capacity(static_cast<int>(p.capacity)),
+        size(static_cast<int>(p.size)),
+        kind(p.kind),
+        key_stride(p.keys.token),
+        value_stride(p.values.token),
+        head(b * a.kv_heads + kv) {
     if (p.kind == Part::kRing) {
       const int64_t low = hull.end - p.capacity;
       hull.begin = hull.begin < low ? low : hull.begin;
@@ -120,27 +166,27 @@ struct PartView {
 
   // Which number of the hull key x is: 0 ... seen - 1, or another number where it is none.
   CTX_DEVICE int offset(int x) const {
-    if (part.kind != Part::kRing) return x + shift;
+    if (kind != Part::kRing) return x + shift;
     const int behind = first - x;  // the newest key
-    return seen - 1 - (behind < 0 ? behind + static_cast<int>(part.capacity) : behind);
+    return seen - 1 - (behind < 0 ? behind + capacity : behind);
   }
   CTX_DEVICE int64_t base(int64_t x) const { return hull.begin + offset(static_cast<int>(x)); }
   CTX_DEVICE bool in_hull(int64_t x) const {
     return static_cast<unsigned>(offset(static_cast<int>(x))) < static_cast<unsigned>(seen);
   }
   CTX_DEVICE int64_t entry(int64_t x) const {
-    if (part.kind != Part::kPast) return x;
+    if (kind != Part::kPast) return x;
     const int64_t entry = first + x;
-    return entry < part.capacity ? entry : entry - part.capacity;
+    return entry < capacity ? entry : entry - capacity;
   }
-  CTX_DEVICE const char* key(int64_t x) const { return keys + entry(x) * part.keys.token; }
-  CTX_DEVICE const char* value(int64_t x) const { return values + entry(x) * part.values.token; }
+  CTX_DEVICE const char* key(int64_t x) const { return keys + entry(x) * key_stride; }
+  CTX_DEVICE const char* value(int64_t x) const { return values + entry(x) * value_stride; }
 
   // Whether some key x ... x + count - 1 is in the hull.
   CTX_DEVICE bool touches(int64_t x, int64_t count) const {
     if (seen <= 0 || count <= 0) return false;
     const int begin = offset(static_cast<int>(x)), last = offset(static_cast<int>(x + count - 1));
-    if (part.kind != Part::kRing) return begin < seen && last >= 0;
+    if (kind != Part::kRing) return begin < seen && last >= 0;
     // Keys become newer from one to the next, but for the one behind the newest.
     return last >= 0 || begin > last;
   }
@@ -169,12 +215,6 @@ CTX_DEVICE double distance(const Attention& a,
     return static_cast<double>(view.t -
                                a.slot_positions[part.head * part.part.capacity + part.entry(x)]);
   return clock_distance(a.clock, region, view.t, part.base(x) + view.shift[region]);
-}
-
-// Where the query of a token is rotated to for a region.
-CTX_DEVICE_CALL double query_position(const Attention& a, int region, int64_t t) {
-  if (CTX_PLANTED(kWrongClock) && region == kCompressed) region = kWindow;
-  return static_cast<double>(query_clock(a.clock, region, t));
 }
 
 // From a product of query and key (and the relative part) to a score; `slope_of_cap`: its derivative

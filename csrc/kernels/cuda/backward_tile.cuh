@@ -90,11 +90,7 @@ struct BackwardTile {
   CTX_DEVICE void place(int64_t tile) {
     first_token = tile / l.head_tiles * l.tile_tokens;
     first_head = kv * a.q_per_kv() + tile % l.head_tiles * l.tile_heads;
-    for (int i = threadIdx.x; i < l.tile_tokens; i += kBackwardThreads) {
-      const int64_t token = first_token + i;
-      views[i] = token < a.tokens ? token_view(a, b, token) : TokenView{-1, {}, {}, {}};
-    }
-    __syncthreads();
+    fill_views(a, b, first_token, l.tile_tokens, views);
   }
 
   // Gradients of the outputs, and what every weight's gradient is relative to: sum_j p_j dp_j =
@@ -128,7 +124,7 @@ struct BackwardTile {
     for (int64_t task = threadIdx.x; task < l.tile * pieces; task += kBackwardThreads) {
       const int r = static_cast<int>(task / pieces);
       const bool present = used(r) && views[token_of(r)].t >= 0;
-      const double position = present ? query_position(a, region, views[token_of(r)].t) : 0;
+      const double position = present ? views[token_of(r)].clock[region] : 0;
       const auto piece = query_piece<T>(a,
                                         b,
                                         present ? head_of(r) : first_head,

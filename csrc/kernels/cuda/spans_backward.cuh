@@ -93,7 +93,7 @@ struct QueryGradients : BackwardTile<T> {
         continue;
       }
       const PairPlace at = pair_place(a.rotary, piece);
-      const double position = query_position(a, region, this->views[this->token_of(r)].t);
+      const double position = this->views[this->token_of(r)].clock[region];
       A sine, cosine;
       sine_and_cosine(position * a.rotary.inv_freq[piece], sine, cosine);
       const A factor = static_cast<A>(a.rotary.attention_factor);
