@@ -253,6 +253,7 @@ struct CoreBlock {
       A total = weight;
       CTX_UNROLL for (int bits = 16; bits > 0; bits /= 2) total +=
           __shfl_xor_sync(0xffffffffu, total, bits);
+      __syncwarp();  // all lanes have read what lane 0 writes
       if (lane == 0) {
         const A factor = exponential(before - reference);
         largest[r] = now, shrink[r] = factor;

@@ -227,7 +227,7 @@ struct MmaBlock : MmaTiles<T> {
       any |= !is_finite(wide<float>(*reinterpret_cast<T*>(tile + value_layout.place(j, d))));
     }
     if (__syncthreads_or(any) == 0) return;
-    for (int column = 0; column < 16 * kChunks; ++column) {
+    CTX_ROLLED for (int column = 0; column < 16 * kChunks; ++column) {
       const int j = first_key(0) + column, source = lane / 4 * 4 + column % 8 / 2;
       float mine[4] = {0, 0, 0, 0};
       CTX_UNROLL for (int n = 0; n < 2 * kChunks; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e) {
@@ -349,8 +349,7 @@ struct MmaBlock : MmaTiles<T> {
 
 // Grid [token tiles * head tiles, kv heads * batch, splits].
 template <typename T, int kValues, bool kByKeys>
-__global__ void __launch_bounds__(kMmaThreads, kByKeys ? 3 : 2)
-    attend_mma(const __grid_constant__ MmaLaunch l) {
+__global__ void __launch_bounds__(kMmaThreads, 2) attend_mma(const __grid_constant__ MmaLaunch l) {
   const Attention& a = l.a;
   MmaBlock<T, kValues, kByKeys> block(l);
   block.b = blockIdx.y / a.kv_heads, block.kv = blockIdx.y % a.kv_heads;

@@ -24,8 +24,11 @@
 // Loops over registers must be unrolled, or the registers become an array in memory.
 #if defined(__CUDACC__)
 #define CTX_UNROLL _Pragma("unroll")
+#define CTX_ROLLED \
+  _Pragma("unroll 1")  // where unrolling would cost more registers than it is worth
 #else
 #define CTX_UNROLL
+#define CTX_ROLLED
 #endif
 
 namespace ctx::cuda {

@@ -33,10 +33,10 @@ CTX_DEVICE void for_pieces(int rows, int pieces, const F& run) {
   if (pieces == 0) return;
   const int first = threadIdx.x / pieces, piece = threadIdx.x % pieces;
   if (kThreads % pieces == 0) {
-    for (int j = first; j < rows; j += kThreads / pieces) run(j, piece);
+    CTX_ROLLED for (int j = first; j < rows; j += kThreads / pieces) run(j, piece);
   } else {
-    for (int task = threadIdx.x; task < rows * pieces; task += kThreads)
-      run(task / pieces, task % pieces);
+    CTX_ROLLED for (int task = threadIdx.x; task < rows * pieces; task += kThreads)
+        run(task / pieces, task % pieces);
   }
 }
 
