@@ -32,6 +32,7 @@ class AttendTest {
 
   // Counters that are anything: no kernel may touch what is not its memory's (an ASan build sees it).
   void run_damaged() {
+    damaged_ = true;
     for (int64_t call = 0; call < 4; ++call) {
       w_.next_call();
       make_inputs();
@@ -117,6 +118,48 @@ class AttendTest {
     in_order(random_);
     cuda::attend(args, workspace.device(), nullptr, length);
     w_.fetch(), out_.fetch(), weights_.fetch();
+    if (!damaged_) attend_alone(args, length);
+  }
+
+  // A row by itself gets the same bits; and, of a step of few tokens, a token by itself.
+  void attend_alone(AttendArgs args, int64_t length) {
+    const int64_t b = random_.between(0, w_.batch - 1);
+    Rows alone;
+    alone.make(random_, w_.storage, 1, w_.heads(), w_.tokens, w_.value_dim);
+    const auto ring = [&](void*& data, int region, int side) {
+      const Ring& r = w_.ring(region, side);
+      data = static_cast<char*>(data) + b * r.heads * r.capacity * r.row_bytes();
+    };
+    MemoryView& m = args.memory;
+    ring(m.sink_keys, kSinks, 0), ring(m.sink_values, kSinks, 1);
+    ring(m.compressed_keys, kCompressed, 0), ring(m.compressed_values, kCompressed, 1);
+    ring(m.window_keys, kWindow, 0), ring(m.window_values, kWindow, 1);
+    const int64_t slots = b * m.kv_heads * m.compressed_capacity;
+    if (m.slot_mass != nullptr) m.slot_mass += slots;
+    if (m.slot_positions != nullptr) m.slot_positions += slots;
+    const auto row = [&](Strided& x) {
+      if (x.data != nullptr)
+        x.data = static_cast<char*>(x.data) + b * x.batch * cuda::size_of(w_.storage);
+    };
+    row(args.queries), row(args.relative.queries), row(args.relative.compressed);
+    if (cuda::has_few_queries(cuda::attention_of(args)) && random_.coin()) {
+      args.block.offset += random_.between(0, args.block.tokens - 1);
+      args.block.tokens = 1;
+    }
+    m.batch = 1;
+    args.block.origin += b;
+    if (args.block.lengths != nullptr) args.block.lengths += b;
+    args.out = alone.strided(), args.region_weights = nullptr, args.count_usage = false;
+    Buffer<char> workspace(cuda::attend_workspace(args, length), char(-1));
+    in_order(random_);
+    cuda::attend(args, workspace.device(), nullptr, length);
+    alone.fetch();
+    for (int64_t h = 0; h < w_.heads(); ++h)
+      for (int64_t i = args.block.offset; i < args.block.offset + args.block.tokens; ++i)
+        for (int64_t d = 0; d < w_.value_dim; ++d) {
+          const double got = alone.get(0, h, i, d), want = out_.get(b, h, i, d);
+          EXPECT(got == want || (got != got && want != want));
+        }
   }
 
   std::vector<double> usage_numbers() {
@@ -188,7 +231,7 @@ class AttendTest {
   ScoreLaw law_;
   Rows q_, k_, v_, out_;
   Buffer<char> weights_;
-  bool asks_weights_ = false;
+  bool asks_weights_ = false, damaged_ = false;
 };
 
 }  // namespace

@@ -331,6 +331,8 @@ struct MmaBlock : MmaTiles<T> {
       if (threadIdx.x != 0) continue;
       to[0] = most;
       for (int region = 0; region < kRegions; ++region) to[1 + region] = whole[region];
+      const bool empty = most == minus_infinity<float>();
+      if (CTX_PLANTED(kUnmaskedEmptySplit) && empty) to[0] = 0, to[1] = 1;
     }
   }
 

@@ -69,7 +69,8 @@ inline bool fits_mma(const Attention& a) {
   const bool half = a.storage == Storage::kBFloat16 || a.storage == Storage::kFloat16;
   if (!half || a.head_dim % 16 != 0 || a.value_dim % 16 != 0) return false;
   if (a.head_dim > 256 || a.value_dim > 128 || a.relative.dim > 0) return false;
-  if (a.q_per_kv() * a.tokens < 4) return false;
+  // Not by tokens, where these are few: a step's bits do not depend on how the stream was cut.
+  if (a.q_per_kv() < 4 && has_few_queries(a)) return false;
   if (a.slopes != nullptr && a.slot_positions != nullptr) return false;
   for (int p = 0; p < a.parts; ++p) {
     const Part& part = a.part[p];
