@@ -34,18 +34,37 @@ class SpansTest {
 
   void run() {
     if (random_.coin()) c_.spoil();
-    SpansArgs args = c_.args();
-    in_order(random_);
-    tiled_by_mma += cuda::fits_mma(cuda::attention_of(args));
-    cuda::spans_forward(args, nullptr);
-    c_.out.fetch(), c_.logsumexp.fetch(), c_.region_weights.fetch();
+    forward();
     for (int64_t b = 0; b < w_.batch; ++b)
       for (int64_t h = 0; h < w_.heads(); ++h)
         for (int64_t i = 0; i < c_.tokens; ++i) check_forward(b, h, i);
     backward();
   }
 
+  // Numbers that are anything: no kernel may touch what is not the call's (an ASan build sees it).
+  void run_damaged() {
+    constexpr int64_t kLarge = std::numeric_limits<int64_t>::max();
+    const int64_t numbers[] = {kLarge, -kLarge - 1, kLarge / 3, -5, random_.between(0, kLarge / 2)};
+    const auto damage = [&](Buffer<int64_t>& x) {
+      for (size_t i = 0; i < x.size(); ++i)
+        if (random_.coin()) x[i] = random_.of(numbers);
+    };
+    damage(c_.position);
+    for (auto& span : c_.spans) damage(span.first), damage(span.past_first);
+    damaged_ = true;
+    forward();
+    backward();
+  }
+
  private:
+  void forward() {
+    const SpansArgs args = c_.args();
+    in_order(random_);
+    tiled_by_mma += cuda::fits_mma(cuda::attention_of(args));
+    cuda::spans_forward(args, nullptr);
+    c_.out.fetch(), c_.logsumexp.fetch(), c_.region_weights.fetch();
+  }
+
   double error() const {
     return w_.storage == Storage::kFloat64   ? 1e-11
            : w_.storage == Storage::kFloat32 ? 2e-5
@@ -168,6 +187,7 @@ class SpansTest {
     in_order(random_);
     cuda::spans_backward(args, workspace.device(), nullptr);
     grad_q.fetch(), grad_z.fetch(), grad_zc.fetch(), grad_bias.fetch();
+    if (damaged_) return;
 
     Sums q, zs, zcs, keys[kRegions], values[kRegions], mass[kRegions];
     std::vector<double> bias(size_t(b * h), 0.0);
@@ -255,6 +275,7 @@ class SpansTest {
   Random& random_;
   SpansCase c_;
   World& w_;
+  bool damaged_ = false;
 };
 
 }  // namespace
@@ -270,6 +291,7 @@ int main(int argc, char** argv) {
       wish.q_per_kv = 1 + i % 8;
     }
     SpansTest(random, wish).run();
+    if (i % 5 == 0) SpansTest(random, wish).run_damaged();
   });
   std::printf("%lld launches by mma\n", static_cast<long long>(tiled_by_mma));
   return failed;
