@@ -12,14 +12,12 @@
 namespace ctx::cuda {
 
 template <typename T, int R>
-struct CoreBlock {
+struct CoreBlock : RowTile {
   using A = Acc<T>;
   static constexpr int kVector = 16 / sizeof(T);  // numbers that a thread takes at once
 
   const CoreLaunch& l;
   const Attention& a;
-  int64_t b, kv, first_token, first_head;
-  int rows, tile_heads;
   A *query, *relative, *table, *weights, *largest, *shrink, *totals;
   TokenView* views;
   char *keys, *values;
@@ -27,7 +25,8 @@ struct CoreBlock {
   int columns, groups;  // of threads: who holds which values, and who shares them
   A sums[R][kVector];
 
-  CTX_DEVICE CoreBlock(const CoreLaunch& launch) : l(launch), a(launch.a) {
+  CTX_DEVICE CoreBlock(const CoreLaunch& launch, int64_t head, int64_t tile)
+      : RowTile(launch.a, launch.tiling, head, tile), l(launch), a(launch.a) {
     const CoreRoom room(l, R, sizeof(A));
     char* memory = shared_memory();
     query_width = room.query_width;
@@ -47,12 +46,6 @@ struct CoreBlock {
     groups = kCoreThreads / columns;
   }
 
-  CTX_DEVICE int token_of(int r) const { return r / tile_heads; }
-  CTX_DEVICE int64_t head_of(int r) const { return first_head + r % tile_heads; }
-  CTX_DEVICE bool used(int r) const {
-    return r < rows && head_of(r) < (kv + 1) * a.q_per_kv() && first_token + token_of(r) < a.tokens;
-  }
-
   CTX_DEVICE void begin() {
     const int tid = threadIdx.x;
     for (int r = tid; r < R; r += kCoreThreads) {
@@ -62,20 +55,20 @@ struct CoreBlock {
     for (int64_t i = tid; i < R * query_width; i += kCoreThreads) query[i] = A(0);
     CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int e = 0; e < kVector; ++e) sums[r][e] =
         0;
-    fill_views(a, b, first_token, l.tile_tokens, views);
+    fill_views(a, b, first_token, tile_tokens, views);
   }
 
   // Queries at the clock of a region.
   CTX_DEVICE void load_queries(int region) {
     const int pieces = static_cast<int>(query_pieces(a));
-    for (int task = threadIdx.x; task < rows * pieces; task += kCoreThreads) {
+    for (int task = threadIdx.x; task < rows() * pieces; task += kCoreThreads) {
       const int r = task / pieces;
       const bool present = used(r) && views[token_of(r)].t >= 0;
       const double position = present ? views[token_of(r)].clock[region] : 0;
       const auto piece = query_piece<T>(a,
                                         b,
                                         present ? head_of(r) : first_head,
-                                        present ? first_token + token_of(r) : 0,
+                                        present ? token(r) : 0,
                                         position,
                                         present,
                                         task % pieces);
@@ -83,13 +76,11 @@ struct CoreBlock {
       if (piece.second >= 0) query[r * query_width + piece.second] = piece.y;
     }
     const Strided& from = region == kCompressed ? a.relative.compressed : a.relative.queries;
-    for (int64_t task = threadIdx.x; task < rows * a.relative.dim; task += kCoreThreads) {
+    for (int64_t task = threadIdx.x; task < rows() * a.relative.dim; task += kCoreThreads) {
       const int r = static_cast<int>(task / a.relative.dim);
       const bool present = used(r) && views[token_of(r)].t >= 0 && from.data != nullptr;
       relative[task] =
-          present ? wide<A>(row<T>(
-                        from, b, head_of(r), first_token + token_of(r))[task % a.relative.dim])
-                  : A(0);
+          present ? wide<A>(row<T>(from, b, head_of(r), token(r))[task % a.relative.dim]) : A(0);
     }
   }
 
@@ -211,7 +202,7 @@ struct CoreBlock {
   // Products of the relative queries with the sinusoids of each token's distances.
   CTX_DEVICE void add_relative(const PartView& part, int64_t x, int64_t end) {
     const int64_t dim = a.relative.dim, half = dim / 2;
-    for (int i = 0; i < l.tile_tokens; ++i) {
+    for (int i = 0; i < tile_tokens; ++i) {
       const TokenView& view = views[i];
       for (int64_t task = threadIdx.x; task < kTileKeys * half; task += kCoreThreads) {
         const int64_t j = task / half, w = task % half;
@@ -236,7 +227,7 @@ struct CoreBlock {
   // Products to weights, a warp per row and a lane per key.
   CTX_DEVICE void weigh(const PartView& part, int64_t x, int64_t end) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int r = warp; r < rows; r += kCoreThreads / 32) {
+    for (int r = warp; r < rows(); r += kCoreThreads / 32) {
       A* place = weights + r * kTileKeys + lane;
       A score = minus_infinity<A>();
       if (used(r) && x + lane < end && sees(views[token_of(r)], part, x + lane))
@@ -268,7 +259,7 @@ struct CoreBlock {
   CTX_DEVICE void add_values(Storage storage, const char* tile, int64_t stride) {
     const int column = threadIdx.x % columns * kVector, group = threadIdx.x / columns;
     CTX_UNROLL for (int r = 0; r < R; ++r) {
-      const A factor = r < rows ? shrink[r] : A(1);
+      const A factor = r < rows() ? shrink[r] : A(1);
       CTX_UNROLL for (int e = 0; e < kVector; ++e) sums[r][e] *= factor;
     }
     if (column >= a.value_dim) return;
@@ -281,7 +272,7 @@ struct CoreBlock {
       load_vector<kSame>(storage, value, column / kVector, v);
       if (!kSame) CTX_UNROLL for (int e = 0; e < kVector; ++e) v[e] *= scale;
       CTX_UNROLL for (int r = 0; r < R; ++r) {
-        const A weight = r < rows ? weights[r * kTileKeys + j] : A(0);
+        const A weight = r < rows() ? weights[r * kTileKeys + j] : A(0);
         if (weight == A(0)) continue;  // zero times NaN is NaN
         CTX_UNROLL for (int e = 0; e < kVector; ++e) sums[r][e] += weight * v[e];
       }
@@ -296,43 +287,21 @@ struct CoreBlock {
     CTX_UNROLL for (int r = 0; r < R; ++r) CTX_UNROLL for (int e = 0; e < kVector; ++e)
         room[(group * R + r) * wide_columns + column * kVector + e] = sums[r][e];
     __syncthreads();
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows(); ++r) {
       if (!used(r)) continue;
       const auto value = [&](int64_t d) {
         A sum = 0;
         for (int g = 0; g < groups; ++g) sum += room[(g * R + r) * wide_columns + d];
         return sum;
       };
-      const int64_t i = first_token + token_of(r);
-      if (a.split_length == 0) {
-        store_row_sums<T>(a,
-                          b,
-                          head_of(r),
-                          i,
-                          views[token_of(r)].t >= 0,
-                          largest[r],
-                          totals + r * kRegions,
-                          threadIdx.x,
-                          kCoreThreads,
-                          value);
-        continue;
-      }
-      A* to = partial<A>(a, b, head_of(r), i, split);
-      for (int64_t d = threadIdx.x; d < a.value_dim; d += kCoreThreads)
-        to[1 + kRegions + d] = value(d);
-      if (threadIdx.x == 0) {
-        to[0] = largest[r];
-        for (int region = 0; region < kRegions; ++region)
-          to[1 + region] = totals[r * kRegions + region];
-        const bool empty = largest[r] == minus_infinity<A>();
-        if (CTX_PLANTED(kUnmaskedEmptySplit) && empty) to[0] = A(0), to[1] = A(1);
-      }
+      store_row<T>(
+          a, *this, r, split, views[token_of(r)].t >= 0, largest[r], totals + r * kRegions, value);
     }
   }
 
   CTX_DEVICE void walk_part(int p, int64_t begin, int64_t end) {
     const Part& part = a.part[p];
-    const Range hull = hull_of(views, l.tile_tokens, part.region);
+    const Range hull = hull_of(views, tile_tokens, part.region);
     if (hull.size() <= 0) return;
     const PartView view(a, part, b, kv, hull);
     if (part.storage == storage_of<T>()) return walk<true>(view, begin, end);
@@ -343,21 +312,10 @@ struct CoreBlock {
 // Grid [token tiles * head tiles, kv heads * batch, splits].
 template <typename T, int R>
 __global__ void __launch_bounds__(kCoreThreads) attend_core(const __grid_constant__ CoreLaunch l) {
-  const Attention& a = l.a;
-  CoreBlock<T, R> block(l);
-  block.b = blockIdx.y / a.kv_heads, block.kv = blockIdx.y % a.kv_heads;
-  block.first_token = static_cast<int64_t>(blockIdx.x / l.head_tiles) * l.tile_tokens;
-  block.first_head =
-      block.kv * a.q_per_kv() + static_cast<int64_t>(blockIdx.x % l.head_tiles) * l.tile_heads;
-  block.tile_heads = l.tile_heads;
-  block.rows = l.tile_tokens * l.tile_heads;
+  CoreBlock<T, R> block(l, blockIdx.y, blockIdx.x);
   block.begin();
-  if (a.split_length > 0) {
-    const SplitPlace place = split_place(a, blockIdx.z);
-    block.walk_part(place.part, place.begin, place.end);
-  } else {
-    for (int p = 0; p < a.parts; ++p) block.walk_part(p, 0, a.part[p].size);
-  }
+  for_parts(
+      l.a, blockIdx.z, [&](int p, int64_t begin, int64_t end) { block.walk_part(p, begin, end); });
   block.end(blockIdx.z);
 }
 

@@ -9,12 +9,7 @@ template <typename T, int R>
 void launch_core_rows(const Attention& a, cudaStream_t stream) {
   CoreLaunch l{};
   l.a = a;
-  const int64_t q_per_kv = a.q_per_kv();
-  const int64_t head_tiles = (q_per_kv + R - 1) / R;
-  l.head_tiles = static_cast<int>(head_tiles);
-  l.tile_heads = static_cast<int>((q_per_kv + head_tiles - 1) / head_tiles);
-  const int64_t fit = head_tiles > 1 ? 1 : R / l.tile_heads;
-  l.tile_tokens = static_cast<int>(fit < a.tokens ? fit : a.tokens);
+  l.tiling = RowTiling::of(a, R);
   for (int p = 0; p < a.parts; ++p) {
     const int64_t key = CoreLayout(row_bytes(a.part[p].storage, a.head_dim)).stride;
     const int64_t value = CoreLayout(row_bytes(a.part[p].storage, a.value_dim)).stride;
@@ -30,9 +25,8 @@ void launch_core_rows(const Attention& a, cudaStream_t stream) {
     throw std::runtime_error(
         "ctx: attention on CUDA: head_dim and value_dim must be smaller, got " +
         std::to_string(a.head_dim) + " and " + std::to_string(a.value_dim));
-  const int64_t tiles = (a.tokens + l.tile_tokens - 1) / l.tile_tokens;
   launch(&attend_core<T, R>,
-         grid_of(tiles * head_tiles, a.kv_heads * a.batch, a.splits),
+         grid_of(l.tiling.tiles(a), a.kv_heads * a.batch, a.splits),
          kCoreThreads,
          shared,
          stream,

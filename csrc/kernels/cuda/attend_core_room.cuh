@@ -1,6 +1,7 @@
 // What a block of the plain attention kernel is given, and how its shared memory is cut.
 #pragma once
 
+#include "kernels/cuda/attend_rows.cuh"
 #include "kernels/cuda/tile_copy.cuh"
 
 namespace ctx::cuda {
@@ -10,9 +11,7 @@ constexpr int kMostTokens = 8;
 
 struct CoreLaunch {
   Attention a;
-  int tile_tokens;                   // tokens of a block
-  int tile_heads;                    // query heads of a block; tile_tokens * tile_heads <= R
-  int head_tiles;                    // blocks that share the query heads of a kv head
+  RowTiling tiling;
   int stages;                        // tiles in shared memory
   int64_t key_stride, value_stride;  // of the widest part
 };

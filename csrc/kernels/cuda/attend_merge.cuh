@@ -2,7 +2,7 @@
 // usage, the weights that its window got, which are known only then.
 #pragma once
 
-#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attend_rows.cuh"
 
 namespace ctx::cuda {
 

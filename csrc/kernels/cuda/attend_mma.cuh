@@ -11,7 +11,7 @@
 namespace ctx::cuda {
 
 template <typename T, int kValues, bool kByKeys>
-struct MmaBlock : MmaTiles<T> {
+struct MmaBlock : MmaTiles<T>, RowTile {
   using Tiles = MmaTiles<T>;
   using Tiles::a;
   using Tiles::describe;
@@ -25,7 +25,6 @@ struct MmaBlock : MmaTiles<T> {
 
   const MmaLaunch& l;
   TokenView* views;
-  int64_t b, kv, first_token, first_head;
   int warp, lane, row_base;
   // Of the rows lane / 4 and lane / 4 + 8 of the warp's tile:
   float largest[2], totals[2][kRegions];
@@ -34,18 +33,13 @@ struct MmaBlock : MmaTiles<T> {
   int low[2], high[2];
   float bias[2], slope[2], distance_of_first[2];
 
-  CTX_DEVICE explicit MmaBlock(const MmaLaunch& launch) : Tiles(launch, kRows), l(launch) {
+  CTX_DEVICE MmaBlock(const MmaLaunch& launch, int64_t head, int64_t tile)
+      : Tiles(launch, kRows), RowTile(launch.a, launch.tiling, head, tile), l(launch) {
     views = reinterpret_cast<TokenView*>(memory + room.views);
     warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     row_base = kByKeys ? 0 : warp * kMmaRows;
   }
 
-  CTX_DEVICE int token_of(int r) const { return r / l.tile_heads; }
-  CTX_DEVICE int64_t head_of(int r) const { return first_head + r % l.tile_heads; }
-  CTX_DEVICE bool used(int r) const {
-    return r < l.tile_tokens * l.tile_heads && head_of(r) < (kv + 1) * a.q_per_kv() &&
-           first_token + token_of(r) < a.tokens;
-  }
   CTX_DEVICE int row_of(int half) const { return row_base + lane / 4 + 8 * half; }
 
   CTX_DEVICE void begin() {
@@ -57,7 +51,7 @@ struct MmaBlock : MmaTiles<T> {
     }
     CTX_UNROLL for (int n = 0; n < kValues / 8; ++n) CTX_UNROLL for (int e = 0; e < 4; ++e)
         sums[n][e] = 0;
-    fill_views(a, b, first_token, l.tile_tokens, views);
+    fill_views(a, b, first_token, tile_tokens, views);
   }
 
   // Queries at the clock of a part's region, and what its scores are made of.
@@ -65,17 +59,11 @@ struct MmaBlock : MmaTiles<T> {
     const int region = part.part.region;
     const int pieces = static_cast<int>(query_pieces(a));
     char* query = memory + room.query;
-    for (int task = threadIdx.x; task < l.tile_tokens * l.tile_heads * pieces;
-         task += kMmaThreads) {
+    for (int task = threadIdx.x; task < rows() * pieces; task += kMmaThreads) {
       const int r = task / pieces;
       if (!used(r) || views[token_of(r)].t < 0) continue;  // zero since begin()
-      const auto piece = query_piece<T>(a,
-                                        b,
-                                        head_of(r),
-                                        first_token + token_of(r),
-                                        views[token_of(r)].clock[region],
-                                        true,
-                                        task % pieces);
+      const auto piece = query_piece<T>(
+          a, b, head_of(r), token(r), views[token_of(r)].clock[region], true, task % pieces);
       const auto put = [&](int64_t d, float x) {
         *reinterpret_cast<T*>(query + key_layout.place(r, static_cast<int>(d))) = narrow<T>(x);
       };
@@ -132,7 +120,7 @@ struct MmaBlock : MmaTiles<T> {
         scale_weights(scores);
       }
       char* tile = memory + room.values + (kInt8 ? 0 : stage * room.value_stage);
-      if (!kInt8 && l.tile_tokens > 1) keep_apart(tile, scores);
+      if (!kInt8 && tile_tokens > 1) keep_apart(tile, scores);
       add_values(tile, scores);
       __syncthreads();
       x = after, stage = 1 - stage;
@@ -311,34 +299,13 @@ struct MmaBlock : MmaTiles<T> {
       };
       const float whole[kRegions] = {sum_of(1), sum_of(2), sum_of(3)};
       const auto value = [&](int64_t d) { return sum_of(1 + kRegions + d); };
-      const int64_t i = first_token + token_of(r);
-      if (a.split_length == 0) {
-        store_row_sums<T>(a,
-                          b,
-                          head_of(r),
-                          i,
-                          views[token_of(r)].t >= 0,
-                          most,
-                          whole,
-                          threadIdx.x,
-                          kMmaThreads,
-                          value);
-        continue;
-      }
-      float* to = partial<float>(a, b, head_of(r), i, split);
-      for (int64_t d = threadIdx.x; d < a.value_dim; d += kMmaThreads)
-        to[1 + kRegions + d] = value(d);
-      if (threadIdx.x != 0) continue;
-      to[0] = most;
-      for (int region = 0; region < kRegions; ++region) to[1 + region] = whole[region];
-      const bool empty = most == minus_infinity<float>();
-      if (CTX_PLANTED(kUnmaskedEmptySplit) && empty) to[0] = 0, to[1] = 1;
+      store_row<T>(a, *this, r, split, views[token_of(r)].t >= 0, most, whole, value);
     }
   }
 
   CTX_DEVICE void walk_part(int p, int64_t begin, int64_t end) {
     const Part& part = a.part[p];
-    const Range hull = hull_of(views, l.tile_tokens, part.region);
+    const Range hull = hull_of(views, tile_tokens, part.region);
     if (hull.size() <= 0) return;
     const PartView view(a, part, b, kv, hull);
     if (part.storage == Storage::kInt8) {
@@ -352,19 +319,10 @@ struct MmaBlock : MmaTiles<T> {
 // Grid [token tiles * head tiles, kv heads * batch, splits].
 template <typename T, int kValues, bool kByKeys>
 __global__ void __launch_bounds__(kMmaThreads, 2) attend_mma(const __grid_constant__ MmaLaunch l) {
-  const Attention& a = l.a;
-  MmaBlock<T, kValues, kByKeys> block(l);
-  block.b = blockIdx.y / a.kv_heads, block.kv = blockIdx.y % a.kv_heads;
-  block.first_token = static_cast<int64_t>(blockIdx.x / l.head_tiles) * l.tile_tokens;
-  block.first_head =
-      block.kv * a.q_per_kv() + static_cast<int64_t>(blockIdx.x % l.head_tiles) * l.tile_heads;
+  MmaBlock<T, kValues, kByKeys> block(l, blockIdx.y, blockIdx.x);
   block.begin();
-  if (a.split_length > 0) {
-    const SplitPlace place = split_place(a, blockIdx.z);
-    block.walk_part(place.part, place.begin, place.end);
-  } else {
-    for (int p = 0; p < a.parts; ++p) block.walk_part(p, 0, a.part[p].size);
-  }
+  for_parts(
+      l.a, blockIdx.z, [&](int p, int64_t begin, int64_t end) { block.walk_part(p, begin, end); });
   block.end(blockIdx.z);
 }
 

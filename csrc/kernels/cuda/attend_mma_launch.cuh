@@ -10,16 +10,10 @@ void launch_mma_tile(const Attention& a, cudaStream_t stream) {
   constexpr int kRows = MmaBlock<T, kValues, kByKeys>::kRows;
   MmaLaunch l{};
   l.a = a;
-  const int64_t q_per_kv = a.q_per_kv();
-  const int64_t head_tiles = (q_per_kv + kRows - 1) / kRows;
-  l.head_tiles = static_cast<int>(head_tiles);
-  l.tile_heads = static_cast<int>((q_per_kv + head_tiles - 1) / head_tiles);
-  const int64_t fit = head_tiles > 1 ? 1 : kRows / l.tile_heads;
-  l.tile_tokens = static_cast<int>(fit < a.tokens ? fit : a.tokens);
+  l.tiling = RowTiling::of(a, kRows);
   for (int p = 0; p < a.parts; ++p) l.has_int8 = l.has_int8 || a.part[p].storage == Storage::kInt8;
-  const int64_t tiles = (a.tokens + l.tile_tokens - 1) / l.tile_tokens;
   launch(&attend_mma<T, kValues, kByKeys>,
-         grid_of(tiles * head_tiles, a.kv_heads * a.batch, a.splits),
+         grid_of(l.tiling.tiles(a), a.kv_heads * a.batch, a.splits),
          kMmaThreads,
          MmaRoom(a, kRows, l.has_int8).all,
          stream,

@@ -57,7 +57,7 @@ struct MmaRoom {
 
 struct MmaLaunch {
   Attention a;
-  int tile_tokens, tile_heads, head_tiles;
+  RowTiling tiling;
   bool has_int8;
 };
 

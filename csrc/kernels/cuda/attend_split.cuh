@@ -2,7 +2,7 @@
 // what a memory holds, so that a CUDA graph can hold the launches.
 #pragma once
 
-#include "kernels/cuda/attention.cuh"
+#include "kernels/cuda/attend_rows.cuh"
 
 namespace ctx::cuda {
 
@@ -24,6 +24,16 @@ CTX_DEVICE SplitPlace split_place(const Attention& a, int64_t split) {
     split -= count;
   }
   return {0, 0, 0};
+}
+
+// Calls walk(part, begin, end) for all parts, or for what a split is.
+template <typename F>
+CTX_DEVICE void for_parts(const Attention& a, int64_t split, const F& walk) {
+  if (a.split_length > 0) {
+    const SplitPlace place = split_place(a, split);
+    return walk(place.part, place.begin, place.end);
+  }
+  for (int p = 0; p < a.parts; ++p) walk(p, int64_t{0}, a.part[p].size);
 }
 
 // Keys that a block of a decode step takes: partial sums are then below a twentieth of the traffic.

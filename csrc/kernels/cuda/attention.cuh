@@ -286,43 +286,4 @@ CTX_DEVICE double relative_frequency(int64_t i, int64_t dim) {
   return exp(-2.0 * static_cast<double>(i) / static_cast<double>(dim) * 9.210340371976182736);
 }
 
-// Partial sums of one row and split: largest score, weights of the regions, weighted values.
-template <typename A>
-CTX_DEVICE A* partial(const Attention& a, int64_t b, int64_t head, int64_t i, int64_t split) {
-  const int64_t row = (b * a.heads + head) * a.tokens + i;
-  return static_cast<A*>(a.workspace) + (row * a.splits + split) * (a.value_dim + 1 + kRegions);
-}
-
-// What a row has summed up goes to the outputs; `lane` of `lanes` threads, values(d) unscaled.
-template <typename T, typename F>
-CTX_DEVICE void store_row_sums(const Attention& a,
-                               int64_t b,
-                               int64_t head,
-                               int64_t i,
-                               bool present,
-                               Acc<T> largest,
-                               const Acc<T>* totals,
-                               int64_t lane,
-                               int64_t lanes,
-                               const F& values) {
-  using A = Acc<T>;
-  const A total = totals[0] + totals[1] + totals[2];
-  // Without a key: zero. All scores minus infinity: zero by zero in a memory, zero in a span.
-  const bool none = !present || (a.position != nullptr && total == A(0));
-  const A inverse = none ? A(0) : A(1) / total;
-  T* out = row<T>(a.out, b, head, i);
-  for (int64_t d = lane; d < a.value_dim; d += lanes)
-    out[d] = narrow<T>(none ? A(0) : values(d) * inverse);
-  if (lane != 0) return;
-  const int64_t index = (b * a.heads + head) * a.tokens + i;
-  if (a.logsumexp != nullptr)
-    static_cast<A*>(a.logsumexp)[index] =
-        present ? largest + logarithm(total) : minus_infinity<A>();
-  if (a.region_weights == nullptr) return;
-  A* weights = static_cast<A*>(a.region_weights) +
-               ((b * a.heads + head) * a.call_tokens + a.offset + i) * kRegions;
-  for (int region = 0; region < kRegions; ++region)
-    weights[region] = none ? A(0) : totals[region] * inverse;
-}
-
 }  // namespace ctx::cuda

@@ -8,6 +8,7 @@
 // query whose outputs have no gradient takes part in nothing.
 #pragma once
 
+#include "kernels/cuda/attend_rows.cuh"
 #include "kernels/cuda/attention_build.cuh"
 
 namespace ctx::cuda {
@@ -23,7 +24,7 @@ struct BackwardLaunch {
   void *grad_keys[kRegions], *grad_values[kRegions], *grad_mass[kRegions];
   void* bias_parts;  // [B, H, T]: sums of each query; null: no bias
   int tile;          // rows, and keys, of a tile
-  int tile_tokens, tile_heads, head_tiles;
+  RowTiling tiling;
 };
 
 // How a block's memory is cut, in numbers of A; rows are one number longer, for other banks.
@@ -53,17 +54,17 @@ struct BackwardRoom {
 };
 
 template <typename T>
-struct BackwardTile {
+struct BackwardTile : RowTile {
   using A = Acc<T>;
   const BackwardLaunch& l;
   const Attention& a;
-  int64_t b, kv, first_token, first_head;
   int64_t query_stride, value_stride;
   A *query, *key, *value, *out, *sums_of_keys, *sums_of_values, *total, *weights, *grads, *slopes;
   A *relative, *relative_sums, *logsumexp, *base, *bias, *mass;
   TokenView* views;
 
-  CTX_DEVICE explicit BackwardTile(const BackwardLaunch& launch) : l(launch), a(launch.a) {
+  CTX_DEVICE BackwardTile(const BackwardLaunch& launch, int64_t head)
+      : RowTile(launch.a, launch.tiling, head, 0), l(launch), a(launch.a) {
     const BackwardRoom room(l);
     A* memory = reinterpret_cast<A*>(shared_memory());
     query_stride = a.head_dim + 1, value_stride = a.value_dim + 1;
@@ -77,20 +78,13 @@ struct BackwardTile {
     views = reinterpret_cast<TokenView*>(memory + room.views);
   }
 
-  CTX_DEVICE int token_of(int r) const { return r / l.tile_heads; }
-  CTX_DEVICE int64_t head_of(int r) const { return first_head + r % l.tile_heads; }
-  CTX_DEVICE bool used(int r) const {
-    return r < l.tile_tokens * l.tile_heads && head_of(r) < (kv + 1) * a.q_per_kv() &&
-           first_token + token_of(r) < a.tokens;
-  }
   CTX_DEVICE int64_t index_of(int r) const {
-    return (b * a.heads + head_of(r)) * a.tokens + first_token + token_of(r);
+    return (b * a.heads + head_of(r)) * a.tokens + token(r);
   }
 
   CTX_DEVICE void place(int64_t tile) {
-    first_token = tile / l.head_tiles * l.tile_tokens;
-    first_head = kv * a.q_per_kv() + tile % l.head_tiles * l.tile_heads;
-    fill_views(a, b, first_token, l.tile_tokens, views);
+    move_to(a, l.tiling, tile);
+    fill_views(a, b, first_token, tile_tokens, views);
   }
 
   // Gradients of the outputs, and what every weight's gradient is relative to: sum_j p_j dp_j =
@@ -100,8 +94,8 @@ struct BackwardTile {
       A sum = 0;
       logsumexp[r] = -minus_infinity<A>(), base[r] = A(0);  // exp(score - infinity) = 0
       if (!used(r) || views[token_of(r)].t < 0) continue;
-      const T* grad = row<T>(l.grad_out, b, head_of(r), first_token + token_of(r));
-      const T* made = row<T>(a.out, b, head_of(r), first_token + token_of(r));
+      const T* grad = row<T>(l.grad_out, b, head_of(r), token(r));
+      const T* made = row<T>(a.out, b, head_of(r), token(r));
       const A grad_logsumexp = static_cast<const A*>(l.grad_logsumexp)[index_of(r)];
       bool none = grad_logsumexp == A(0);
       for (int64_t d = 0; d < a.value_dim; ++d) {
@@ -128,7 +122,7 @@ struct BackwardTile {
       const auto piece = query_piece<T>(a,
                                         b,
                                         present ? head_of(r) : first_head,
-                                        present ? first_token + token_of(r) : 0,
+                                        present ? token(r) : 0,
                                         position,
                                         present,
                                         task % pieces);
@@ -140,9 +134,7 @@ struct BackwardTile {
     for (int64_t task = threadIdx.x; task < l.tile * dim; task += kBackwardThreads) {
       const int r = static_cast<int>(task / dim);
       const bool present = used(r) && views[token_of(r)].t >= 0 && from.data != nullptr;
-      relative[task] =
-          present ? wide<A>(row<T>(from, b, head_of(r), first_token + token_of(r))[task % dim])
-                  : A(0);
+      relative[task] = present ? wide<A>(row<T>(from, b, head_of(r), token(r))[task % dim]) : A(0);
     }
   }
 

@@ -13,7 +13,7 @@ struct QueryGradients : BackwardTile<T> {
   using Base::a;
   using Base::l;
 
-  CTX_DEVICE explicit QueryGradients(const BackwardLaunch& launch) : Base(launch) {}
+  CTX_DEVICE QueryGradients(const BackwardLaunch& launch, int64_t head) : Base(launch, head) {}
 
   CTX_DEVICE void clear(A* numbers, int64_t count) const {
     for (int64_t i = threadIdx.x; i < count; i += kBackwardThreads) numbers[i] = A(0);
@@ -27,7 +27,7 @@ struct QueryGradients : BackwardTile<T> {
     clear(this->relative_sums, 2 * l.tile * a.relative.dim);
     __syncthreads();
     for (int region = 0; region < kRegions; ++region) {
-      const Range hull = hull_of(this->views, l.tile_tokens, region);
+      const Range hull = hull_of(this->views, this->tile_tokens, region);
       if (hull.size() <= 0) continue;
       this->load_queries(region);
       clear(this->sums_of_keys, l.tile * this->query_stride);
@@ -108,8 +108,7 @@ struct QueryGradients : BackwardTile<T> {
       const int r = static_cast<int>(task / a.head_dim);
       const int64_t d = task % a.head_dim;
       if (!this->used(r)) continue;
-      T* to =
-          row<T>(l.grad_queries, this->b, this->head_of(r), this->first_token + this->token_of(r));
+      T* to = row<T>(l.grad_queries, this->b, this->head_of(r), this->token(r));
       to[d] = narrow<T>(this->total[r * this->query_stride + d]);
     }
     const int64_t dim = a.relative.dim;
@@ -118,7 +117,7 @@ struct QueryGradients : BackwardTile<T> {
       const int r = static_cast<int>(task / dim % l.tile);
       const Strided& to = compressed ? l.grad_compressed_relative : l.grad_relative;
       if (!this->used(r) || to.data == nullptr) continue;
-      T* place = row<T>(to, this->b, this->head_of(r), this->first_token + this->token_of(r));
+      T* place = row<T>(to, this->b, this->head_of(r), this->token(r));
       place[task % dim] = narrow<T>(static_cast<A>(a.scale) * this->relative_sums[task]);
     }
     for (int r = threadIdx.x; r < l.tile; r += kBackwardThreads) {
@@ -136,7 +135,7 @@ struct KeyGradients : BackwardTile<T> {
   using Base::a;
   using Base::l;
 
-  CTX_DEVICE explicit KeyGradients(const BackwardLaunch& launch) : Base(launch) {}
+  CTX_DEVICE KeyGradients(const BackwardLaunch& launch, int64_t head) : Base(launch, head) {}
 
   CTX_DEVICE void run(int p, int64_t x) {
     const Part& keys = a.part[p];
@@ -149,10 +148,10 @@ struct KeyGradients : BackwardTile<T> {
     for (int i = threadIdx.x; i < l.tile; i += kBackwardThreads) this->mass[i] = A(0);
     this->load_keys(PartView(a, keys, this->b, this->kv, Range{}), x, count);
     __syncthreads();
-    const int64_t tiles = (a.tokens + l.tile_tokens - 1) / l.tile_tokens * l.head_tiles;
+    const int64_t tiles = l.tiling.tiles(a);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       this->place(tile);
-      const Range hull = hull_of(this->views, l.tile_tokens, keys.region);
+      const Range hull = hull_of(this->views, this->tile_tokens, keys.region);
       const PartView part(a, keys, this->b, this->kv, hull);
       if (part.touches(x, count)) add(part, x, count);
       __syncthreads();
@@ -204,16 +203,14 @@ struct KeyGradients : BackwardTile<T> {
 template <typename T>
 __global__ void __launch_bounds__(kBackwardThreads)
     query_gradients(const __grid_constant__ BackwardLaunch l) {
-  QueryGradients<T> tile(l);
-  tile.b = blockIdx.y / l.a.kv_heads, tile.kv = blockIdx.y % l.a.kv_heads;
+  QueryGradients<T> tile(l, blockIdx.y);
   tile.run(blockIdx.x);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kBackwardThreads)
     key_gradients(const __grid_constant__ BackwardLaunch l) {
-  KeyGradients<T> tile(l);
-  tile.b = blockIdx.y / l.a.kv_heads, tile.kv = blockIdx.y % l.a.kv_heads;
+  KeyGradients<T> tile(l, blockIdx.y);
   int64_t left = blockIdx.x;
   for (int p = 0; p < l.a.parts; ++p) {
     if (l.a.part[p].kind != Part::kFresh) continue;
@@ -261,12 +258,7 @@ inline BackwardLaunch backward_launch(const SpansBackwardArgs& args) {
     throw std::runtime_error(
         "ctx: the backward on CUDA: head_dim and value_dim must be smaller, got " +
         std::to_string(l.a.head_dim) + " and " + std::to_string(l.a.value_dim));
-  const int64_t q_per_kv = l.a.q_per_kv();
-  const int64_t head_tiles = (q_per_kv + l.tile - 1) / l.tile;
-  l.head_tiles = static_cast<int>(head_tiles);
-  l.tile_heads = static_cast<int>((q_per_kv + head_tiles - 1) / head_tiles);
-  const int64_t fit = head_tiles > 1 ? 1 : l.tile / l.tile_heads;
-  l.tile_tokens = static_cast<int>(fit < l.a.tokens ? fit : l.a.tokens);
+  l.tiling = RowTiling::of(l.a, l.tile);
   return l;
 }
 
@@ -285,7 +277,7 @@ inline void spans_backward(const SpansBackwardArgs& args, void* workspace, cudaS
   int64_t key_tiles = 0;
   for (int p = 0; p < l.a.parts; ++p)
     if (l.a.part[p].kind == Part::kFresh) key_tiles += (l.a.part[p].size + l.tile - 1) / l.tile;
-  const int64_t row_tiles = (f.tokens + l.tile_tokens - 1) / l.tile_tokens * l.head_tiles;
+  const int64_t row_tiles = l.tiling.tiles(l.a);
   dispatch(f.storage, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
