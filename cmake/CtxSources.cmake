@@ -49,6 +49,23 @@ set(CTX_CPU_KERNEL_SOURCES
 
 set(CTX_CUDA_SOURCES)
 
+# Not compiled yet: they join CTX_CUDA_SOURCES with the file that registers their table.
+set(CTX_CUDA_KERNEL_SOURCES
+    csrc/kernels/cuda/append.cu
+    csrc/kernels/cuda/attend.cu
+    csrc/kernels/cuda/attend_core_bfloat16.cu
+    csrc/kernels/cuda/attend_core_float16.cu
+    csrc/kernels/cuda/attend_core_float32.cu
+    csrc/kernels/cuda/attend_core_float64.cu
+    csrc/kernels/cuda/attend_mma_bfloat16.cu
+    csrc/kernels/cuda/attend_mma_float16.cu
+    csrc/kernels/cuda/compress.cu
+    csrc/kernels/cuda/rotary.cu
+    csrc/kernels/cuda/runtime.cu
+    csrc/kernels/cuda/spans_backward.cu
+    csrc/kernels/cuda/spans_forward.cu
+    csrc/kernels/cuda/table.cu)
+
 set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp)
 
 # These include kernels, whose pragmas the compiler would warn of.

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "ops/kernels.h"
+
+namespace ctx::cuda {
+
+// All pointers are the device's; the table's name lists the architectures.
+extern const Kernels kTable;
+
+void rotate(const RotateArgs& args);
+void append(const AppendArgs& args);
+void compress(const CompressArgs& args);
+void attend(const AttendArgs& args);
+void spans_forward(const SpansArgs& args);
+void spans_backward(const SpansBackwardArgs& args);
+
+}  // namespace ctx::cuda

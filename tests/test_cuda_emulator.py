@@ -1,0 +1,111 @@
+"""The CUDA kernels, compiled by a C++ compiler and run by the emulator of tests/cuda_emulator.
+
+Every kernel against float64 loops over random laws, sizes, types and calls; and bugs that are
+planted must be found. Needs neither torch nor a GPU.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "tests" / "cuda_emulator"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+# As csrc/kernels/cuda/intrinsics.cuh numbers them, and a program that must find each.
+BUGS = {
+    "missing barrier": (1, "test_memory"),
+    "wrong slot": (2, "test_memory"),
+    "wrong clock": (3, "test_attend"),
+    "wrong split border": (4, "test_attend"),
+    "unmasked empty split": (5, "test_attend"),
+    "swapped int8 scale": (6, "test_memory"),
+}
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def run(*command, **environment):
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+
+
+def build(folder, name, *flags):
+    if COMPILER is None or not (SOURCES / f"{name}.cpp").is_file():
+        pytest.skip("needs the sources and a C++ compiler")
+    program = folder / name
+    include = ("-I", SOURCES, "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include")
+    done = run(
+        COMPILER,
+        *("-std=c++20", "-O1", "-DCTX_PLANTED_BUGS"),
+        *("-include", SOURCES / "emulator.h"),
+        *include,
+        *flags,
+        *(SOURCES / f"{name}.cpp", "-o", program),
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return program
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """Builds a program, once."""
+    folder = tmp_path_factory.mktemp("emulator")
+    built = {}
+
+    def get(name):
+        if name not in built:
+            built[name] = build(folder, name)
+        return built[name]
+
+    return get
+
+
+def assert_passes(done):
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " 0 failures" in done.stdout, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("name", ["test_emulator", "test_memory", "test_attend", "test_spans"])
+def test_parity(program, name):
+    assert_passes(run(program(name)))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_found(program, bug):
+    number, name = BUGS[bug]
+    done = run(program(name), 40, 0, number)
+    assert done.returncode != 0, done.stdout[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, cases", [("test_memory", 3500), ("test_attend", 1500), ("test_spans", 2000)]
+)
+def test_many_cases(program, name, cases):
+    """At least 500 for each kernel and compressor."""
+    assert_passes(run(program(name), cases, 1000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, cases",
+    [("test_emulator", 1), ("test_memory", 140), ("test_attend", 100), ("test_spans", 100)],
+)
+def test_sanitized(tmp_path, name, cases):
+    """Nothing is read or written out of bounds, whatever the memory's counters say."""
+    done = run(
+        build(tmp_path, name, *SANITIZE),
+        *(cases, 5000),
+        ASAN_OPTIONS="detect_stack_use_after_return=0",
+    )
+    assert_passes(done)
