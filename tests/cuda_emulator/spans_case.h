@@ -35,9 +35,9 @@ class SpansCase {
   struct SpanData {
     int64_t past = 0, fresh = 0;
     Ring ring[2];
-    Buffer<float> ring_mass;
+    WideNumbers ring_mass;
     Rows rows[2];
-    Buffer<char> mass;  // of the fresh keys, in the arithmetic's type
+    WideNumbers mass;  // of the fresh keys
     Buffer<int64_t> past_first, first;
   };
 
@@ -90,10 +90,9 @@ class SpansCase {
     const int64_t head = b * w.kv_heads + kv;
     if (j < s.past) {
       if (s.ring_mass.size() > 0)
-        made.mass = double(s.ring_mass[head * s.ring[0].capacity + entry(s, b, j)]);
+        made.mass = s.ring_mass[head * s.ring[0].capacity + entry(s, b, j)];
     } else if (s.mass.size() > 0) {
-      made.mass = load_number(w.arithmetic,
-                              &s.mass[(head * s.fresh + j - s.past) * cuda::size_of(w.arithmetic)]);
+      made.mass = s.mass[head * s.fresh + j - s.past];
     }
     const int64_t t = position[b * tokens + i], number = s.first[b * tokens + i] + j;
     made.distance = double(query_clock(w.clock, region, t)) - key_clock(w.clock, region, number);
@@ -174,11 +173,10 @@ class SpansCase {
       s.first[i] = visible(w.clock.schedule, t)[region].begin - random_.between(-3, 30);
     }
     if (region != kCompressed || !random_.coin()) return;
-    s.ring_mass.assign(size_t(w.batch * w.kv_heads * s.ring[0].capacity), 0.0f);
-    for (size_t i = 0; i < s.ring_mass.size(); ++i) s.ring_mass[i] = float(random_.number());
-    s.mass.assign(size_t(w.batch * w.kv_heads * s.fresh * cuda::size_of(w.arithmetic)), char{});
-    for (size_t i = 0; i < s.mass.size() / cuda::size_of(w.arithmetic); ++i)
-      store_number(w.arithmetic, &s.mass[i * cuda::size_of(w.arithmetic)], random_.number());
+    s.ring_mass.assign(w.arithmetic, size_t(w.batch * w.kv_heads * s.ring[0].capacity), 0.0);
+    for (size_t i = 0; i < s.ring_mass.size(); ++i) s.ring_mass.set(i, random_.number());
+    s.mass.assign(w.arithmetic, size_t(w.batch * w.kv_heads * s.fresh), 0.0);
+    for (size_t i = 0; i < s.mass.size(); ++i) s.mass.set(i, random_.number());
   }
 };
 

@@ -135,7 +135,8 @@ class AttendTest {
     ring(m.compressed_keys, kCompressed, 0), ring(m.compressed_values, kCompressed, 1);
     ring(m.window_keys, kWindow, 0), ring(m.window_values, kWindow, 1);
     const int64_t slots = b * m.kv_heads * m.compressed_capacity;
-    if (m.slot_mass != nullptr) m.slot_mass += slots;
+    if (m.slot_mass != nullptr)
+      m.slot_mass = static_cast<char*>(m.slot_mass) + slots * cuda::size_of(w_.arithmetic);
     if (m.slot_positions != nullptr) m.slot_positions += slots;
     const auto row = [&](Strided& x) {
       if (x.data != nullptr)
@@ -180,7 +181,7 @@ class AttendTest {
     made.distance = double(query_clock(w_.clock, region, t)) - key_clock(w_.clock, region, n);
     if (region != kCompressed) return made;
     const int64_t slot = (b * w_.kv_heads + kv) * w_.ring(kCompressed, 0).capacity + e;
-    if (w_.has_mass) made.mass = double(w_.mass[slot]);
+    if (w_.has_mass) made.mass = w_.mass[slot];
     if (w_.kind == CompressorKind::kMostUsed && w_.clock.token_distance)
       made.distance = double(t - w_.slot_positions[slot]);
     return made;

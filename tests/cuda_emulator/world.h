@@ -45,6 +45,23 @@ struct Ring {
   }
 };
 
+// Numbers in the arithmetic's type.
+struct WideNumbers {
+  Storage type = Storage::kFloat32;
+  Buffer<char> bytes;
+
+  void assign(Storage arithmetic, size_t count, double x) {
+    type = arithmetic;
+    bytes.assign(count * cuda::size_of(type), char{});
+    for (size_t i = 0; i < count; ++i) set(i, x);
+  }
+  size_t size() const { return bytes.size() / cuda::size_of(type); }
+  double operator[](size_t i) { return load_number(type, &bytes[i * cuda::size_of(type)]); }
+  void set(size_t i, double x) { store_number(type, &bytes[i * cuda::size_of(type)], x); }
+  void* device() { return bytes.device(); }
+  void fetch() { bytes.fetch(); }
+};
+
 class World {
  public:
   World(Random& random, const Wish& wish) : random_(random) {
@@ -175,7 +192,7 @@ class World {
   bool interleaved = false, keys_rotated = false, has_mass = true, wide_parameters = false;
   Buffer<double> inv_freq;
   Ring rings[6];
-  Buffer<float> mass;
+  WideNumbers mass;
   Buffer<char> usage;
   Buffer<int64_t> slot_positions;
   Buffer<char> parameters[6];
@@ -206,7 +223,8 @@ class World {
       ring(region, 1).make(stored, batch, kv_heads, sizes[region], value_dim);
     }
     has_mass = random_.coin();
-    mass.assign(size_t(batch * kv_heads * slots), std::numeric_limits<float>::quiet_NaN());
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    mass.assign(arithmetic, size_t(batch * kv_heads * slots), nan);
     if (kind != CompressorKind::kMostUsed) return;
     usage.assign(size_t(batch * kv_heads * window * cuda::size_of(arithmetic)), char(-1));
     slot_positions.assign(size_t(batch * kv_heads * slots), -7);

@@ -23,7 +23,7 @@ struct Part {
   int64_t capacity;        // of the ring
   const int64_t* first;    // kPast: the number of key 0, [B]
   Strided keys, values;    // strides count bytes
-  const float* ring_mass;  // [B, Hkv, capacity]; null: none
+  const void* ring_mass;   // [B, Hkv, capacity] in the arithmetic's type; null: none
   const void* fresh_mass;  // [B, Hkv, size] in the arithmetic's type; null: none
 };
 
@@ -194,7 +194,7 @@ struct PartView {
   template <typename A>
   CTX_DEVICE A mass(int64_t x) const {
     if (part.ring_mass != nullptr)
-      return static_cast<A>(part.ring_mass[head * part.capacity + entry(x)]);
+      return static_cast<const A*>(part.ring_mass)[head * part.capacity + entry(x)];
     if (part.fresh_mass != nullptr)
       return static_cast<const A*>(part.fresh_mass)[head * part.size + x];
     return A(0);

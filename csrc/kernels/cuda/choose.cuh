@@ -97,7 +97,8 @@ struct Chooser {
     }
     if (lane != 0) return;
     const int64_t slot = (b * m.kv_heads + h) * m.compressed_capacity + to;
-    if (m.slot_mass != nullptr) m.slot_mass[slot] = 0.0f;  // one token stands for itself
+    if (m.slot_mass != nullptr)
+      static_cast<A*>(m.slot_mass)[slot] = A(0);  // one token stands for itself
     m.slot_positions[slot] = t;
   }
 };

@@ -109,9 +109,9 @@ struct GroupCompressor {
   }
 
   // Makes the row of a side; returns the slot's log-mass, of side 0.
-  CTX_DEVICE float make(int side) {
+  CTX_DEVICE A make(int side) {
     const int64_t width = side == 0 ? m.head_dim : m.value_dim;
-    auto mass = static_cast<float>(log(static_cast<double>(c)));
+    auto mass = static_cast<A>(log(static_cast<double>(c)));
     switch (args.kind) {
       case CompressorKind::kMean:
         pool_mean(rows, c, width, slot);
@@ -133,7 +133,7 @@ struct GroupCompressor {
         break;
       case CompressorKind::kGated:
         if (side == 1) break;  // make_gated() makes both
-        mass = static_cast<float>(make_gated());
+        mass = make_gated();
         break;
       case CompressorKind::kGiven:
         take_given(side, width, mass);
@@ -180,7 +180,7 @@ struct GroupCompressor {
     return entropy;
   }
 
-  CTX_DEVICE void take_given(int side, int64_t width, float& mass) const {
+  CTX_DEVICE void take_given(int side, int64_t width, A& mass) const {
     const BlockRow block(args.block, b);
     const int64_t given = group_block(m.clock.schedule, -block.origin, group) - args.slot_block[b];
     const bool here = given >= 0 && given < args.slots;  // else of a block that is not the call's
@@ -188,7 +188,7 @@ struct GroupCompressor {
         here ? row<A>(side == 0 ? args.slot_keys : args.slot_values, b, h, given) : nullptr;
     for (int64_t d = threadIdx.x; d < width; d += blockDim.x) slot[d] = here ? from[d] : A(0);
     if (here && args.given_mass != nullptr)
-      mass = args.given_mass[(b * m.kv_heads + h) * args.slots + given];
+      mass = static_cast<const A*>(args.given_mass)[(b * m.kv_heads + h) * args.slots + given];
   }
 
   CTX_DEVICE void rotate_slot() const {
@@ -216,15 +216,15 @@ struct GroupCompressor {
     for (int side = 0; side < 2; ++side) {
       if (args.kind != CompressorKind::kGiven) read_rows(side);
       __syncthreads();
-      const float mass = make(side);
+      const A mass = make(side);
       if (args.kind == CompressorKind::kGated && side == 1)
         pool_weighted(rows, weights, c, m.value_dim, slot);
       __syncthreads();
       if (side == 0) {
         rotate_slot();
         if (m.slot_mass != nullptr && threadIdx.x == 0)
-          m.slot_mass[(b * m.kv_heads + h) * m.compressed_capacity +
-                      group % m.compressed_capacity] = mass;
+          static_cast<A*>(m.slot_mass)[(b * m.kv_heads + h) * m.compressed_capacity +
+                                       group % m.compressed_capacity] = mass;
         __syncthreads();
       }
       store(side);
