@@ -225,7 +225,9 @@ class CompressiveAttention(AttentionParts):
             out, weights, rings = attention_calls.streaming(self, q, k, v, call)
         else:
             out, weights, rings = attention_calls.differentiable(self, q, k, v, call)
-        (y,) = apart(out.to(dtype).transpose(1, 2).flatten(2), self.out_proj)
+        if out.dtype != dtype:
+            out = out.to(dtype)
+        (y,) = apart(out.transpose(1, 2).flatten(2), self.out_proj)
         if self.training and self.dropout:
             y = nn.functional.dropout(y, self.dropout)
         if x.shape[1] == 0 and grad:

@@ -24,7 +24,7 @@ def apart(x: Tensor, *modules: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]
     Without grad, or where every number is finite, the modules are just called.
     """
     if not torch.is_grad_enabled() or _surely_finite(x):
-        return tuple(module(x) for module in modules)
+        return tuple([module(x) for module in modules])
     bad = _bad(x, (-1,))
     clean, poison = x.masked_fill(bad, 0.0), _poison(x, bad, (-1,))
     return tuple(_plus(module(clean), poison) for module in modules)

@@ -48,6 +48,9 @@ SLOTS = ("compressed_keys", "compressed_values")
 SCALE_BYTES = 4
 
 
+_NOTHING = contextlib.nullcontext()
+
+
 def ordinary() -> contextlib.AbstractContextManager[Any]:
     """In it a memory's tensors are made, also in inference mode, as tensors that can be used under
     grad later; a graph is left as it is traced.
@@ -59,8 +62,11 @@ def ordinary() -> contextlib.AbstractContextManager[Any]:
 
 def writing(clock: Tensor) -> contextlib.AbstractContextManager[Any]:
     """In it a memory's tensors are written in place, also those made in inference mode."""
-    if not torch.compiler.is_compiling() and clock.is_inference():
-        return torch.inference_mode()
+    if not torch.compiler.is_compiling():
+        if clock.is_inference():
+            return torch.inference_mode()
+        if not torch.is_grad_enabled():
+            return _NOTHING  # a step of a stream asks for this twice
     return torch.no_grad()
 
 
