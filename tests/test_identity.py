@@ -326,3 +326,34 @@ def test_exported():
     named = r"(?s)distance='slot'.*but actually got .*distance='token'"
     with pytest.raises(ValueError, match=named):  # the specification is the graph's
         exported.module()(x, other.init_memory(2))
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no grad"])
+@pytest.mark.parametrize("change", [
+    {"inv_freq": (1.0, 0.5)}, {"attention_factor": 1.5}, {"slot_mass": True},
+], ids=str)  # fmt: skip
+def test_settings_that_no_option_gives(change, grad):
+    """Of a layer and of a KVMemory, which both take ctx.AttentionSettings."""
+    base = ctx.AttentionSettings(schedule=ctx.Schedule(4, 3, 2), rotary_dim=4)
+    layers = [
+        ctx.CompressiveAttention(settings, embed_dim=16, num_heads=4, compressor="mean")
+        for settings in (base, dataclasses.replace(base, **change))
+    ]
+    [name] = change
+    x = torch.randn(2, 5, 16)
+    for layer, other in (layers, layers[::-1]):
+        memory = other.init_memory(2)
+        before = [part.clone() for part in leaves(memory)]
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"{name}=.*{name}="):
+            layer(x, memory)
+        for part, was in zip(leaves(memory), before, strict=True):
+            assert_same_bits(part, was)
+    held, foreign = (
+        ctx.KVMemory(settings, 2, 2, 4, compressor="mean")
+        for settings in (base, dataclasses.replace(base, **change))
+    )
+    said = {"slot_mass": "mass"}.get(name, name)
+    with pytest.raises(ValueError, match=f"KVMemory.load_state_dict: {said} must be"):
+        held.load_state_dict(foreign.state_dict())
+    with pytest.raises(ValueError, match=f"KVMemory.merge: memories must have one {said}"):
+        ctx.KVMemory.merge([held, foreign])
