@@ -7,7 +7,7 @@ edges of the law: 0, 1, S-1, S, S+1, 3S+2. Inputs are views with strides of thei
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -57,6 +57,7 @@ class Setting:
     max_rewind: int = 64
     bias_per_head: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # those that no option gives
 
     def law(self, module: ModuleType = reference) -> Any:
         """The schedule as `module` (ctx or ctx.reference) makes it."""
@@ -75,9 +76,21 @@ class Setting:
         else:
             compressor = self.module(dtype)
         sizes = self.batch, self.kv_heads, self.head_dim, self.value_dim
-        return module.KVMemory(
-            self.law(module), *sizes, compressor=compressor, dtype=dtype, **options
-        )
+        first = self.law(module)
+        if self.settings and module is reference:
+            options |= self.settings
+        elif self.settings:
+            if options["compressed_bias"] == "log_ratio" or self.bias_per_head:
+                bias = "learned" if self.bias_per_head else "log_ratio"
+                numbers = options["compressed_bias"] if self.bias_per_head else "none"
+            else:
+                bias = numbers = "none"
+            options["compressed_bias"] = numbers
+            given = {field.name for field in fields(ctx.AttentionSettings)} - {"compressed_bias"}
+            named = {name: options.pop(name) for name in [*options] if name in given}
+            named |= {"compressed_bias": bias, **self.settings}
+            first = ctx.AttentionSettings(schedule=first, **named)
+        return module.KVMemory(first, *sizes, compressor=compressor, dtype=dtype, **options)
 
     def module(self, dtype: torch.dtype) -> torch.nn.Module:
         """The compressor as a module of ctx.compression, holding `parameters`."""
@@ -209,8 +222,11 @@ def memories(
     bias: str | None = None,
     positions: Sequence[str | None] = POSITIONS,
     by_usage: bool = True,
+    plain: bool = False,
 ) -> Setting:
-    """A Setting; the arguments fix parts of it. Not `by_usage`: its compressor is of POOLING."""
+    """A Setting; the arguments fix parts of it. Not `by_usage`: its compressor is of POOLING.
+    `plain`: without what only ctx.AttentionSettings gives.
+    """
     kv_heads = draw(ONE_OR_TWO)
     head_dim = draw(HEAD_DIMS)
     options = {
@@ -220,9 +236,18 @@ def memories(
     }
     if bias is not None:
         options["compressed_bias"] = bias
+    settings: dict[str, Any] = {}
+    if not plain and draw(BOOLEANS):
+        settings = {"logit_softcap": draw(sampled(None, 3.0))}
+        settings["slot_mass"] = options["compressed_bias"] == "none" and draw(BOOLEANS)
+        if options["position"] == "rotary":
+            width = options["rotary_dim"] or head_dim
+            settings["attention_factor"] = draw(sampled(1.0, 1.25))
+            settings["inv_freq"] = draw(sampled(None, tuple(0.7**i for i in range(width // 2))))
     names = COMPRESSORS if by_usage else POOLING
     name = draw(sampled(*names)) if compressor is None else compressor
     return Setting(
+        settings=settings,
         schedule={**draw(SCHEDULES), **(schedule or {})},
         batch=draw(ONE_OR_TWO),
         kv_heads=kv_heads,

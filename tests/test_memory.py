@@ -201,7 +201,9 @@ def torch_mask(setting, mask, dtype):
 @given(data=st.data())
 def test_no_slots_is_a_masked_window(dtype, data):
     """C = 0 is a sliding window; A + M >= length is full causal attention: torch agrees."""
-    setting = data.draw(memories({"compressed": 0}, positions=["rotary", "rotary", "alibi", None]))
+    setting = data.draw(
+        memories({"compressed": 0}, positions=["rotary", "rotary", "alibi", None], plain=True)
+    )
     law = setting.law()
     if law.sinks:  # slot distances close the gap behind the sinks
         setting.options["distance"] = "token"
@@ -231,7 +233,7 @@ def test_no_slots_is_a_masked_window(dtype, data):
 @given(st.data())
 def test_full_window_is_causal_attention(data):
     """A + M >= length with a compressive memory standing by, unused."""
-    setting = data.draw(memories(positions=["rotary", "rotary", None]))
+    setting = data.draw(memories(positions=["rotary", "rotary", None], plain=True))
     law = setting.law()
     length = data.draw(st.integers(1, max(1, law.sinks + law.window)))
     room = dataclasses.replace(setting, schedule={**setting.schedule, "window": law.window + 1})
@@ -248,7 +250,7 @@ def test_full_window_is_causal_attention(data):
 def test_identity_slots_are_window(data):
     """c = 1 with an identity compressor and token distance is a window of M + C tokens."""
     schemes = ["rotary", "rotary", "alibi", None]  # relative positions tell slots from tokens
-    setting = data.draw(memories({"ratio": 1}, "mean", "none", schemes))
+    setting = data.draw(memories({"ratio": 1}, "mean", "none", schemes, plain=True))
     setting.options["distance"] = "token"
     wide = dict(setting.schedule)
     wide["window"], wide["compressed"] = wide["window"] + wide["compressed"], 0

@@ -416,7 +416,9 @@ def test_heads_of_the_slopes_are_those_of_queries():
 @given(st.data())
 def test_a_far_stream_is_as_near(data):
     """Distances by slots are bounded: far down a stream only what is within reach has an effect."""
-    setting = data.draw(memories({"sinks": 0}, positions=["relative", "alibi"], by_usage=False))
+    setting = data.draw(
+        memories({"sinks": 0}, positions=["relative", "alibi"], by_usage=False, plain=True)
+    )
     setting.options["distance"] = "slot"
     setting = dataclasses.replace(setting, batch=1)
     law = setting.law()

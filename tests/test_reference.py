@@ -56,7 +56,7 @@ def test_whole_stream_equals_streaming(data):
     tensors = setting.inputs(length, F64)
     memory = setting.memory(reference, F64)
     sizes = data.draw(cuts(length))
-    options = {**setting.options, **setting.scheme(reference, F64)}
+    options = {**setting.options, **setting.scheme(reference, F64), **setting.settings}
     options["compressed_bias"] = memory.settings.compressed_bias
     whole = reference.attend(*tensors, setting.law(), compressor=memory.compress, **options)
     assert_close(stream(memory, tensors, sizes), whole, 1e-12)
@@ -66,7 +66,7 @@ def test_whole_stream_equals_streaming(data):
 @given(st.data())
 def test_full_window_is_causal_attention(data):
     """A + M >= length: nothing is ever evicted."""
-    setting = data.draw(memories(positions=WITHOUT_OPERANDS))
+    setting = data.draw(memories(positions=WITHOUT_OPERANDS, plain=True))
     law = setting.law()
     length = data.draw(st.integers(1, max(1, law.sinks + law.window)))
     setting.options["distance"] = "token" if law.sinks else data.draw(st.sampled_from(DISTANCES))
@@ -80,7 +80,7 @@ def test_full_window_is_causal_attention(data):
 @given(st.data())
 def test_no_slots_is_a_sliding_window(data):
     """C = 0: what left the window is gone, sinks excepted (StreamingLLM)."""
-    setting = data.draw(memories({"compressed": 0}, positions=WITHOUT_OPERANDS))
+    setting = data.draw(memories({"compressed": 0}, positions=WITHOUT_OPERANDS, plain=True))
     law = setting.law()
     setting.options["distance"] = "token" if law.sinks else data.draw(st.sampled_from(DISTANCES))
     length = data.draw(lengths(setting).filter(lambda n: n > 0))
@@ -97,7 +97,7 @@ LOCAL = {"window": 0, "compressed": 0, "ratio": 1, "segment": 5, "sinks": 0}
 
 
 @cases(40)
-@given(memories(LOCAL, positions=WITHOUT_OPERANDS))
+@given(memories(LOCAL, positions=WITHOUT_OPERANDS, plain=True))
 def test_no_memory_is_segment_local(setting):
     """M = C = 0: attention inside blocks of S tokens."""
     tensors = setting.inputs(13, F64)
@@ -111,7 +111,7 @@ def test_no_memory_is_segment_local(setting):
 def test_identity_slots_are_window(data):
     """c = 1 and true distances: a window of M + C tokens."""
     schemes = [*WITHOUT_OPERANDS, "alibi"]  # relative positions tell slots from tokens
-    setting = data.draw(memories({"ratio": 1}, "mean", "none", schemes))
+    setting = data.draw(memories({"ratio": 1}, "mean", "none", schemes, plain=True))
     setting.options["distance"] = "token"
     wide = dict(setting.schedule)
     wide["window"] += wide["compressed"]

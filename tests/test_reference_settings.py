@@ -142,7 +142,7 @@ def slow_attention(setting, options, compress, q, k, v):
 @given(st.data())
 def test_equals_sums_written_out(data):
     """Mass of every compressor, any frequencies and factor, cap, rotated keys."""
-    setting = data.draw(memories(positions=["rotary", "rotary", None], by_usage=False))
+    setting = data.draw(memories(positions=["rotary", "rotary", None], by_usage=False, plain=True))
     options = data.draw(settings_of(setting))
     length = data.draw(st.integers(1, 24))
     q, k, v = setting.inputs(length, F64)
@@ -158,7 +158,7 @@ def test_equals_sums_written_out(data):
 @cases(60)
 @given(st.data())
 def test_streaming_equals_whole_stream(data):
-    setting = data.draw(memories())
+    setting = data.draw(memories(plain=True))
     options = data.draw(settings_of(setting))
     length = data.draw(lengths(setting).filter(lambda n: n > 0))
     q, k, v = setting.inputs(length, F64)
