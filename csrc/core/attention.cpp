@@ -93,8 +93,8 @@ Tensor compressive_attention(const Tensor& q,
                              bool constant_slots,
                              const OptionalTensor& lengths,
                              const OptionalTensor& reset_at) {
-  ops::check_shape(kWhere, "q", q, {{"B"}, {"H"}, {"T"}, {"D"}});
   ops::check_shape(kWhere, "k", k, {{"B"}, {"Hkv"}, {"T"}, {"D"}});
+  ops::check_shape(kWhere, "q", q, {{"B", k.size(0)}, {"H"}, {"T", k.size(2)}, {"D", k.size(3)}});
   const AttentionSettings resolved =
       settings.resolved(q.size(3), compressor.reads_left(settings.schedule.ratio));
   ops::check_rows(k, k.sym_size(2), lengths, reset_at, kWhere);

@@ -204,7 +204,7 @@ void test_bad_input() {
   EXPECT_THROWS(c10::ValueError, "ctx.evicted_groups: v must", call(x.q, x.k, x.v.narrow(2, 0, 4)));
   EXPECT_THROWS(c10::TypeError, "ctx.evicted_groups: v must", call(x.q, x.k, x.v.to(at::kFloat)));
   EXPECT_THROWS(
-      c10::ValueError, "ctx.attend_sequence: q must", call(x.q.narrow(2, 0, 3), x.k, x.v));
+      c10::ValueError, "ctx.compressive_attention: q must", call(x.q.narrow(2, 0, 3), x.k, x.v));
 }
 
 }  // namespace
