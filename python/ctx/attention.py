@@ -227,7 +227,7 @@ class CompressiveAttention(AttentionParts):
             out, weights, rings = attention_calls.differentiable(self, q, k, v, call)
         if out.dtype != dtype:
             out = out.to(dtype)
-        (y,) = apart(out.transpose(1, 2).flatten(2), self.out_proj)
+        (y,) = apart(self._joined(out), self.out_proj)
         if self.training and self.dropout:
             y = nn.functional.dropout(y, self.dropout)
         if x.shape[1] == 0 and grad:

@@ -71,6 +71,7 @@ class AttentionParts(nn.Module):
     custom_law: Law  # the same, where the slots are given
     stored_law: Law  # what is stored: inputs are not rotated
     plan_key: tuple[int, ...]  # what a plan depends on
+    counts_attention: bool  # whether slots are chosen by the attention that tokens received
 
     def _set(self, schedule: Schedule, options: dict[str, Any], made: dict[str, Any]) -> None:
         """Attributes and parameters, from options that have been checked."""
@@ -180,6 +181,7 @@ class AttentionParts(nn.Module):
             plain = dataclasses.replace(settings, rotary_dim=0, inv_freq=(), attention_factor=1.0)
             self.stored_law = law_of(plain, "custom", *sizes)
         self.plan_key = self.law.settings[:6]
+        self.counts_attention = compressor.by_usage
 
     def _reset_compression(self) -> None:
         if self._bias_kind == "learned":
@@ -313,7 +315,17 @@ class AttentionParts(nn.Module):
         return self._shape.zeros(rows, dtype, device, slots)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.reshape(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
+        """[B, T, heads D] as [B, heads, T, D]."""
+        batch, tokens, _ = x.shape
+        if tokens == 1 and not torch.compiler.is_compiling():  # a step of a stream: one view
+            return x.reshape(batch, heads, 1, self.head_dim)
+        return x.reshape(batch, tokens, heads, self.head_dim).transpose(1, 2)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """[B, heads, T, D] as [B, T, heads D]."""
+        if x.shape[2] == 1 and not torch.compiler.is_compiling():
+            return x.reshape(x.shape[0], 1, -1)
+        return x.transpose(1, 2).flatten(2)
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs [B, 1, n, E] to un-rotated keys and values [B, Hkv, n, D]."""

@@ -143,8 +143,8 @@ def plans(
         in_place: whether the memory that was given is written.
         carried: whether a memory was given.
     """
-    max_rewind = min(layer.max_rewind for layer in layers)
-    counts = any(layer.compressor.by_usage for layer in layers)
+    max_rewind = min([layer.max_rewind for layer in layers])
+    counts = any([layer.counts_attention for layer in layers])
     made: dict[tuple[int, ...], Plan] = {}
     for layer in layers:
         if layer.plan_key not in made:
