@@ -144,7 +144,7 @@ def plans(
         carried: whether a memory was given.
     """
     max_rewind = min([layer.max_rewind for layer in layers])
-    counts = any([layer.counts_attention for layer in layers])
+    counts = any(layer.counts_attention for layer in layers)
     made: dict[tuple[int, ...], Plan] = {}
     for layer in layers:
         if layer.plan_key not in made:
