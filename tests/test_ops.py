@@ -27,9 +27,10 @@ def drawn(*shape, dtype, grad=False):
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
 
 
-def memory(dtype, compressor="mean"):
+def memory(dtype, compressor="mean", **options):
     """The rings of a memory in the middle of a stream, and `seen`."""
-    used = ctx.KVMemory(SETTINGS, B, HKV, D, DV, max_rewind=5, dtype=dtype, compressor=compressor)
+    options = {"max_rewind": 5, "dtype": dtype, "compressor": compressor, **options}
+    used = ctx.KVMemory(SETTINGS, B, HKV, D, DV, **options)
     used.step(*(torch.randn(B, n, 17, w, dtype=dtype) for n, w in ((H, D), (HKV, D), (HKV, DV))))
     rings = [used.tensors[name].clone() for name in TENSORS]
     return rings, used.seen.clone()
@@ -240,6 +241,24 @@ def test_plan(rows, carried):
     assert torch.equal(clocks[1][0], want)
 
 
+@pytest.mark.parametrize("slots", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(dtype, slots):
+    """Row operations that a graph can hold."""
+    if slots is not None and dtype == torch.float64:
+        return
+    rings, seen = memory(dtype, compressed_dtype=slots)
+    state, where = [*rings, seen, seen.clamp_max(5)], "ctx.Memory"
+    opcheck(torch.ops.ctx.merge_rows.default, ([*state, *state], 2, where))
+    for to in (None, torch.float64, torch.bfloat16):
+        opcheck(torch.ops.ctx.rows_to.default, (state, to, None, where))
+    for rows in (None, torch.tensor([False, True])):
+        clock = seen.clone(), seen.clone()
+        opcheck(torch.ops.ctx.reset_rows_.default, (*clock, rows, where))
+        torch.ops.ctx.reset_rows_(*clock, rows, where)
+        assert clock[0].tolist() == clock[1].tolist() == [0 if rows is None else 17, 0]
+
+
 def schemas():
     return [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("ctx::")]
 
@@ -248,13 +267,17 @@ def test_none_is_left_out():
     """Every operator of the library is checked above."""
     names = {schema.name.removeprefix("ctx::") for schema in schemas()}
     checked = {operator for operator, _ in (*MUTATING.values(), *FUNCTIONAL.values())}
-    assert names == {*checked, "plan", "advance_", "attend_backward", "evicted_groups_backward"}
+    rows = {"reset_rows_", "merge_rows", "rows_to"}
+    alone = {"plan", "advance_", "attend_backward", "evicted_groups_backward"}
+    assert names == {*checked, *alone, *rows}
 
 
 def test_operators_are_few_and_short():
-    """At most ten operators of at most a dozen arguments each, backward ones apart."""
+    """At most ten operators of a call and three of rows, each of at most a dozen arguments but for
+    backward ones.
+    """
     found = schemas()
-    assert len(found) <= 10
+    assert len(found) <= 13
     for schema in found:
         most = 17 if schema.name.endswith("_backward") else 12
         assert len(schema.arguments) <= most, schema.name

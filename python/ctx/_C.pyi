@@ -116,6 +116,43 @@ class KVMemory:
     @property
     def nbytes(self) -> int: ...
 
+class LayerShape:
+    def __init__(
+        self,
+        schedule: Schedule,
+        overlap: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        max_rewind: int,
+        counts_attention: bool,
+        slot_mass: bool,
+    ) -> None: ...
+    def sizes(self, batch: int, slots: torch.dtype) -> list[list[int]]: ...
+
+OPEN: int
+
+def state_names() -> list[str]: ...
+def state_types(pairs: torch.dtype, slots: torch.dtype) -> list[torch.dtype]: ...
+def slot_types(pairs: torch.dtype) -> list[torch.dtype]: ...
+def empty_state(
+    shape: LayerShape,
+    batch: int,
+    pairs: torch.dtype,
+    slots: torch.dtype,
+    device: torch.device,
+) -> list[Tensor]: ...
+def check_state(state: Sequence[Tensor], layers: Sequence[LayerShape], where: str) -> None: ...
+def check_clock(seen: Tensor, rewindable: Tensor, where: str) -> None: ...
+def copy_state(state: Sequence[Tensor], source: Sequence[Tensor], where: str) -> None: ...
+def rewind_state(state: Sequence[Tensor], tokens: Tensor, where: str) -> None: ...
+def select_state(state: Sequence[Tensor], rows: Tensor, where: str) -> list[Tensor]: ...
+def resized_state(
+    state: Sequence[Tensor],
+    layers: Sequence[LayerShape],
+    made: Sequence[LayerShape],
+    where: str,
+) -> list[Tensor]: ...
 def first_values(
     name: str,
     kv_heads: int,

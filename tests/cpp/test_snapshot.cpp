@@ -93,8 +93,8 @@ void test_bad_files(const Folder& folder) {
     ctx::write_snapshot(state, bad);
     EXPECT_THROWS(c10::ValueError, begin, memory.load(bad));
   };
-  refused("ctx.KVMemory.load_state_dict: version must be 1, got 2",
-          [](Snapshot& s) { s["version"] = int64_t{2}; });
+  refused("ctx.KVMemory.load_state_dict: version must be 2, got 3",
+          [](Snapshot& s) { s["version"] = int64_t{3}; });
   refused("ctx.KVMemory.load_state_dict: sinks must be 1 as the memory's, got 5",
           [](Snapshot& s) { s["sinks"] = int64_t{5}; });
   refused("ctx.KVMemory.load_state_dict: rotary_base must be 10000",

@@ -18,6 +18,7 @@
 #include "ctx/attention.h"
 #include "ctx/compressor.h"
 #include "ctx/export.h"
+#include "ctx/rows.h"
 #include "ctx/schedule.h"
 #include "ctx/snapshot.h"
 
@@ -167,7 +168,8 @@ class CTX_API KVMemory {
   void set_compressed_bias(std::optional<at::Tensor> bias);
 
  private:
-  KVMemory(MemoryOptions options, Tensors tensors);
+  KVMemory(MemoryOptions options, rows::State state);
+  void adopt(rows::State state);
   at::TensorList rings() const { return at::TensorList(tensors_.data(), 9); }
   at::Tensor plan(const at::Tensor& k,
                   const std::optional<at::Tensor>& lengths,
@@ -182,7 +184,6 @@ class CTX_API KVMemory {
   std::vector<at::Tensor> operands(const at::Tensor& k,
                                    const at::Tensor& v,
                                    const at::Tensor& plan) const;
-  at::Tensor checked_rows(const at::Tensor& rows, const char* where) const;
 
   MemoryOptions options_;
   Tensors tensors_;
