@@ -251,7 +251,7 @@ def test_rows(dtype, slots):
     state, where = [*rings, seen, seen.clamp_max(5)], "ctx.Memory"
     opcheck(torch.ops.ctx.merge_rows.default, ([*state, *state], 2, where))
     for to in (None, torch.float64, torch.bfloat16):
-        opcheck(torch.ops.ctx.rows_to.default, (state, to, None, where))
+        opcheck(torch.ops.ctx.rows_to.default, (state, to, None, None, where))
     for rows in (None, torch.tensor([False, True])):
         clock = seen.clone(), seen.clone()
         opcheck(torch.ops.ctx.reset_rows_.default, (*clock, rows, where))

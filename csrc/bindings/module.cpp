@@ -129,34 +129,8 @@ ctx::LayerShape make_layer_shape(const ctx::Schedule& schedule,
   return shape;
 }
 
-using Tensors = std::vector<at::Tensor>;
-using Layers = std::vector<ctx::LayerShape>;
-
-void check_state(const Tensors& state, const Layers& layers, const std::string& where) {
-  ctx::rows::check(state, layers, where);
-}
-
 void check_clock(const at::Tensor& seen, const at::Tensor& rewindable, const std::string& where) {
   ctx::rows::check_clock(seen, rewindable, ctx::Schedule::kLastPosition, where);
-}
-
-void copy_state(const Tensors& state, const Tensors& from, const std::string& where) {
-  ctx::rows::copy(state, from, where);
-}
-
-void rewind_state(const Tensors& state, const at::Tensor& tokens, const std::string& where) {
-  ctx::rows::rewind(state, tokens, where);
-}
-
-Tensors select_state(const Tensors& state, const at::Tensor& rows, const std::string& where) {
-  return ctx::rows::select(state, rows, where);
-}
-
-Tensors resized_state(const Tensors& state,
-                      const Layers& layers,
-                      const Layers& made,
-                      const std::string& where) {
-  return ctx::rows::resized(state, layers, made, where);
 }
 
 // Parameters of a compressor in the engine's order, float64; on the meta device their shapes alone.
@@ -318,28 +292,14 @@ PYBIND11_MODULE(_C, m) {
            "slot_mass"_a)
       .def("sizes", wrap_pybind_function(&LayerShape::sizes), "batch"_a, "slots"_a);
   m.def("state_names", wrap_pybind_function(rows::names));
-  m.def("state_types", wrap_pybind_function(rows::types), "pairs"_a, "slots"_a);
-  m.def("slot_types", wrap_pybind_function(rows::slot_types), "pairs"_a);
-  m.def("empty_state",
-        wrap_pybind_function_no_gil(rows::empty),
-        "shape"_a,
-        "batch"_a,
-        "pairs"_a,
-        "slots"_a,
-        "device"_a);
-  m.def("check_state", wrap_pybind_function_no_gil(check_state), "state"_a, "layers"_a, "where"_a);
-  m.def(
-      "check_clock", wrap_pybind_function_no_gil(check_clock), "seen"_a, "rewindable"_a, "where"_a);
-  m.def("copy_state", wrap_pybind_function_no_gil(copy_state), "state"_a, "source"_a, "where"_a);
-  m.def(
-      "rewind_state", wrap_pybind_function_no_gil(rewind_state), "state"_a, "tokens"_a, "where"_a);
-  m.def("select_state", wrap_pybind_function_no_gil(select_state), "state"_a, "rows"_a, "where"_a);
-  m.def("resized_state",
-        wrap_pybind_function_no_gil(resized_state),
-        "state"_a,
-        "layers"_a,
-        "made"_a,
-        "where"_a);
+  m.def("state_types", wrap_pybind_function(rows::types));
+  m.def("slot_types", wrap_pybind_function(rows::slot_types));
+  m.def("check_state", wrap_pybind_function_no_gil(rows::check));
+  m.def("check_clock", wrap_pybind_function_no_gil(check_clock));
+  m.def("copy_state", wrap_pybind_function_no_gil(rows::copy));
+  m.def("rewind_state", wrap_pybind_function_no_gil(rows::rewind));
+  m.def("select_state", wrap_pybind_function_no_gil(rows::select));
+  m.def("resized_state", wrap_pybind_function_no_gil(rows::resized));
   m.attr("OPEN") = rows::kOpen;
 
   m.def("first_values",

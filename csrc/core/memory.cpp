@@ -2,8 +2,6 @@
 
 #include <ATen/ATen.h>
 
-#include <algorithm>
-
 #include "core/settings.h"
 #include "ops/attend.h"
 #include "ops/check.h"
@@ -127,15 +125,12 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
                          options_.max_rewind,
                          /*counts_attention=*/options_.compressor.name == "most_used",
                          options_.attention.slot_mass};
-  adopt(rows::empty(
-      {shape}, options_.batch_size, options_.dtype, options_.slot_dtype(), options_.device));
+  tensors_ = rows::empty(
+      shape, options_.batch_size, options_.dtype, options_.slot_dtype(), options_.device);
 }
 
-KVMemory::KVMemory(MemoryOptions options, rows::State state) : options_(std::move(options)) {
-  adopt(std::move(state));
-}
-
-void KVMemory::adopt(rows::State state) { std::move(state.begin(), state.end(), tensors_.begin()); }
+KVMemory::KVMemory(MemoryOptions options, Tensors tensors)
+    : options_(std::move(options)), tensors_(std::move(tensors)) {}
 
 Tensor KVMemory::plan(const Tensor& k,
                       const OptionalTensor& lengths,

@@ -170,24 +170,12 @@ KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
                       ", got ",
                       describe(part));
     });
-    CTX_CHECK_TYPE(other.dtype == options.dtype,
-                   where,
-                   "memories must have one dtype = ",
-                   options.dtype,
-                   ", got ",
-                   other.dtype);
-    CTX_CHECK_TYPE(other.slot_dtype() == options.slot_dtype(),
-                   where,
-                   "memories must have one compressed_dtype = ",
-                   options.slot_dtype(),
-                   ", got ",
-                   other.slot_dtype());
-    CTX_CHECK_VALUE(other.device == options.device,
-                    where,
-                    "memories must be on one device = ",
-                    options.device,
-                    ", got ",
-                    other.device);
+    const auto same = [&](const char* name, at::ScalarType mine, at::ScalarType theirs) {
+      CTX_CHECK_TYPE(
+          mine == theirs, where, "memories must have one ", name, " = ", mine, ", got ", theirs);
+    };
+    same("dtype", options.dtype, other.dtype);
+    same("compressed_dtype", options.slot_dtype(), other.slot_dtype());
     options.batch_size += other.batch_size;
   }
   rows::State states;
@@ -253,7 +241,7 @@ void KVMemory::load_state_dict(const Snapshot& snapshot) {
                     " as the memory's, got ",
                     describe(theirs));
   });
-  Tensors tensors;
+  Tensors tensors(ops::kStateTensors);
   for (int i = 0; i < ops::kStateTensors; ++i)
     tensors[i] = find_tensor(snapshot, i, tensors_[i].sizes(), options_.slot_dtype(), where);
   rows::check_clock(tensors[ops::kSeen], tensors[ops::kRewindable], options_.max_rewind, where);

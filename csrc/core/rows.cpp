@@ -13,11 +13,11 @@ namespace rows {
 void reset(const Tensor& seen,
            const Tensor& rewindable,
            const std::optional<Tensor>& rows,
-           const std::string& where) {
+           std::string_view where) {
   ops::reset_rows(seen, rewindable, rows, where);
 }
 
-State merge(at::TensorList states, int64_t memories, const std::string& where) {
+State merge(at::TensorList states, int64_t memories, std::string_view where) {
   return ops::merge_rows(states, memories, where);
 }
 
@@ -25,11 +25,11 @@ State to(at::TensorList state,
          std::optional<at::ScalarType> pairs,
          std::optional<at::ScalarType> slots,
          std::optional<at::Device> device,
-         const std::string& where) {
+         std::string_view where) {
   return ops::rows_to(state, pairs, slots, device, where);
 }
 
-void rewind(at::TensorList state, const Tensor& tokens, const std::string& where) {
+void rewind(const State& state, const Tensor& tokens, std::string_view where) {
   ops::refuse_counted(state, where);
   const Tensor &seen = ops::seen_of(state), &rewindable = ops::rewindable_of(state);
   CTX_CHECK_TYPE(
@@ -40,7 +40,7 @@ void rewind(at::TensorList state, const Tensor& tokens, const std::string& where
                   seen.sym_sizes(),
                   ", got ",
                   tokens.sym_sizes());
-  ops::check_readable(tokens, "tokens", where.c_str());
+  ops::check_readable(tokens, "tokens", std::string(where).c_str());
   const auto asked = ops::numbers(tokens), most = ops::numbers(rewindable);
   for (size_t row = 0; row < asked.size(); ++row) {
     CTX_CHECK_VALUE(asked[row] >= 0 && asked[row] <= most[row],
@@ -59,7 +59,7 @@ void rewind(at::TensorList state, const Tensor& tokens, const std::string& where
   rewindable.sub_(here);
 }
 
-State select(at::TensorList state, const Tensor& rows, const std::string& where) {
+State select(const State& state, const Tensor& rows, std::string_view where) {
   const Tensor& seen = ops::seen_of(state);
   ops::check_chosen(rows, seen.size(0), where);
   Tensor chosen = rows.scalar_type() == at::kBool ? rows.nonzero().squeeze(1) : rows;
@@ -71,7 +71,7 @@ State select(at::TensorList state, const Tensor& rows, const std::string& where)
   return made;
 }
 
-void copy(at::TensorList state, at::TensorList from, const std::string& where) {
+void copy(const State& state, const State& from, std::string_view where) {
   ops::check_same_kind(state, from, false, where);
   const ops::Writing writing(ops::seen_of(state));
   for (size_t i = 0; i < state.size(); ++i) state[i].copy_(from[i]);

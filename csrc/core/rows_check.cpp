@@ -16,50 +16,26 @@ using ops::kCompressedKeys;
 using ops::kRings;
 using rows::State;
 
-// Raises where a tensor lies where another does: both would be written to.
-class Owners {
- public:
-  Owners(bool several, const std::string& where) : several_(several), where_(where) {}
-
-  void add(const Tensor& x, int index, size_t layer) {
-    if (!x.has_storage()) return;  // inside of a transform
-    const void* place = x.const_data_ptr();
-    if (place == nullptr) return;
-    const std::string name =
-        ops::state_name(index) + (several_ ? " of layer " + std::to_string(layer) : "");
-    const auto [found, added] = names_.emplace(place, name);
-    CTX_CHECK_VALUE(added,
-                    where_,
-                    "memory must have tensors of its own for every layer, got ",
-                    found->second,
-                    " as ",
-                    name);
-  }
-
- private:
-  bool several_;
-  const std::string& where_;
-  std::unordered_map<const void*, std::string> names_;
-};
+ops::StateShape with_rows(const LayerShape& x, const c10::SymInt& batch, at::ScalarType slots) {
+  return {x.schedule,
+          batch,
+          x.kv_heads,
+          x.head_dim,
+          x.value_dim,
+          x.max_rewind,
+          slots,
+          x.counts_attention,
+          x.slot_mass};
+}
 
 }  // namespace
 
 std::vector<std::vector<int64_t>> LayerShape::sizes(int64_t batch, at::ScalarType slots) const {
-  const ops::StateShape shape{schedule,
-                              batch,
-                              kv_heads,
-                              head_dim,
-                              value_dim,
-                              max_rewind,
-                              slots,
-                              counts_attention,
-                              slot_mass};
   std::vector<std::vector<int64_t>> made;
-  for (const auto& size : shape.sizes()) {
+  for (const auto& size : with_rows(*this, batch, slots).sizes()) {
     auto& plain = made.emplace_back();
     for (const c10::SymInt& n : size) plain.push_back(n.expect_int());
   }
-  made.resize(kRings);
   return made;
 }
 
@@ -86,49 +62,41 @@ State empty(const LayerShape& shape,
             at::Device device) {
   const ops::Ordinary ordinary;
   const auto options = at::TensorOptions().device(device);
-  auto sizes = shape.sizes(batch, slots);
-  sizes.resize(ops::kStateTensors, {batch});
+  const auto sizes = shape.sizes(batch, slots);
   State made;
   for (int i = 0; i < ops::kStateTensors; ++i)
     made.push_back(at::zeros(sizes[i], options.dtype(ops::state_type(i, pairs, slots))));
   return made;
 }
 
-void check(at::TensorList state, const std::vector<LayerShape>& layers, const std::string& where) {
-  CTX_CHECK_VALUE(state.size() == layers.size() * kRings + kClock,
-                  where,
-                  "memory must have ",
-                  layers.size(),
-                  " layers, got ",
-                  state.size(),
-                  " tensors");
+void check(const State& state, const std::vector<LayerShape>& layers, std::string_view where) {
+  const size_t wanted = layers.size() * kRings + kClock;
+  CTX_CHECK_VALUE(
+      state.size() == wanted, where, "memory must be ", wanted, " tensors, got ", state.size());
   const Tensor& seen = ops::seen_of(state);
   CTX_CHECK_VALUE(seen.dim() == 1, where, "seen must be [B], got ", seen.sym_sizes());
-  const c10::SymInt batch = seen.sym_size(0);
   const bool several = layers.size() > 1;
-  Owners owners(several, where);
+  std::unordered_map<const void*, std::string> owners;
   for (size_t layer = 0; layer < layers.size(); ++layer) {
-    const std::string at = several ? where + ": memory[" + std::to_string(layer) + "]" : where;
-    const LayerShape& x = layers[layer];
+    const std::string number = std::to_string(layer);
+    const std::string at = std::string(where) + (several ? ": memory[" + number + "]" : "");
     const at::TensorList rings = ops::rings_of(state, layer);
     const auto pairs = rings[0].scalar_type(), slots = rings[kCompressedKeys].scalar_type();
     ops::storage_of(pairs, at.c_str(), "window_keys");
     ops::slot_storage_of(slots, pairs, at.c_str(), "compressed_keys");
-    const ops::StateShape shape{x.schedule,
-                                batch,
-                                x.kv_heads,
-                                x.head_dim,
-                                x.value_dim,
-                                x.max_rewind,
-                                slots,
-                                x.counts_attention,
-                                x.slot_mass};
-    const auto sizes = shape.sizes();
+    const auto sizes = with_rows(layers[layer], seen.sym_size(0), slots).sizes();
     for (int i = 0; i < ops::kStateTensors; ++i) {
-      const Tensor& tensor = i < kRings ? rings[i] : state[state.size() - kClock + i - kRings];
+      const Tensor& x = i < kRings ? rings[i] : state[state.size() - kClock + i - kRings];
       const auto type = ops::state_type(i, pairs, slots);
-      ops::check_layout(tensor, i, sizes[i], type, seen.device(), at.c_str());
-      if (i < kRings || layer == 0) owners.add(tensor, i, layer);
+      ops::check_layout(x, i, sizes[i], type, seen.device(), at.c_str());
+      // Both would be written to. Inside of a transform there is no storage to tell.
+      const void* place = x.has_storage() ? x.const_data_ptr() : nullptr;
+      if (place == nullptr || (i >= kRings && layer > 0)) continue;
+      const std::string name = ops::state_name(i) + (several ? " of layer " + number : "");
+      const auto [owner, added] = owners.emplace(place, name);
+      const std::string both = owner->second + " as " + name;
+      CTX_CHECK_VALUE(
+          added, where, "memory must have tensors of its own for every layer, got ", both);
     }
   }
 }
@@ -136,34 +104,22 @@ void check(at::TensorList state, const std::vector<LayerShape>& layers, const st
 void check_clock(const Tensor& seen,
                  const Tensor& rewindable,
                  int64_t max_rewind,
-                 const std::string& where) {
+                 std::string_view where) {
   const auto counts = ops::numbers(seen), spare = ops::numbers(rewindable);
   for (size_t row = 0; row < counts.size(); ++row) {
     const int64_t count = counts[row], most = std::min(count, max_rewind);
-    CTX_CHECK_VALUE(count >= 0 && count <= Schedule::kLastPosition,
-                    where,
-                    "seen must be between 0 and ",
-                    Schedule::kLastPosition,
-                    ", got ",
-                    count,
-                    " in row ",
-                    row);
-    CTX_CHECK_VALUE(spare[row] != kOpen,
-                    where,
-                    "memory must be what a call left that ended, got one that was being written "
-                    "when its call was interrupted: reset it, or go back to a copy (rewindable is ",
-                    kOpen,
-                    " in row ",
-                    row,
-                    ")");
-    CTX_CHECK_VALUE(spare[row] >= 0 && spare[row] <= most,
-                    where,
-                    "rewindable must be between 0 and ",
-                    most,
-                    ", got ",
-                    spare[row],
-                    " in row ",
-                    row);
+    const auto check = [&](bool holds, const std::string& what, int64_t got) {
+      CTX_CHECK_VALUE(holds, where, what, ", got ", got, " in row ", row);
+    };
+    constexpr int64_t last = Schedule::kLastPosition;
+    check(count >= 0 && count <= last, "seen must be between 0 and " + std::to_string(last), count);
+    check(spare[row] != kOpen,
+          "memory must be what a call left that ended, and rewindable not that of one that was "
+          "interrupted (reset it, or go back to a copy)",
+          kOpen);
+    check(spare[row] >= 0 && spare[row] <= most,
+          "rewindable must be between 0 and " + std::to_string(most),
+          spare[row]);
   }
 }
 

@@ -12,7 +12,7 @@ using rows::State;
 void check_sizes(const Schedule& old,
                  const Schedule& made,
                  const std::vector<int64_t>& seen,
-                 const std::string& where) {
+                 std::string_view where) {
   const auto same = [&](const char* name, int64_t was, int64_t asked) {
     CTX_CHECK_VALUE(asked == was, where, name, " must stay as it is = ", was, ", got ", asked);
   };
@@ -21,25 +21,18 @@ void check_sizes(const Schedule& old,
   same("sinks", old.sinks, made.sinks);
   for (size_t row = 0; row < seen.size(); ++row) {
     const int64_t groups = old.groups(seen[row] - 1), asked = made.groups(seen[row] - 1);
+    const std::string here = " in row " + std::to_string(row);
     CTX_CHECK_VALUE(asked == groups,
                     where,
-                    "window must leave ",
-                    groups,
-                    " groups compressed, as there are in row ",
-                    row,
-                    ", got ",
-                    made.window,
-                    ", which makes them ",
+                    "window must leave " + std::to_string(groups) +
+                        " groups compressed, as there are" + here + ", got " +
+                        std::to_string(made.window) + ", which makes them ",
                     asked);
     CTX_CHECK_VALUE(groups <= old.compressed || made.compressed <= old.compressed,
                     where,
-                    "compressed must be at most ",
-                    old.compressed,
-                    " in row ",
-                    row,
-                    ", which has dropped all but that many of ",
-                    groups,
-                    " slots, got ",
+                    "compressed must be at most " + std::to_string(old.compressed) + here +
+                        ", which has dropped all but that many of " + std::to_string(groups) +
+                        " slots, got ",
                     made.compressed);
   }
 }
@@ -69,10 +62,10 @@ void refill(const Tensor& ring, const Tensor& source, const Tensor& newest, int6
 
 }  // namespace
 
-State rows::resized(at::TensorList state,
+State rows::resized(const State& state,
                     const std::vector<LayerShape>& layers,
                     const std::vector<LayerShape>& shapes,
-                    const std::string& where) {
+                    std::string_view where) {
   ops::refuse_counted(state, where);
   const Tensor& clock = ops::seen_of(state);
   const auto seen = ops::numbers(clock);

@@ -34,13 +34,13 @@ std::vector<int64_t> numbers(const Tensor& x) {
   return values;
 }
 
-void check_chosen(const Tensor& rows, int64_t batch, const std::string& where) {
+void check_chosen(const Tensor& rows, int64_t batch, std::string_view where) {
   CTX_CHECK_TYPE(rows.scalar_type() == at::kLong || rows.scalar_type() == at::kBool,
                  where,
                  "rows must be int64 or bool, got ",
                  rows.scalar_type());
   CTX_CHECK_VALUE(rows.dim() == 1, where, "rows must be [N], got ", rows.sizes());
-  check_readable(rows, "rows", where.c_str());
+  check_readable(rows, "rows", std::string(where).c_str());
   if (rows.scalar_type() == at::kBool) {
     CTX_CHECK_VALUE(
         rows.size(0) == batch, where, "rows must be bool [B] = [", batch, "], got ", rows.sizes());
@@ -56,7 +56,7 @@ void check_chosen(const Tensor& rows, int64_t batch, const std::string& where) {
   }
 }
 
-void refuse_counted(at::TensorList state, const std::string& where) {
+void refuse_counted(at::TensorList state, std::string_view where) {
   for (size_t layer = 0; layer < layers_of(state); ++layer) {
     CTX_CHECK_VALUE(!counts_attention(rings_of(state, layer)),
                     where,
@@ -68,7 +68,7 @@ void refuse_counted(at::TensorList state, const std::string& where) {
 void check_same_kind(at::TensorList state,
                      at::TensorList other,
                      bool together,
-                     const std::string& where) {
+                     std::string_view where) {
   const auto kind = [&](const Tensor& x) {
     std::ostringstream text;
     text << "[";
@@ -96,7 +96,7 @@ void check_same_kind(at::TensorList state,
 void reset_rows(const Tensor& seen,
                 const Tensor& rewindable,
                 const std::optional<Tensor>& rows,
-                const std::string& where) {
+                std::string_view where) {
   if (rows) check_chosen(*rows, seen.size(0), where);
   const Writing writing(seen);
   for (const Tensor& clock : {seen, rewindable}) {
@@ -110,7 +110,7 @@ void reset_rows(const Tensor& seen,
   }
 }
 
-Tensors merge_rows(at::TensorList states, int64_t memories, const std::string& where) {
+Tensors merge_rows(at::TensorList states, int64_t memories, std::string_view where) {
   CTX_CHECK_VALUE(memories >= 1, where, "memories must be at least one, got none");
   const size_t size = states.size() / memories;
   for (int64_t i = 1; i < memories; ++i)
@@ -129,10 +129,10 @@ Tensors rows_to(at::TensorList state,
                 std::optional<at::ScalarType> pairs,
                 std::optional<at::ScalarType> slots,
                 std::optional<at::Device> device,
-                const std::string& where) {
+                std::string_view where) {
   const auto was = state[0].scalar_type(), kept = state[kCompressedKeys].scalar_type();
   const auto type = pairs.value_or(was);
-  storage_of(type, where.c_str(), "dtype");
+  storage_of(type, std::string(where).c_str(), "dtype");
   const auto stored = slots.value_or(kept != was && type != at::kDouble ? kept : type);
   const Ordinary ordinary;
   Tensors made;
@@ -152,25 +152,16 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def("reset_rows_(Tensor(a!) seen, Tensor(b!) rewindable, Tensor? rows, str where) -> ()", tags);
   m.def("merge_rows(Tensor[] states, int memories, str where) -> Tensor[]", tags);
-  m.def("rows_to(Tensor[] state, ScalarType? dtype, Device? device, str where) -> Tensor[]", tags);
+  m.def(
+      "rows_to(Tensor[] state, ScalarType? pairs, ScalarType? slots, Device? device, str where) -> "
+      "Tensor[]",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(ctx, CompositeImplicitAutograd, m) {
-  m.impl("reset_rows_",
-         [](const Tensor& seen,
-            const Tensor& rewindable,
-            const std::optional<Tensor>& rows,
-            std::string_view where) { reset_rows(seen, rewindable, rows, std::string(where)); });
-  m.impl("merge_rows", [](at::TensorList states, int64_t memories, std::string_view where) {
-    return merge_rows(states, memories, std::string(where));
-  });
-  m.impl("rows_to",
-         [](at::TensorList state,
-            std::optional<at::ScalarType> dtype,
-            std::optional<at::Device> device,
-            std::string_view where) {
-           return rows_to(state, dtype, std::nullopt, device, std::string(where));
-         });
+  m.impl("reset_rows_", reset_rows);
+  m.impl("merge_rows", merge_rows);
+  m.impl("rows_to", rows_to);
 }
 
 }  // namespace ctx::ops

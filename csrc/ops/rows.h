@@ -6,7 +6,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <optional>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "ops/state.h"
@@ -49,31 +49,29 @@ class Writing {
 std::vector<int64_t> numbers(const at::Tensor& x);
 
 // Checks row indices: int64 [N], or bool [B].
-void check_chosen(const at::Tensor& rows, int64_t batch, const std::string& where);
+void check_chosen(const at::Tensor& rows, int64_t batch, std::string_view where);
 
 // Raises where slots are chosen by attention received: it cannot be taken back, and depends on sizes
 // and on what was read since.
-void refuse_counted(at::TensorList state, const std::string& where);
+void refuse_counted(at::TensorList state, std::string_view where);
 
 // Raises unless two states have rings of equal shapes and dtypes; where they are put together, on one
 // device and of any number of rows.
 void check_same_kind(at::TensorList state,
                      at::TensorList other,
                      bool together,
-                     const std::string& where);
+                     std::string_view where);
 
 // As ctx/rows.h says.
 void reset_rows(const at::Tensor& seen,
                 const at::Tensor& rewindable,
                 const std::optional<at::Tensor>& rows,
-                const std::string& where);
-std::vector<at::Tensor> merge_rows(at::TensorList states,
-                                   int64_t memories,
-                                   const std::string& where);
+                std::string_view where);
+std::vector<at::Tensor> merge_rows(at::TensorList states, int64_t memories, std::string_view where);
 std::vector<at::Tensor> rows_to(at::TensorList state,
                                 std::optional<at::ScalarType> pairs,
                                 std::optional<at::ScalarType> slots,
                                 std::optional<at::Device> device,
-                                const std::string& where);
+                                std::string_view where);
 
 }  // namespace ctx::ops

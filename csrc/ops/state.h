@@ -31,8 +31,6 @@ enum StateIndex : int {
   kStateTensors
 };
 
-using State = std::array<at::Tensor, kStateTensors>;
-
 const char* state_name(int index);
 
 // The dtype of a tensor of a memory whose pairs have dtype `pairs` and whose slots `slots`.

@@ -17,7 +17,7 @@ from ctx import _C, _check, memory_check, memory_rows
 from ctx.memory_rows import Rows
 from ctx.schedule import Schedule
 from ctx.spec import LayerSpec, Spec
-from ctx.state import CLOCK, PLACE, STATE, TENSORS
+from ctx.state import CLOCK, PLACE, STATE, TENSORS, StateShape, empty_clock
 
 __all__ = ["Memory"]
 
@@ -64,10 +64,9 @@ class Memory:
         compressed_dtype: torch.dtype | None = None,
     ) -> Memory:
         """A memory of new streams; ``init_memory`` of a layer or a model checks its arguments."""
-        place = (batch_size, dtype, compressed_dtype or dtype, torch.device(device))
-        states = [_C.empty_state(shape, *place) for shape in memory_check.shapes(spec)]
-        rings = [state[: len(TENSORS)] for state in states]
-        return Memory(spec, states[0][-2], states[0][-1], rings)
+        shapes = map(StateShape.measured, memory_check.shapes(spec))
+        rings = [shape.zeros(batch_size, dtype, device, compressed_dtype) for shape in shapes]
+        return Memory(spec, *empty_clock(batch_size, device), rings)
 
     # ---- what it is
 

@@ -21,19 +21,12 @@ __all__ = ["call", "kind", "shapes", "tensors", "whole", "widened"]
 @functools.lru_cache(maxsize=256)
 def shapes(spec: Spec) -> list[_C.LayerShape]:
     """The shapes of each layer's tensors."""
-    return [
-        layer_shape(
-            x.schedule,
-            x.kv_heads,
-            x.head_dim,
-            x.value_dim,
-            x.max_rewind,
-            overlap=x.overlap,
-            used=x.counts_attention,
-            mass=x.slot_mass,
-        )
-        for x in spec.layers
-    ]
+    made = []
+    for x in spec.layers:
+        sizes = (x.schedule, x.kv_heads, x.head_dim, x.value_dim, x.max_rewind)
+        used, mass = x.counts_attention, x.slot_mass
+        made.append(layer_shape(*sizes, overlap=x.overlap, used=used, mass=mass))
+    return made
 
 
 def call(memory: Any, spec: Spec, rows: int, device: torch.device, where: str, of: str) -> None:

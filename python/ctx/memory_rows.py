@@ -122,7 +122,7 @@ def to(
         dtype = _check.dtype(dtype, where)
     if device is not None:
         device = _check.device(device, where)
-    state = torch.ops.ctx.rows_to(leaves(memory), dtype, device, where)
+    state = torch.ops.ctx.rows_to(leaves(memory), dtype, None, device, where)
     return _made(memory, memory.spec, state)
 
 

@@ -102,8 +102,12 @@ class StateShape:
     @classmethod
     def of(cls, schedule: Schedule, *sizes: int, **needed: Any) -> StateShape:
         """What :func:`layer_shape` says."""
-        shape = layer_shape(schedule, *sizes, **needed)
-        made = (shape.sizes(1, slots) for slots in (torch.float32, torch.int8))
+        return cls.measured(layer_shape(schedule, *sizes, **needed))
+
+    @classmethod
+    def measured(cls, shape: _C.LayerShape) -> StateShape:
+        """Of the engine's own."""
+        made = (shape.sizes(1, slots)[: len(TENSORS)] for slots in (torch.float32, torch.int8))
         return cls(*(tuple(map(tuple, sizes)) for sizes in made))
 
     def zeros(

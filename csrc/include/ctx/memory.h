@@ -9,7 +9,6 @@
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
-#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,7 +50,7 @@ struct MemoryOptions {
 
 class CTX_API KVMemory {
  public:
-  using Tensors = std::array<at::Tensor, 11>;
+  using Tensors = rows::State;
 
   // Allocates everything it will ever hold, zeroed. Throws what MemoryOptions::validate throws.
   explicit KVMemory(MemoryOptions options);
@@ -168,8 +167,7 @@ class CTX_API KVMemory {
   void set_compressed_bias(std::optional<at::Tensor> bias);
 
  private:
-  KVMemory(MemoryOptions options, rows::State state);
-  void adopt(rows::State state);
+  KVMemory(MemoryOptions options, Tensors tensors);
   at::TensorList rings() const { return at::TensorList(tensors_.data(), 9); }
   at::Tensor plan(const at::Tensor& k,
                   const std::optional<at::Tensor>& lengths,

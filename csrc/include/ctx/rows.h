@@ -16,6 +16,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ctx/export.h"
@@ -33,7 +34,7 @@ struct LayerShape {
   bool counts_attention = false;  // whether slots are chosen by the attention that tokens received
   bool slot_mass = false;         // whether slots have a mass
 
-  // Sizes of the nine rings for so many rows, and slots of this dtype.
+  // Sizes of the nine rings and of the clock, for so many rows and slots of this dtype.
   CTX_API std::vector<std::vector<int64_t>> sizes(int64_t batch, at::ScalarType slots) const;
 };
 
@@ -59,33 +60,33 @@ CTX_API State empty(const LayerShape& shape,
 
 // Throws unless the tensors have these shapes, one device and fitting dtypes, are contiguous, and
 // none stands in two places. Reads no number.
-CTX_API void check(at::TensorList state,
+CTX_API void check(const State& state,
                    const std::vector<LayerShape>& layers,
-                   const std::string& where);
+                   std::string_view where);
 
 // Throws unless 0 <= seen <= Schedule::kLastPosition, and rewindable is between 0 and `seen` and at
 // most `max_rewind`; one that is kOpen is named as such.
 CTX_API void check_clock(const at::Tensor& seen,
                          const at::Tensor& rewindable,
                          int64_t max_rewind,
-                         const std::string& where);
+                         std::string_view where);
 
 // Begins a new stream in every row, or in these: int64 [N], or bool [B]. In place.
 CTX_API void reset(const at::Tensor& seen,
                    const at::Tensor& rewindable,
                    const std::optional<at::Tensor>& rows,
-                   const std::string& where);
+                   std::string_view where);
 
 // Takes back the last `tokens` of every row, int64 [B], as if they had not come. In place. Refused
 // beyond rewindable, and where slots are chosen by the attention received.
-CTX_API void rewind(at::TensorList state, const at::Tensor& tokens, const std::string& where);
+CTX_API void rewind(const State& state, const at::Tensor& tokens, std::string_view where);
 
 // These rows in this order: int64 [N], repeats allowed, or bool [B].
-CTX_API State select(at::TensorList state, const at::Tensor& rows, const std::string& where);
+CTX_API State select(const State& state, const at::Tensor& rows, std::string_view where);
 
 // The rows of several memories, one after the other; `states` holds their states one after the
 // other, of equal shapes but for the rows, equal dtypes and one device.
-CTX_API State merge(at::TensorList states, int64_t memories, const std::string& where);
+CTX_API State merge(at::TensorList states, int64_t memories, std::string_view where);
 
 // The same in another dtype or on another device. Slots of another dtype than pairs keep theirs, but
 // beside float64, unless `slots` is given.
@@ -93,19 +94,19 @@ CTX_API State to(at::TensorList state,
                  std::optional<at::ScalarType> pairs,
                  std::optional<at::ScalarType> slots,
                  std::optional<at::Device> device,
-                 const std::string& where);
+                 std::string_view where);
 
 // Writes another state of equal shapes and dtypes into this one.
-CTX_API void copy(at::TensorList state, at::TensorList from, const std::string& where);
+CTX_API void copy(const State& state, const State& from, std::string_view where);
 
 // The same streams in layers of other schedules, else of the same shapes, as if they had had them
 // all along: to fewer slots always (the newest stay), to more while none has been dropped, to
 // another window while that makes no group due earlier or later. Rows can be rewound as far as both
 // agree.
-CTX_API State resized(at::TensorList state,
+CTX_API State resized(const State& state,
                       const std::vector<LayerShape>& layers,
                       const std::vector<LayerShape>& shapes,
-                      const std::string& where);
+                      std::string_view where);
 
 }  // namespace rows
 }  // namespace ctx
