@@ -6,7 +6,10 @@ set(CTX_SOURCES
     csrc/core/compressor.cpp
     csrc/core/init.cpp
     csrc/core/memory.cpp
+    csrc/core/memory_rows.cpp
     csrc/core/rows.cpp
+    csrc/core/rows_check.cpp
+    csrc/core/rows_resize.cpp
     csrc/core/schedule.cpp
     csrc/core/settings.cpp
     csrc/core/snapshot.cpp
@@ -29,6 +32,7 @@ set(CTX_SOURCES
     csrc/ops/registry.cpp
     csrc/ops/relative.cpp
     csrc/ops/rotary.cpp
+    csrc/ops/rows.cpp
     csrc/ops/settings.cpp
     csrc/ops/shapes.cpp
     csrc/ops/spans.cpp
@@ -74,7 +78,8 @@ set_source_files_properties(${CTX_KERNEL_TEST_SOURCES} PROPERTIES COMPILE_OPTION
 
 # One program each, named after the file.
 set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/test_attention.cpp
-                     tests/cpp/test_memory.cpp tests/cpp/test_schedule.cpp
+                     tests/cpp/test_memory.cpp tests/cpp/test_rows.cpp
+                     tests/cpp/test_schedule.cpp
                      tests/cpp/test_snapshot.cpp)
 
 set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>

@@ -199,3 +199,27 @@ def test_operators_alone(compressor):
         assert_close(compiled(q, k, v, *ours), step(q, k, v, *theirs), 1e-6)
     for mine, yours in itertools.zip_longest(ours, theirs):
         assert_same_bits(mine, yours)
+
+
+ROWS = {
+    "reset": lambda memory, mask: memory.reset(),
+    "reset of some": lambda memory, mask: memory.reset(mask),
+    "clone": lambda memory, mask: memory.clone(),
+    "to": lambda memory, mask: memory.to(dtype=torch.float64),
+    "merge": lambda memory, mask: ctx.Memory.merge([memory, memory]),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_row_operations_that_read_no_number(name):
+    """They are part of a whole graph, over a memory that a call has looked at."""
+    attention = ctx.CompressiveAttention(8, 2, window=4, compressed=3, ratio=2)
+    with torch.no_grad():
+        ours = attention(torch.randn(2, 13, 8))[1].clone()
+    mask, theirs = torch.tensor([True, False]), ours.clone()
+    torch._dynamo.reset()
+    call = torch.compile(ROWS[name], backend="aot_eager", fullgraph=True)
+    got, want = call(ours, mask) or ours, ROWS[name](theirs, mask) or theirs
+    for mine, yours in zip(leaves(got), leaves(want), strict=True):
+        assert torch.equal(mine, yours) and mine.dtype == yours.dtype
+    torch._dynamo.reset()

@@ -400,6 +400,8 @@ def names_of(tree):
             found[node.name] = {part.name for part in node.body if part.name != "__init__"}
         elif isinstance(node, ast.FunctionDef):
             found[""].add(node.name)
+        elif isinstance(node, ast.AnnAssign):
+            found[""].add(ast.unparse(node.target))
     return found
 
 

@@ -27,9 +27,10 @@ def drawn(*shape, dtype, grad=False):
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
 
 
-def memory(dtype, compressor="mean"):
+def memory(dtype, compressor="mean", **options):
     """The rings of a memory in the middle of a stream, and `seen`."""
-    used = ctx.KVMemory(SETTINGS, B, HKV, D, DV, max_rewind=5, dtype=dtype, compressor=compressor)
+    options = {"max_rewind": 5, "dtype": dtype, "compressor": compressor, **options}
+    used = ctx.KVMemory(SETTINGS, B, HKV, D, DV, **options)
     used.step(*(torch.randn(B, n, 17, w, dtype=dtype) for n, w in ((H, D), (HKV, D), (HKV, DV))))
     rings = [used.tensors[name].clone() for name in TENSORS]
     return rings, used.seen.clone()

@@ -115,6 +115,38 @@ Memory to(const ctx::KVMemory& memory, at::ScalarType dtype, const at::Device& d
   return share(memory.to(dtype, device));
 }
 
+ctx::LayerShape make_layer_shape(const ctx::Schedule& schedule,
+                                 int64_t overlap,
+                                 int64_t kv_heads,
+                                 int64_t head_dim,
+                                 int64_t value_dim,
+                                 int64_t max_rewind,
+                                 bool counts_attention,
+                                 bool slot_mass) {
+  ctx::LayerShape shape{
+      schedule, kv_heads, head_dim, value_dim, max_rewind, counts_attention, slot_mass};
+  shape.schedule.overlap = overlap;
+  return shape;
+}
+
+std::vector<at::Tensor> merge_state(const std::vector<at::Tensor>& states,
+                                    int64_t memories,
+                                    const std::string& where) {
+  return ctx::rows::merge(states, memories, where);
+}
+
+std::vector<at::Tensor> to_state(const std::vector<at::Tensor>& state,
+                                 std::optional<at::ScalarType> pairs,
+                                 std::optional<at::ScalarType> slots,
+                                 std::optional<at::Device> device,
+                                 const std::string& where) {
+  return ctx::rows::to(state, pairs, slots, device, where);
+}
+
+void check_clock(const at::Tensor& seen, const at::Tensor& rewindable, const std::string& where) {
+  ctx::rows::check_clock(seen, rewindable, ctx::Schedule::kLastPosition, where);
+}
+
 // Parameters of a compressor in the engine's order, float64; on the meta device their shapes alone.
 std::vector<at::Tensor> first_values(const std::string& name,
                                      int64_t kv_heads,
@@ -259,6 +291,33 @@ PYBIND11_MODULE(_C, m) {
                              [](const KVMemory& memory) { return memory.rewindable(); })
       .def_property_readonly("tensors", [](const KVMemory& memory) { return memory.tensors(); })
       .def_property_readonly("nbytes", &KVMemory::nbytes);
+
+  using ctx::LayerShape;
+  namespace rows = ctx::rows;
+  py::class_<LayerShape>(m, "LayerShape")
+      .def(py::init(wrap_pybind_function(make_layer_shape)),
+           "schedule"_a,
+           "overlap"_a,
+           "kv_heads"_a,
+           "head_dim"_a,
+           "value_dim"_a,
+           "max_rewind"_a,
+           "counts_attention"_a,
+           "slot_mass"_a)
+      .def("sizes", wrap_pybind_function(&LayerShape::sizes), "batch"_a, "slots"_a);
+  m.def("state_names", wrap_pybind_function(rows::names));
+  m.def("state_types", wrap_pybind_function(rows::types));
+  m.def("slot_types", wrap_pybind_function(rows::slot_types));
+  m.def("check_state", wrap_pybind_function_no_gil(rows::check));
+  m.def("check_clock", wrap_pybind_function_no_gil(check_clock));
+  m.def("copy_state", wrap_pybind_function_no_gil(rows::copy));
+  m.def("reset_state", wrap_pybind_function_no_gil(rows::reset));
+  m.def("rewind_state", wrap_pybind_function_no_gil(rows::rewind));
+  m.def("select_state", wrap_pybind_function_no_gil(rows::select));
+  m.def("merge_state", wrap_pybind_function_no_gil(merge_state));
+  m.def("to_state", wrap_pybind_function_no_gil(to_state));
+  m.def("resized_state", wrap_pybind_function_no_gil(rows::resized));
+  m.attr("OPEN") = rows::kOpen;
 
   m.def("first_values",
         wrap_pybind_function(first_values),

@@ -1,7 +1,6 @@
 #include "ctx/memory.h"
 
 #include <ATen/ATen.h>
-#include <c10/core/InferenceMode.h>
 
 #include "core/settings.h"
 #include "ops/attend.h"
@@ -119,22 +118,15 @@ KVMemory::KVMemory(MemoryOptions options) : options_(std::move(options)) {
   const int64_t ratio = options_.attention.schedule.ratio;
   options_.attention =
       options_.attention.resolved(options_.head_dim, options_.compressor.reads_left(ratio));
-  const ops::StateShape shape{options_.attention.schedule,
-                              options_.batch_size,
-                              options_.kv_heads,
-                              options_.head_dim,
-                              options_.value_dim,
-                              options_.max_rewind,
-                              options_.slot_dtype(),
-                              /*counts=*/options_.compressor.name == "most_used",
-                              options_.attention.slot_mass};
-  const auto sizes = shape.sizes();
-  const c10::InferenceMode ordinary(false);  // a memory made in it must work outside, too
-  const auto pairs = at::TensorOptions().dtype(options_.dtype).device(options_.device);
-  for (int i = 0; i < ops::kStateTensors; ++i) {
-    tensors_[i] = at::zeros_symint(
-        sizes[i], pairs.dtype(ops::state_type(i, options_.dtype, options_.slot_dtype())));
-  }
+  const LayerShape shape{options_.attention.schedule,
+                         options_.kv_heads,
+                         options_.head_dim,
+                         options_.value_dim,
+                         options_.max_rewind,
+                         /*counts_attention=*/options_.compressor.name == "most_used",
+                         options_.attention.slot_mass};
+  tensors_ = rows::empty(
+      shape, options_.batch_size, options_.dtype, options_.slot_dtype(), options_.device);
 }
 
 KVMemory::KVMemory(MemoryOptions options, Tensors tensors)

@@ -1,367 +1,81 @@
-// What KVMemory does with whole rows: reset, rewind, select, merge, clone, snapshots. Row
-// operations are rare and may wait for a device to read an index; step and append never do.
-#include <ATen/ATen.h>
-#include <c10/core/InferenceMode.h>
+#include "ctx/rows.h"
 
-#include <algorithm>
-#include <array>
-#include <charconv>
-#include <sstream>
-
-#include "ctx/memory.h"
 #include "ops/check.h"
-#include "ops/registry.h"
-#include "ops/state.h"
+#include "ops/rows.h"
 
 namespace ctx {
-namespace {
 
 using at::Tensor;
+using rows::State;
 
-constexpr const char* kFormat = "ctx.KVMemory";
-constexpr int64_t kVersion = 2;
+namespace rows {
 
-// The settings that what is stored depends on, by name.
-Snapshot geometry(const MemoryOptions& options) {
-  const AttentionSettings& a = options.attention;
-  const Schedule& s = a.schedule;
-  return {{"batch_size", options.batch_size},
-          {"kv_heads", options.kv_heads},
-          {"head_dim", options.head_dim},
-          {"value_dim", options.value_dim},
-          {"window", s.window},
-          {"compressed", s.compressed},
-          {"ratio", s.ratio},
-          {"segment", s.segment},
-          {"sinks", s.sinks},
-          {"overlap", s.overlap},
-          {"max_rewind", options.max_rewind},
-          {"position", a.position()},
-          {"rotary_dim", a.rotary_dim},
-          {"rotary_base", a.rotary_base},
-          {"rotary_interleaved", int64_t{a.rotary_interleaved}},
-          {"inv_freq", at::tensor(a.inv_freq, at::kDouble)},
-          {"attention_factor", a.attention_factor},
-          {"keys", std::string(a.keys_rotated ? "rotated" : "plain")},
-          {"mass", std::string(a.slot_mass ? "slots" : "none")},
-          {"distance", a.distance},
-          {"compressor", options.compressor.name}};
+void reset(const Tensor& seen,
+           const Tensor& rewindable,
+           const std::optional<Tensor>& rows,
+           std::string_view where) {
+  ops::reset_rows(seen, rewindable, rows, where);
 }
 
-// Tells 2 from 2.0 and 10000.0 from 10000.000001: a message says what differs.
-std::string describe(const Snapshot::mapped_type& part) {
-  std::ostringstream text;
-  if (const auto* number = std::get_if<double>(&part)) {
-    std::array<char, 32> digits;
-    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), *number).ptr;
-    const std::string shortest(digits.data(), end);
-    text << shortest
-         << (shortest.find_first_not_of("-0123456789") == std::string::npos ? ".0" : "");
-  } else if (const auto* tensor = std::get_if<Tensor>(&part)) {
-    text << "a tensor";
-    if (tensor->defined()) text << " " << tensor->sizes();
-  } else if (const auto* name = std::get_if<std::string>(&part)) {
-    text << '"' << *name << '"';
-  } else {
-    text << std::get<int64_t>(part);
-  }
-  return text.str();
+State merge(at::TensorList states, int64_t memories, std::string_view where) {
+  return ops::merge_rows(states, memories, where);
 }
 
-bool equal(const Snapshot::mapped_type& one, const Snapshot::mapped_type& other) {
-  return std::visit(
-      [&](const auto& value) {
-        using Value = std::decay_t<decltype(value)>;
-        if constexpr (std::is_same_v<Value, Tensor>) {
-          const auto* same = std::get_if<Tensor>(&other);
-          return same != nullptr && same->defined() && !same->is_meta() &&
-                 same->scalar_type() == value.scalar_type() && same->is_cpu() &&
-                 at::equal(*same, value);
-        } else {
-          const auto* same = std::get_if<Value>(&other);
-          return same != nullptr && *same == value;
-        }
-      },
-      one);
+State to(at::TensorList state,
+         std::optional<at::ScalarType> pairs,
+         std::optional<at::ScalarType> slots,
+         std::optional<at::Device> device,
+         std::string_view where) {
+  return ops::rows_to(state, pairs, slots, device, where);
 }
 
-// Numbers and names first: a message about one of them says more than one about frequencies that
-// follow from it.
-template <typename F>
-void for_each_part(const Snapshot& snapshot, const F& run) {
-  for (const bool tensors : {false, true}) {
-    for (const auto& [name, part] : snapshot)
-      if (std::holds_alternative<Tensor>(part) == tensors) run(name, part);
-  }
-}
-
-const Snapshot::mapped_type& find(const Snapshot& snapshot,
-                                  const std::string& name,
-                                  const char* where) {
-  const auto found = snapshot.find(name);
-  CTX_CHECK_VALUE(found != snapshot.end(), where, name, " must be in the snapshot, got none");
-  return found->second;
-}
-
-const Tensor& find_tensor(const Snapshot& snapshot,
-                          int index,
-                          at::IntArrayRef sizes,
-                          at::ScalarType slots,
-                          const char* where) {
-  const char* name = ops::state_name(index);
-  const auto& part = find(snapshot, name, where);
-  const Tensor* tensor = std::get_if<Tensor>(&part);
-  CTX_CHECK_TYPE(tensor != nullptr && tensor->defined(),
-                 where,
-                 name,
-                 " must be a tensor, got ",
-                 describe(part));
-  CTX_CHECK_VALUE(
-      tensor->sizes() == sizes, where, name, " must be ", sizes, ", got ", tensor->sizes());
-  ops::check_readable(*tensor, name, where);
-  const at::ScalarType type = ops::state_type(index, at::kFloat, slots);
-  const bool exact = !at::isFloatingType(type);
-  const bool fits =
-      exact ? tensor->scalar_type() == type : at::isFloatingType(tensor->scalar_type());
-  CTX_CHECK_TYPE(fits,
-                 where,
-                 name,
-                 " must be ",
-                 !exact              ? "floating point"
-                 : type == at::kLong ? "int64"
-                                     : "int8",
-                 ", got ",
-                 tensor->scalar_type());
-  return *tensor;
-}
-
-}  // namespace
-
-// int64 [N] on the memory's device.
-Tensor KVMemory::checked_rows(const Tensor& rows, const char* where) const {
-  const int64_t batch = options_.batch_size;
-  CTX_CHECK_TYPE(rows.scalar_type() == at::kLong || rows.scalar_type() == at::kBool,
-                 where,
-                 "rows must be int64 or bool, got ",
-                 rows.scalar_type());
-  CTX_CHECK_VALUE(rows.dim() == 1, where, "rows must be [N], got ", rows.sizes());
-  ops::check_readable(rows, "rows", where);
-  if (rows.scalar_type() == at::kBool) {
-    CTX_CHECK_VALUE(
-        rows.size(0) == batch, where, "rows must be bool [B] = [", batch, "], got ", rows.sizes());
-    return rows.nonzero().squeeze(1).to(options_.device);
-  }
-  const Tensor values = rows.cpu().contiguous();
-  for (int64_t i = 0; i < values.numel(); ++i) {
-    const int64_t row = values.const_data_ptr<int64_t>()[i];
-    CTX_CHECK_INDEX(row >= 0 && row < batch,
-                    where,
-                    "rows must be between 0 and B - 1 = ",
-                    batch - 1,
-                    ", got ",
-                    row);
-  }
-  return rows.to(options_.device);
-}
-
-void KVMemory::reset() {
-  tensors_[ops::kSeen].zero_();
-  tensors_[ops::kRewindable].zero_();
-}
-
-void KVMemory::reset(const Tensor& rows) {
-  const Tensor chosen = checked_rows(rows, "ctx.KVMemory.reset");
-  tensors_[ops::kSeen].index_fill_(0, chosen, 0);
-  tensors_[ops::kRewindable].index_fill_(0, chosen, 0);
-}
-
-void KVMemory::rewind(int64_t tokens) { rewind(at::full_like(seen(), tokens)); }
-
-void KVMemory::rewind(const Tensor& tokens) {
-  constexpr const char* where = "ctx.KVMemory.rewind";
-  CTX_CHECK_VALUE(options_.compressor.name != "most_used",
-                  where,
-                  "compressor must be one whose slots follow from the tokens alone, got "
-                  "\"most_used\"");
+void rewind(const State& state, const Tensor& tokens, std::string_view where) {
+  ops::refuse_counted(state, where);
+  const Tensor &seen = ops::seen_of(state), &rewindable = ops::rewindable_of(state);
   CTX_CHECK_TYPE(
       tokens.scalar_type() == at::kLong, where, "tokens must be int64, got ", tokens.scalar_type());
-  CTX_CHECK_VALUE(tokens.dim() == 1 && tokens.size(0) == options_.batch_size,
+  CTX_CHECK_VALUE(tokens.sym_sizes() == seen.sym_sizes(),
                   where,
-                  "tokens must be [B] = [",
-                  options_.batch_size,
-                  "], got ",
-                  tokens.sizes());
-  ops::check_readable(tokens, "tokens", where);
-  const Tensor asked = tokens.cpu().contiguous();
-  const Tensor most = rewindable().cpu();
-  for (int64_t b = 0; b < options_.batch_size; ++b) {
-    const int64_t count = asked.const_data_ptr<int64_t>()[b];
-    const int64_t held = most.const_data_ptr<int64_t>()[b];
-    CTX_CHECK_VALUE(count >= 0 && count <= held,
+                  "tokens must be [B] = ",
+                  seen.sym_sizes(),
+                  ", got ",
+                  tokens.sym_sizes());
+  ops::check_readable(tokens, "tokens", std::string(where).c_str());
+  const auto asked = ops::numbers(tokens), most = ops::numbers(rewindable);
+  for (size_t row = 0; row < asked.size(); ++row) {
+    CTX_CHECK_VALUE(asked[row] >= 0 && asked[row] <= most[row],
                     where,
                     "tokens must be between 0 and what row ",
-                    b,
+                    row,
                     " can take back = ",
-                    held,
+                    most[row],
                     ", got ",
-                    count);
+                    asked[row]);
   }
+  const ops::Writing writing(seen);
   // A copy: they may be the memory's own counters.
-  const Tensor here = tokens.to(options_.device, at::kLong, /*non_blocking=*/false, /*copy=*/true);
-  tensors_[ops::kSeen].sub_(here);
-  tensors_[ops::kRewindable].sub_(here);
+  const Tensor here = tokens.to(seen.device(), at::kLong, /*non_blocking=*/false, /*copy=*/true);
+  seen.sub_(here);
+  rewindable.sub_(here);
 }
 
-KVMemory KVMemory::select(const Tensor& rows) const {
-  const Tensor chosen = checked_rows(rows, "ctx.KVMemory.select");
-  CTX_CHECK_VALUE(chosen.size(0) > 0, "ctx.KVMemory.select", "rows must be at least one, got none");
-  MemoryOptions options = options_;
-  options.batch_size = chosen.size(0);
-  const c10::InferenceMode ordinary(false);
-  Tensors tensors;
-  for (int i = 0; i < ops::kStateTensors; ++i) tensors[i] = tensors_[i].index_select(0, chosen);
-  return {std::move(options), std::move(tensors)};
+State select(const State& state, const Tensor& rows, std::string_view where) {
+  const Tensor& seen = ops::seen_of(state);
+  ops::check_chosen(rows, seen.size(0), where);
+  Tensor chosen = rows.scalar_type() == at::kBool ? rows.nonzero().squeeze(1) : rows;
+  CTX_CHECK_VALUE(chosen.size(0) > 0, where, "rows must be at least one, got none");
+  chosen = chosen.to(seen.device());
+  const ops::Ordinary ordinary;
+  State made;
+  for (const Tensor& x : state) made.push_back(x.index_select(0, chosen));
+  return made;
 }
 
-KVMemory KVMemory::merge(const std::vector<const KVMemory*>& memories) {
-  constexpr const char* where = "ctx.KVMemory.merge";
-  CTX_CHECK_VALUE(!memories.empty(), where, "memories must be at least one, got none");
-  MemoryOptions options = memories[0]->options_;
-  const Snapshot wanted = geometry(options);
-  for (size_t i = 1; i < memories.size(); ++i) {
-    const MemoryOptions& other = memories[i]->options_;
-    for_each_part(geometry(other), [&](const std::string& name, const auto& part) {
-      CTX_CHECK_VALUE(name == "batch_size" || equal(part, wanted.at(name)),
-                      where,
-                      "memories must have one ",
-                      name,
-                      " = ",
-                      describe(wanted.at(name)),
-                      ", got ",
-                      describe(part));
-    });
-    CTX_CHECK_TYPE(other.dtype == options.dtype,
-                   where,
-                   "memories must have one dtype = ",
-                   options.dtype,
-                   ", got ",
-                   other.dtype);
-    CTX_CHECK_TYPE(other.slot_dtype() == options.slot_dtype(),
-                   where,
-                   "memories must have one compressed_dtype = ",
-                   options.slot_dtype(),
-                   ", got ",
-                   other.slot_dtype());
-    CTX_CHECK_VALUE(other.device == options.device,
-                    where,
-                    "memories must be on one device = ",
-                    options.device,
-                    ", got ",
-                    other.device);
-    options.batch_size += other.batch_size;
-  }
-  const c10::InferenceMode ordinary(false);
-  Tensors tensors;
-  for (int i = 0; i < ops::kStateTensors; ++i) {
-    std::vector<Tensor> parts;
-    for (const KVMemory* memory : memories) parts.push_back(memory->tensors_[i]);
-    tensors[i] = at::cat(parts);
-  }
-  return {std::move(options), std::move(tensors)};
+void copy(const State& state, const State& from, std::string_view where) {
+  ops::check_same_kind(state, from, false, where);
+  const ops::Writing writing(ops::seen_of(state));
+  for (size_t i = 0; i < state.size(); ++i) state[i].copy_(from[i]);
 }
 
-KVMemory KVMemory::clone() const { return to(options_.dtype, options_.device); }
-
-KVMemory KVMemory::to(at::ScalarType dtype, at::Device device) const {
-  ops::kernels_for(device.type());
-  MemoryOptions options = options_;
-  options.dtype = dtype;
-  options.device = device;
-  if (dtype == at::kDouble) options.compressed_dtype = std::nullopt;
-  for (Tensor& parameter : options.compressor.parameters) parameter = parameter.to(device);
-  if (options.compressed_bias) options.compressed_bias = options.compressed_bias->to(device);
-  AttentionSettings& attention = options.attention;
-  if (attention.alibi_slopes) attention.alibi_slopes = attention.alibi_slopes->to(device);
-  for (Tensor& operand : attention.relative) operand = operand.to(device);
-  options.validate();
-  const c10::InferenceMode ordinary(false);
-  Tensors tensors;
-  for (int i = 0; i < ops::kStateTensors; ++i) {
-    const auto type = ops::state_type(i, dtype, options.slot_dtype());
-    const Tensor same = ops::is_slots(i) && tensors_[i].scalar_type() != type
-                            ? ops::slots_as(tensors_[i], type)
-                            : tensors_[i];
-    tensors[i] = same.to(device, type, /*non_blocking=*/false, /*copy=*/true);
-  }
-  return {std::move(options), std::move(tensors)};
-}
-
-Snapshot KVMemory::state_dict() const {
-  Snapshot snapshot = geometry(options_);
-  snapshot["format"] = std::string(kFormat);
-  snapshot["version"] = kVersion;
-  for (int i = 0; i < ops::kStateTensors; ++i) snapshot[ops::state_name(i)] = tensors_[i];
-  return snapshot;
-}
-
-void KVMemory::load_state_dict(const Snapshot& snapshot) {
-  constexpr const char* where = "ctx.KVMemory.load_state_dict";
-  const auto found = snapshot.find("format");
-  CTX_CHECK_VALUE(found != snapshot.end() && equal(found->second, std::string(kFormat)),
-                  where,
-                  "format must be ",
-                  kFormat,
-                  ", got ",
-                  found == snapshot.end() ? "none" : describe(found->second));
-  const auto& version = find(snapshot, "version", where);
-  CTX_CHECK_VALUE(
-      equal(version, kVersion), where, "version must be ", kVersion, ", got ", describe(version));
-  Snapshot known = state_dict();
-  for (const auto& [name, part] : snapshot) {
-    CTX_CHECK_VALUE(known.count(name) == 1,
-                    where,
-                    "snapshot must hold what version ",
-                    kVersion,
-                    " holds, got another part: ",
-                    name);
-  }
-  for_each_part(geometry(options_), [&](const std::string& name, const auto& part) {
-    const auto& theirs = find(snapshot, name, where);
-    CTX_CHECK_VALUE(equal(theirs, part),
-                    where,
-                    name,
-                    " must be ",
-                    describe(part),
-                    " as the memory's, got ",
-                    describe(theirs));
-  });
-  Tensors tensors;
-  for (int i = 0; i < ops::kStateTensors; ++i)
-    tensors[i] = find_tensor(snapshot, i, tensors_[i].sizes(), options_.slot_dtype(), where);
-  const Tensor seen_here = tensors[ops::kSeen].cpu().contiguous();
-  const Tensor spare = tensors[ops::kRewindable].cpu().contiguous();
-  for (int64_t b = 0; b < options_.batch_size; ++b) {
-    const int64_t seen = seen_here.const_data_ptr<int64_t>()[b];
-    const int64_t back = spare.const_data_ptr<int64_t>()[b];
-    CTX_CHECK_VALUE(seen >= 0 && seen <= Schedule::kLastPosition,
-                    where,
-                    "seen must be between 0 and ",
-                    Schedule::kLastPosition,
-                    ", got ",
-                    seen,
-                    " in row ",
-                    b);
-    CTX_CHECK_VALUE(back >= 0 && back <= std::min(seen, options_.max_rewind),
-                    where,
-                    "rewindable must be between 0 and ",
-                    std::min(seen, options_.max_rewind),
-                    ", got ",
-                    back,
-                    " in row ",
-                    b);
-  }
-  at::NoGradGuard no_grad;
-  for (int i = 0; i < ops::kStateTensors; ++i) tensors_[i].copy_(tensors[i]);
-}
-
+}  // namespace rows
 }  // namespace ctx

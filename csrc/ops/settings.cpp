@@ -1,11 +1,13 @@
 #include "ops/settings.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <mutex>
 
 #include "ops/check.h"
 #include "ops/shapes.h"
+#include "ops/state.h"
 
 namespace ctx::ops {
 namespace {
@@ -48,16 +50,16 @@ Storage slot_storage_of(at::ScalarType dtype,
                         at::ScalarType pairs,
                         const char* where,
                         const char* name) {
-  if (dtype == at::kChar && pairs != at::kDouble) return Storage::kInt8;
+  const auto allowed = slot_types(pairs);
   CTX_CHECK_TYPE(
-      dtype == pairs || (pairs != at::kDouble && dtype != at::kDouble),
+      std::find(allowed.begin(), allowed.end(), dtype) != allowed.end(),
       where,
       name,
       " must be ",
-      pairs == at::kDouble ? "float64 as the memory" : "float32, bfloat16, float16 or int8",
+      pairs == at::kDouble ? "float64 as the memory" : "one of float32, bfloat16, float16 or int8",
       ", got ",
       dtype);
-  return storage_of(dtype, where, name);
+  return dtype == at::kChar ? Storage::kInt8 : storage_of(dtype, where, name);
 }
 
 PackedSettings pack(const Settings& x) {

@@ -1,5 +1,7 @@
 #include "ops/state.h"
 
+#include <sstream>
+
 #include "ops/check.h"
 #include "ops/settings.h"
 #include "ops/shapes.h"
@@ -70,6 +72,37 @@ at::ScalarType state_type(int index, at::ScalarType pairs, at::ScalarType slots)
   }
 }
 
+std::vector<at::ScalarType> slot_types(at::ScalarType pairs) {
+  if (pairs == at::kDouble) return {at::kDouble};
+  return {at::kFloat, at::kBFloat16, at::kHalf, at::kChar};
+}
+
+void check_layout(const Tensor& x,
+                  int index,
+                  c10::SymIntArrayRef sizes,
+                  at::ScalarType type,
+                  at::Device device,
+                  const char* where) {
+  const char* name = kNames[index];
+  const auto named = [](at::ScalarType dtype) { return c10::getDtypeNames(dtype).first; };
+  CTX_CHECK_VALUE(x.sym_sizes() == sizes, where, name, " must be ", sizes, ", got ", x.sym_sizes());
+  CTX_CHECK_TYPE(x.scalar_type() == type,
+                 where,
+                 name,
+                 " must be ",
+                 named(type),
+                 ", got ",
+                 named(x.scalar_type()));
+  check_device(where, name, x, device);
+  if (x.is_contiguous()) return;
+  std::ostringstream strides;  // as Python's tuple
+  for (const SymInt& stride : x.sym_strides().slice(1)) strides << " " << stride << ",";
+  std::string rest = strides.str();
+  if (x.dim() > 1) rest.pop_back();
+  CTX_CHECK_VALUE(
+      false, where, name, " must be contiguous, got strides (", x.sym_stride(0), ",", rest, ")");
+}
+
 bool counts_attention(at::TensorList rings) { return rings[kAttentionReceived].sym_size(2) != 0; }
 bool has_mass(at::TensorList rings) { return rings[kSlotMass].sym_size(2) != 0; }
 
@@ -127,21 +160,8 @@ SymInt check_rings(at::TensorList rings, const Schedule& schedule, const char* w
                          mass};
   const auto sizes = shape.sizes();
   for (int i = 0; i < kRings; ++i) {
-    const c10::SymIntArrayRef size(sizes[i]);
-    CTX_CHECK_VALUE(rings[i].sym_sizes() == size,
-                    where,
-                    kNames[i],
-                    " must be ",
-                    size,
-                    ", got ",
-                    rings[i].sym_sizes());
-    check_type(where, kNames[i], rings[i], state_type(i, keys.scalar_type(), slots));
-    check_device(where, kNames[i], rings[i], keys.device());
-    CTX_CHECK_VALUE(rings[i].is_contiguous(),
-                    where,
-                    kNames[i],
-                    " must be contiguous, got strides ",
-                    rings[i].sym_strides());
+    const auto type = state_type(i, keys.scalar_type(), slots);
+    check_layout(rings[i], i, sizes[i], type, keys.device(), where);
   }
   return max_rewind;
 }

@@ -31,8 +31,6 @@ enum StateIndex : int {
   kStateTensors
 };
 
-using State = std::array<at::Tensor, kStateTensors>;
-
 const char* state_name(int index);
 
 // The dtype of a tensor of a memory whose pairs have dtype `pairs` and whose slots `slots`.
@@ -57,6 +55,17 @@ struct StateShape {
 
   std::array<std::vector<c10::SymInt>, kStateTensors> sizes() const;
 };
+
+// What slots may be stored as beside such pairs.
+std::vector<at::ScalarType> slot_types(at::ScalarType pairs);
+
+// Checks one tensor of a memory; the message names it.
+void check_layout(const at::Tensor& x,
+                  int index,
+                  c10::SymIntArrayRef sizes,
+                  at::ScalarType type,
+                  at::Device device,
+                  const char* where);
 
 // Whether the memory is one whose compressor chooses by the attention that tokens received.
 bool counts_attention(at::TensorList rings);

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctx import _C, _check, engine, memory_resize
+from ctx import _C, _check, engine, memory_rows
 from ctx.compression import as_compressor, make_compressor
 from ctx.layer_options import one_of
 from ctx.memory import Memory
@@ -469,7 +469,7 @@ class KVMemory:
         asked = {"compressed": compressed, "window": window}
         sizes = {name: _check.integer(n, name, where) for name, n in asked.items() if n is not None}
         schedule = self.schedule.resized(**sizes)
-        held = memory_resize.resized(self.memory, schedule, where).tensors
+        held = memory_rows.resized(self.memory, schedule, where).tensors
         keys = held["window_keys"]
         followed = {} if self._bias is None else {"compressed_bias": self._bias}
         other = KVMemory(

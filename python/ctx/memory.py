@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ctx import _check, memory_check, memory_rows
+from ctx import _C, _check, memory_check, memory_rows
 from ctx.memory_rows import Rows
 from ctx.schedule import Schedule
 from ctx.spec import LayerSpec, Spec
-from ctx.state import CLOCK, PLACE, STATE, TENSORS, empty_clock, writing
+from ctx.state import CLOCK, PLACE, STATE, TENSORS, StateShape, empty_clock
 
 __all__ = ["Memory"]
 
@@ -64,10 +64,8 @@ class Memory:
         compressed_dtype: torch.dtype | None = None,
     ) -> Memory:
         """A memory of new streams; ``init_memory`` of a layer or a model checks its arguments."""
-        rings = [
-            memory_check.zeros(layer, batch_size, dtype, device, compressed_dtype)
-            for layer in spec.layers
-        ]
+        shapes = map(StateShape.measured, memory_check.shapes(spec))
+        rings = [shape.zeros(batch_size, dtype, device, compressed_dtype) for shape in shapes]
         return Memory(spec, *empty_clock(batch_size, device), rings)
 
     # ---- what it is
@@ -283,10 +281,7 @@ class Memory:
         where = "ctx.Memory.load_state_dict"
         other = Memory.from_state_dict(state, where)
         self.spec.check(other.spec, where)
-        memory_check.same_kind(self, other, where)
-        with writing(self.seen):
-            for mine, held in zip(memory_rows.leaves(self), memory_rows.leaves(other), strict=True):
-                mine.copy_(held)
+        _C.copy_state(memory_rows.leaves(self), memory_rows.leaves(other), where)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`state_dict` to a file, whole or not at all; :meth:`load` reads it.

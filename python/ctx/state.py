@@ -1,4 +1,4 @@
-"""The tensors of a layer's memory: their names, dtypes and shapes."""
+"""The tensors of a layer's memory: their names, dtypes and shapes, as the engine says them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctx import _C
 from ctx.schedule import Schedule
 
 __all__ = ["CLOCK", "STATE", "TENSORS", "StateShape"]
 
-#: Names of the tensors that each layer has, in their order in ``Memory.rings`` and as operators
-#: take them. The last three have entries only where they are needed: how much attention each token
-#: of the window received and which token each slot is, where a compressor chooses by it; and the
-#: log-mass of each slot, with ``slot_mass``.
-TENSORS = (
-    "window_keys",
-    "window_values",
-    "compressed_keys",
-    "compressed_values",
-    "sink_keys",
-    "sink_values",
-    "attention_received",
-    "slot_positions",
-    "slot_mass",
-)
-#: The two tensors that all layers share.
-CLOCK = ("seen", "rewindable")
 #: All names, in the order of ``_C.KVMemory.tensors``.
-STATE = (*TENSORS, *CLOCK)
+STATE = tuple(_C.state_names())
+#: Names of the tensors that each layer has, in their order in ``Memory.rings`` and as operators
+#: take them: keys and values of the window, of compressed slots and of sinks. The last three have
+#: entries only where they are needed: how much attention each token of the window received and
+#: which token each slot is, where a compressor chooses by it; and the log-mass of each slot, with
+#: ``slot_mass``.
+TENSORS = STATE[:-2]
+#: The two tensors that all layers share.
+CLOCK = STATE[-2:]
 PLACE = {name: place for place, name in enumerate(TENSORS)}
-#: The regions that are rings, and the tensors in which an entry is one position of the region.
-RINGS = {
-    "window": ("window_keys", "window_values", "attention_received"),
-    "compressed": ("compressed_keys", "compressed_values", "slot_positions", "slot_mass"),
-}
-COUNTS = ("seen", "rewindable", "slot_positions")
-#: Kept in float32 (float64 beside float64) whatever pairs are stored as.
-WIDE = ("attention_received", "slot_mass")
 #: What ``rewindable`` is while a call overwrites what is visible; no call ends with it.
-OPEN = -1
-SLOTS = ("compressed_keys", "compressed_values")
+OPEN = _C.OPEN
+#: The dtype of every tensor, by the dtypes of pairs and of slots.
+_DTYPES = {
+    (pairs, slots): dict(zip(STATE, _C.state_types(pairs, slots), strict=True))
+    for pairs in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for slots in _C.slot_types(pairs)
+}
+#: Kept in float32 (float64 beside float64) whatever pairs are stored as.
+WIDE = tuple(
+    name
+    for name, dtype in _DTYPES[torch.bfloat16, torch.bfloat16].items()
+    if dtype == torch.float32
+)
 #: int8 slots are rows of multiples of a scale, which stands behind them as a float32.
 SCALE_BYTES = 4
 
@@ -72,19 +67,16 @@ def writing(clock: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def dtype_of(name: str, pairs: torch.dtype, slots: torch.dtype) -> torch.dtype:
     """The dtype of a tensor of a memory whose pairs have dtype `pairs` and whose slots `slots`."""
-    if name in COUNTS:
-        return torch.int64
-    if name in SLOTS:
-        return slots
-    wide = torch.float64 if pairs == torch.float64 else torch.float32
-    return wide if name in WIDE else pairs
+    if (pairs, slots) not in _DTYPES:
+        raise TypeError(
+            f"ctx.Memory: dtype must be float32, float64, bfloat16 or float16, got {pairs}"
+        )
+    return _DTYPES[pairs, slots][name]
 
 
 def slot_dtypes(pairs: torch.dtype) -> tuple[torch.dtype, ...]:
     """What slots may be stored as beside such pairs."""
-    if pairs in (torch.float32, torch.bfloat16, torch.float16):
-        return (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-    return (pairs,)
+    return tuple(_C.slot_types(pairs))
 
 
 def slots_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,50 +100,21 @@ def ring_positions(newest: Tensor, capacity: int) -> Tensor:
 
 @dataclass(frozen=True)
 class StateShape:
-    """Shapes of a memory's tensors, but for the number of rows."""
+    """Shapes of a layer's tensors for one row: of plain slots, and of int8 ones."""
 
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    window: int
-    compressed: int
-    sinks: int
-    used: bool = False
-    mass: bool = False
+    plain: tuple[tuple[int, ...], ...]
+    packed: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(
-        cls,
-        schedule: Schedule,
-        kv_heads: int,
-        head_dim: int,
-        value_dim: int,
-        max_rewind: int,
-        *,
-        overlap: int = 0,
-        used: bool = False,
-        mass: bool = False,
-    ) -> StateShape:
-        """The shapes that a schedule, a max_rewind and a compressor need."""
-        window = schedule._law.window_capacity(max_rewind) + overlap
-        compressed = schedule._law.compressed_capacity(max_rewind)
-        sizes = (window, compressed, schedule.sinks)
-        return cls(kv_heads, head_dim, value_dim, *sizes, used, mass)
+    def of(cls, schedule: Schedule, *sizes: int, **needed: Any) -> StateShape:
+        """What :func:`layer_shape` says."""
+        return cls.measured(layer_shape(schedule, *sizes, **needed))
 
-    def sizes(self, rows: int, slots: torch.dtype) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor for so many rows, and slots of this dtype."""
-        lengths = (self.window, self.compressed, self.sinks)
-        widths = (self.head_dim, self.value_dim)
-        pairs = [(rows, self.kv_heads, length, width) for length in lengths for width in widths]
-        if slots == torch.int8:
-            pairs[2:4] = [(*size[:3], size[3] + SCALE_BYTES) for size in pairs[2:4]]
-        needed = (
-            (self.window, self.used),
-            (self.compressed, self.used),
-            (self.compressed, self.mass),
-        )
-        rest = [(rows, self.kv_heads, length if is_needed else 0) for length, is_needed in needed]
-        return dict(zip(TENSORS, [*pairs, *rest], strict=True))
+    @classmethod
+    def measured(cls, shape: _C.LayerShape) -> StateShape:
+        """Of the engine's own."""
+        made = (shape.sizes(1, slots)[: len(TENSORS)] for slots in (torch.float32, torch.int8))
+        return cls(*(tuple(map(tuple, sizes)) for sizes in made))
 
     def zeros(
         self,
@@ -160,14 +123,33 @@ class StateShape:
         device: torch.device | str,
         slots: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """Empty rings in the order of :data:`TENSORS`; slots of another dtype where it is given."""
+        """Empty rings in the order of :data:`TENSORS`; slots of another dtype where it is given.
+
+        Out of torch's own functions: graphs are traced through it.
+        """
         slots = slots or dtype
-        sizes = self.sizes(rows, slots)
+        sizes = self.packed if slots == torch.int8 else self.plain
         with ordinary():
             return [
-                torch.zeros(sizes[name], device=device, dtype=dtype_of(name, dtype, slots))
-                for name in TENSORS
+                torch.zeros(rows, *size[1:], device=device, dtype=dtype_of(name, dtype, slots))
+                for name, size in zip(TENSORS, sizes, strict=True)
             ]
+
+
+def layer_shape(
+    schedule: Schedule,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    max_rewind: int,
+    *,
+    overlap: int = 0,
+    used: bool = False,
+    mass: bool = False,
+) -> _C.LayerShape:
+    """The shapes that a schedule, a max_rewind and a compressor need."""
+    sizes = (overlap, kv_heads, head_dim, value_dim, max_rewind)
+    return _C.LayerShape(schedule._law, *sizes, used, mass)
 
 
 def empty_clock(rows: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@
 #include "ctx/compressor.h"
 #include "ctx/export.h"
 #include "ctx/memory.h"
+#include "ctx/rows.h"
 #include "ctx/schedule.h"
 #include "ctx/settings.h"
 #include "ctx/snapshot.h"

@@ -9,7 +9,6 @@
 #include <c10/core/Device.h>
 #include <c10/core/ScalarType.h>
 
-#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -18,6 +17,7 @@
 #include "ctx/attention.h"
 #include "ctx/compressor.h"
 #include "ctx/export.h"
+#include "ctx/rows.h"
 #include "ctx/schedule.h"
 #include "ctx/snapshot.h"
 
@@ -50,7 +50,7 @@ struct MemoryOptions {
 
 class CTX_API KVMemory {
  public:
-  using Tensors = std::array<at::Tensor, 11>;
+  using Tensors = rows::State;
 
   // Allocates everything it will ever hold, zeroed. Throws what MemoryOptions::validate throws.
   explicit KVMemory(MemoryOptions options);
@@ -182,7 +182,6 @@ class CTX_API KVMemory {
   std::vector<at::Tensor> operands(const at::Tensor& k,
                                    const at::Tensor& v,
                                    const at::Tensor& plan) const;
-  at::Tensor checked_rows(const at::Tensor& rows, const char* where) const;
 
   MemoryOptions options_;
   Tensors tensors_;
