@@ -18,7 +18,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr const char* kWhere = "ctx.compressive_attention";
+constexpr const char* kAttentionWhere = "ctx.compressive_attention";
 
 OptionalTensor detached(const OptionalTensor& x) {
   return x ? OptionalTensor(x->detach()) : std::nullopt;
@@ -93,25 +93,26 @@ Tensor compressive_attention(const Tensor& q,
                              bool constant_slots,
                              const OptionalTensor& lengths,
                              const OptionalTensor& reset_at) {
-  ops::check_shape(kWhere, "k", k, {{"B"}, {"Hkv"}, {"T"}, {"D"}});
-  ops::check_shape(kWhere, "q", q, {{"B", k.size(0)}, {"H"}, {"T", k.size(2)}, {"D", k.size(3)}});
+  ops::check_shape(kAttentionWhere, "k", k, {{"B"}, {"Hkv"}, {"T"}, {"D"}});
+  ops::check_shape(
+      kAttentionWhere, "q", q, {{"B", k.size(0)}, {"H"}, {"T", k.size(2)}, {"D", k.size(3)}});
   const AttentionSettings resolved =
       settings.resolved(q.size(3), compressor.reads_left(settings.schedule.ratio));
-  ops::check_rows(k, k.sym_size(2), lengths, reset_at, kWhere);
-  ops::check_lengths(lengths, k.size(2), kWhere);
+  ops::check_rows(k, k.sym_size(2), lengths, reset_at, kAttentionWhere);
+  ops::check_lengths(lengths, k.size(2), kAttentionWhere);
   std::vector<Tensor> rings;
   Tensor seen = at::zeros({k.size(0)}, k.options().dtype(at::kLong));
   if (!memory.empty()) {
     CTX_CHECK_VALUE(memory.size() == ops::kStateTensors,
-                    kWhere,
+                    kAttentionWhere,
                     "memory must be empty or ",
                     int{ops::kStateTensors},
                     " tensors, got ",
                     memory.size());
     rings.assign(memory.begin(), memory.begin() + ops::kRings);
-    ops::check_rings(rings, resolved.schedule, kWhere);
+    ops::check_rings(rings, resolved.schedule, kAttentionWhere);
     seen = memory[ops::kSeen];
-    ops::check_seen(seen, kWhere);
+    ops::check_seen(seen, kAttentionWhere);
   }
   const ops::PackedSettings packed = pack(resolved, compressor.name);
   const Tensor plan = ops::plan(

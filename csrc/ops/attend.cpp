@@ -14,7 +14,7 @@ using at::Tensor;
 using c10::SymInt;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr const char* kWhere = "ctx.attend";
+constexpr const char* kAttendWhere = "ctx.attend";
 
 Attended forward_elsewhere(const AttendCall& call, bool with_region_weights) {
   call.check();
@@ -75,50 +75,51 @@ std::vector<Tensor> backward_meta(const AttendCall& call,
 
 void AttendCall::check() const {
   const Settings x = settings();
-  check_shape(kWhere, "q", q, {{"B"}, {"H"}, {"T"}, {"D"}});
-  storage_of(q.scalar_type(), kWhere, "q");
+  check_shape(kAttendWhere, "q", q, {{"B"}, {"H"}, {"T"}, {"D"}});
+  storage_of(q.scalar_type(), kAttendWhere, "q");
   const SymInt batch = q.sym_size(0), tokens = q.sym_size(2), width = q.sym_size(3);
-  check_shape(kWhere, "k", k, {{"B", batch}, {"Hkv"}, {"T", tokens}, {"D", width}});
+  check_shape(kAttendWhere, "k", k, {{"B", batch}, {"Hkv"}, {"T", tokens}, {"D", width}});
   const SymInt kv_heads = k.sym_size(1);
-  check_shape(kWhere, "v", v, {{"B", batch}, {"Hkv", kv_heads}, {"T", tokens}, {"Dv"}});
+  check_shape(kAttendWhere, "v", v, {{"B", batch}, {"Hkv", kv_heads}, {"T", tokens}, {"Dv"}});
   for (const auto& [y, name] : {std::pair{k, "k"}, {v, "v"}})
-    check_type(kWhere, name, y, q.scalar_type(), " as q");
+    check_type(kAttendWhere, name, y, q.scalar_type(), " as q");
   CTX_CHECK_VALUE(kv_heads > 0 && q.sym_size(1) % kv_heads == 0,
-                  kWhere,
+                  kAttendWhere,
                   "q must have a multiple of Hkv = ",
                   kv_heads,
                   " heads, got ",
                   q.sym_size(1));
-  check_head_dim(x, width, kWhere);
-  const PlanTensors tensors(plan, batch, tokens, kWhere);
+  check_head_dim(x, width, kAttendWhere);
+  const PlanTensors tensors(plan, batch, tokens, kAttendWhere);
   CTX_CHECK_VALUE(slots.size() >= 2 && slots.size() <= 4,
-                  kWhere,
+                  kAttendWhere,
                   "slots must be keys, values, and perhaps mass and positions, got ",
                   slots.size());
   const SymInt groups = tensors.groups();
-  check_shape(kWhere,
+  check_shape(kAttendWhere,
               "slot keys",
               slots[0],
               {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}, {"D", width}});
-  check_shape(kWhere,
+  check_shape(kAttendWhere,
               "slot values",
               slots[1],
               {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}, {"Dv", v.sym_size(3)}});
   if (mass().defined())
-    check_shape(kWhere, "slot mass", slots[2], {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}});
+    check_shape(
+        kAttendWhere, "slot mass", slots[2], {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}});
   CTX_CHECK_VALUE(mass().defined() == x.slot_mass,
-                  kWhere,
+                  kAttendWhere,
                   "slots must have a mass where slot_mass is set, and none elsewhere, got ",
                   mass().defined() ? "one" : "none");
   if (single_tokens()) {
     check_shape(
-        kWhere, "slot positions", slots[3], {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}});
-    check_type(kWhere, "slot positions", slots[3], at::kLong);
+        kAttendWhere, "slot positions", slots[3], {{"B", batch}, {"Hkv", kv_heads}, {"G", groups}});
+    check_type(kAttendWhere, "slot positions", slots[3], at::kLong);
   }
-  check_score_operands(q, {bias, slopes, relative}, kWhere);
+  check_score_operands(q, {bias, slopes, relative}, kAttendWhere);
   if (memory.empty()) return;
-  check_rings(memory, x.schedule(), kWhere);
-  check_pairs(memory, k, v, kWhere);
+  check_rings(memory, x.schedule(), kAttendWhere);
+  check_pairs(memory, k, v, kAttendWhere);
 }
 
 std::vector<Tensor> AttendGradients::list() const {

@@ -14,7 +14,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kWhere = "ctx.attend";
+constexpr const char* kKernelsWhere = "ctx.attend";
 
 // The arguments of the kernels, and what they point to.
 class Prepared {
@@ -25,12 +25,12 @@ class Prepared {
   Prepared(const AttendCall& call, bool joined)
       : call_(call),
         settings_(call.settings()),
-        plan_(call.plan, call.q.size(0), call.q.size(2), kWhere),
+        plan_(call.plan, call.q.size(0), call.q.size(2), kKernelsWhere),
         spans_(call) {
     const Tensor& q = call.q;
     SpansArgs& a = args;
     a.clock = settings_.clock, a.rotary = settings_.rotary;
-    a.storage = storage_of(q.scalar_type(), kWhere, "q");
+    a.storage = storage_of(q.scalar_type(), kKernelsWhere, "q");
     a.device = device_index(q);
     a.batch = q.size(0), a.heads = q.size(1), a.tokens = q.size(2), a.head_dim = q.size(3);
     a.kv_heads = call.k.size(1), a.value_dim = call.v.size(3);
@@ -120,7 +120,7 @@ class Prepared {
       if (size == 0) return;
       const Tensor& ring = call_.memory[keys];
       const auto storage =
-          slot_storage_of(ring.scalar_type(), call_.q.scalar_type(), kWhere, "memory");
+          slot_storage_of(ring.scalar_type(), call_.q.scalar_type(), kKernelsWhere, "memory");
       span.size += size;
       span.past = {size,
                    ring.size(2),

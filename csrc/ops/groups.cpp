@@ -32,13 +32,13 @@ Pairs groups_meta(const Tensor& k,
   return {made(k), made(v)};
 }
 
-Pairs backward_meta(const Tensor& grad_k,
-                    const Tensor& grad_v,
-                    const Tensor& /*plan*/,
-                    SymInt tokens,
-                    at::ScalarType type,
-                    at::IntArrayRef /*packed*/,
-                    at::ArrayRef<double> /*numbers*/) {
+Pairs groups_backward_meta(const Tensor& grad_k,
+                           const Tensor& grad_v,
+                           const Tensor& /*plan*/,
+                           SymInt tokens,
+                           at::ScalarType type,
+                           at::IntArrayRef /*packed*/,
+                           at::ArrayRef<double> /*numbers*/) {
   const auto made = [&](const Tensor& grad) {
     return grad.new_empty_symint({grad.sym_size(0), grad.sym_size(1), tokens, grad.sym_size(4)},
                                  grad.options().dtype(type));
@@ -46,7 +46,7 @@ Pairs backward_meta(const Tensor& grad_k,
   return {made(grad_k), made(grad_v)};
 }
 
-auto backward_op() {
+auto groups_backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::evicted_groups_backward", "")
                              .typed<decltype(groups_backward_cpu)>();
@@ -85,13 +85,13 @@ class GroupsFunction : public torch::autograd::Function<GroupsFunction> {
     const Tensor plan = saved->get_saved_variables()[0];
     torch::autograd::variable_list result(6);
     std::tie(result[0], result[1]) =
-        backward_op().call(grads[0],
-                           grads[1],
-                           plan,
-                           data.at("tokens").toSymInt(),
-                           static_cast<at::ScalarType>(data.at("type").toInt()),
-                           data.at("settings").toIntVector(),
-                           data.at("numbers").toDoubleVector());
+        groups_backward_op().call(grads[0],
+                                  grads[1],
+                                  plan,
+                                  data.at("tokens").toSymInt(),
+                                  static_cast<at::ScalarType>(data.at("type").toInt()),
+                                  data.at("settings").toIntVector(),
+                                  data.at("numbers").toDoubleVector());
     return result;
   }
 };
@@ -109,19 +109,19 @@ Pairs groups_autograd(const Tensor& k,
 }
 
 // Where a backward is differentiated torch's own operators do it, which autograd records.
-Pairs backward_autograd(c10::DispatchKeySet keys,
-                        const Tensor& grad_k,
-                        const Tensor& grad_v,
-                        const Tensor& plan,
-                        SymInt tokens,
-                        at::ScalarType type,
-                        at::IntArrayRef settings,
-                        at::ArrayRef<double> numbers) {
+Pairs groups_backward_autograd(c10::DispatchKeySet keys,
+                               const Tensor& grad_k,
+                               const Tensor& grad_v,
+                               const Tensor& plan,
+                               SymInt tokens,
+                               at::ScalarType type,
+                               at::IntArrayRef settings,
+                               at::ArrayRef<double> numbers) {
   const bool differentiated =
       at::GradMode::is_enabled() && (needs_grad(grad_k) || needs_grad(grad_v));
   if (differentiated || is_recorded(grad_k, grad_v))
     return groups_backward_composite(grad_k, grad_v, plan, tokens, type, settings, numbers);
-  return backward_op().redispatch(
+  return groups_backward_op().redispatch(
       keys & c10::after_autograd_keyset, grad_k, grad_v, plan, tokens, type, settings, numbers);
 }
 
@@ -178,12 +178,12 @@ TORCH_LIBRARY_IMPL(ctx, CPU, m) {
 
 TORCH_LIBRARY_IMPL(ctx, Meta, m) {
   m.impl("evicted_groups", groups_meta);
-  m.impl("evicted_groups_backward", backward_meta);
+  m.impl("evicted_groups_backward", groups_backward_meta);
 }
 
 TORCH_LIBRARY_IMPL(ctx, Autograd, m) {
   m.impl("evicted_groups", groups_autograd);
-  m.impl("evicted_groups_backward", backward_autograd);
+  m.impl("evicted_groups_backward", groups_backward_autograd);
 }
 
 }  // namespace ctx::ops

@@ -18,17 +18,17 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kWhere = "ctx.rotary";
+constexpr const char* kRotaryWhere = "ctx.rotary";
 
 Rotary check(const Tensor& x,
              const Tensor& position,
              at::IntArrayRef settings,
              at::ArrayRef<double> numbers) {
-  check_shape(kWhere, "x", x, {{"B"}, {"heads"}, {"T"}, {"D"}});
-  check_shape(kWhere, "position", position, {{"B", x.sym_size(0)}, {"T", x.sym_size(2)}});
-  check_device(kWhere, "position", position, x.device(), " as x");
-  const Settings unpacked = unpack(settings, numbers, kWhere);
-  check_head_dim(unpacked, x.sym_size(3), kWhere);
+  check_shape(kRotaryWhere, "x", x, {{"B"}, {"heads"}, {"T"}, {"D"}});
+  check_shape(kRotaryWhere, "position", position, {{"B", x.sym_size(0)}, {"T", x.sym_size(2)}});
+  check_device(kRotaryWhere, "position", position, x.device(), " as x");
+  const Settings unpacked = unpack(settings, numbers, kRotaryWhere);
+  check_head_dim(unpacked, x.sym_size(3), kRotaryWhere);
   return unpacked.rotary;
 }
 
@@ -134,7 +134,7 @@ Tensor rotate(const Tensor& x, const Tensor& position, const Rotary& rotary) {
 Tensor rotated(const Tensor& x, const Tensor& position, const Rotary& rotary, bool inverse) {
   if (rotary.dim == 0) return x;
   RotateArgs args;
-  args.storage = storage_of(x.scalar_type(), kWhere, "x");
+  args.storage = storage_of(x.scalar_type(), kRotaryWhere, "x");
   args.rotary = rotary;
   args.inverse = inverse;
   args.device = device_index(x);
