@@ -35,11 +35,6 @@ struct CallList {
     add(x.memory);
     if (x.slopes) tensors.push_back(*x.slopes);
   }
-
-  int64_t first_bias() const { return 4 + slots; }
-  int64_t first_relative() const { return first_bias() + bias; }
-  int64_t first_memory() const { return first_relative() + relative; }
-  int64_t first_slopes() const { return first_memory() + memory; }
 };
 
 class AttendFunction : public torch::autograd::Function<AttendFunction> {
