@@ -19,6 +19,7 @@ set(CTX_SOURCES
     csrc/ops/attend_composite.cpp
     csrc/ops/attend_kernels.cpp
     csrc/ops/composite.cpp
+    csrc/ops/composite_backward.cpp
     csrc/ops/compress.cpp
     csrc/ops/derivatives.cpp
     csrc/ops/enlarged.cpp

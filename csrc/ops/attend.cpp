@@ -1,8 +1,9 @@
 // ctx::attend and ctx::attend_backward: registration, checks, shapes. The backward recomputes the
 // weights from the log-sum-exp instead of keeping them.
+#include "ops/attend.h"
+
 #include <torch/library.h>
 
-#include "ops/attend_entry.h"
 #include "ops/check.h"
 #include "ops/plan.h"
 #include "ops/shapes.h"
@@ -15,6 +16,48 @@ using c10::SymInt;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kAttendWhere = "ctx.attend";
+
+// From the arguments of the schemas to AttendCall.
+template <Attended (*Run)(const AttendCall&, bool)>
+Attended forward(const Tensor& q,
+                 const Tensor& k,
+                 const Tensor& v,
+                 const Tensor& plan,
+                 OptionalList memory,
+                 at::TensorList slots,
+                 const std::optional<at::Tensor>& bias,
+                 const std::optional<at::Tensor>& slopes,
+                 OptionalList relative,
+                 at::IntArrayRef settings,
+                 at::ArrayRef<double> numbers,
+                 bool with_region_weights) {
+  return Run(
+      {q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings, numbers},
+      with_region_weights);
+}
+
+template <std::vector<Tensor> (*Run)(const AttendCall&, const AttendOutputs&, bool)>
+std::vector<Tensor> backward(const Tensor& grad_out,
+                             const Tensor& grad_logsumexp,
+                             const Tensor& out,
+                             const Tensor& logsumexp,
+                             const Tensor& q,
+                             const Tensor& k,
+                             const Tensor& v,
+                             const Tensor& plan,
+                             OptionalList memory,
+                             at::TensorList slots,
+                             const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& slopes,
+                             OptionalList relative,
+                             at::IntArrayRef settings,
+                             at::ArrayRef<double> numbers,
+                             bool memory_grads) {
+  return Run(
+      {q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings, numbers},
+      {grad_out, grad_logsumexp, out, logsumexp},
+      memory_grads);
+}
 
 Attended forward_elsewhere(const AttendCall& call, bool with_region_weights) {
   call.check();
@@ -130,18 +173,45 @@ std::vector<Tensor> AttendGradients::list() const {
 }
 
 Attended attend(const AttendCall& x, bool with_region_weights) {
-  return attend_op().call(x.q,
-                          x.k,
-                          x.v,
-                          x.plan,
-                          x.memory,
-                          x.slots,
-                          x.bias,
-                          x.slopes,
-                          x.relative,
-                          x.packed,
-                          x.numbers,
-                          with_region_weights);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::attend", "")
+                             .typed<decltype(forward<forward_cpu>)>();
+  return op.call(x.q,
+                 x.k,
+                 x.v,
+                 x.plan,
+                 x.memory,
+                 x.slots,
+                 x.bias,
+                 x.slopes,
+                 x.relative,
+                 x.packed,
+                 x.numbers,
+                 with_region_weights);
+}
+
+std::vector<Tensor> attend_backward(const AttendCall& x,
+                                    const AttendOutputs& outputs,
+                                    bool memory_grads) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::attend_backward", "")
+                             .typed<decltype(backward<backward_cpu>)>();
+  return op.call(outputs.grad_out,
+                 outputs.grad_logsumexp,
+                 outputs.out,
+                 outputs.logsumexp,
+                 x.q,
+                 x.k,
+                 x.v,
+                 x.plan,
+                 x.memory,
+                 x.slots,
+                 x.bias,
+                 x.slopes,
+                 x.relative,
+                 x.packed,
+                 x.numbers,
+                 memory_grads);
 }
 
 #define CTX_ATTEND_SCHEMA                                                                       \
@@ -175,7 +245,7 @@ TORCH_LIBRARY_IMPL(ctx, Meta, m) {
 
 TORCH_LIBRARY_IMPL(ctx, Autograd, m) {
   m.impl("attend", forward<attend_autograd>);
-  m.impl("attend_backward", attend_backward_autograd);
+  m.impl("attend_backward", backward<attend_backward_autograd>);
 }
 
 }  // namespace ctx::ops

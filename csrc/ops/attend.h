@@ -57,6 +57,8 @@ struct AttendCall {
 // infinity there; region weights (new_region_weights).
 using Attended = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
+constexpr int kMemoryGrads = kSinkValues + 1;  // rings of pairs
+
 // Gradients of a call's arguments; [0] of what is not there.
 struct AttendGradients {
   at::Tensor q, k, v;
@@ -89,7 +91,16 @@ AttendGradients attend_backward_composite(const AttendCall& call,
                                           bool memory_grads,
                                           bool recorded);
 
-// Dispatches ctx::attend.
+// With the gradients of autograd, of every order and mode (attend_autograd.cpp).
+Attended attend_autograd(const AttendCall& call, bool with_region_weights);
+std::vector<at::Tensor> attend_backward_autograd(const AttendCall& call,
+                                                 const AttendOutputs& outputs,
+                                                 bool memory_grads);
+
+// Dispatch ctx::attend and its backward.
 Attended attend(const AttendCall& call, bool with_region_weights);
+std::vector<at::Tensor> attend_backward(const AttendCall& call,
+                                        const AttendOutputs& outputs,
+                                        bool memory_grads);
 
 }  // namespace ctx::ops

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "ops/attend_entry.h"
+#include "ops/attend.h"
 #include "ops/derivatives.h"
 
 namespace ctx::ops {
@@ -66,25 +66,27 @@ class AttendFunction : public torch::autograd::Function<AttendFunction> {
     const int64_t first_bias = 6 + slots, first_relative = first_bias + bias;
     const int64_t first_memory = first_relative + relative;
     const at::TensorList all(x);
+    const auto optional = [&](bool given, int64_t at) {
+      return given ? OptionalTensor(x[at]) : std::nullopt;
+    };
+    const OptionalTensor bias_of_slots = optional(bias, first_bias);
+    const OptionalTensor slopes_of_heads = optional(slopes, first_memory + memory);
+    const auto settings = saved->saved_data["settings"].toIntVector();
+    const auto numbers = saved->saved_data["numbers"].toDoubleVector();
+    const AttendCall call{x[2],
+                          x[3],
+                          x[4],
+                          x[5],
+                          all.slice(first_memory, memory),
+                          all.slice(6, slots),
+                          bias_of_slots,
+                          slopes_of_heads,
+                          all.slice(first_relative, relative),
+                          settings,
+                          numbers};
     const Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(x[0]);
     const Tensor grad_logsumexp = grads[1].defined() ? grads[1] : at::zeros_like(x[1]);
-    const auto made =
-        attend_backward_op().call(grad_out,
-                                  grad_logsumexp,
-                                  x[0],
-                                  x[1],
-                                  x[2],
-                                  x[3],
-                                  x[4],
-                                  x[5],
-                                  all.slice(first_memory, memory),
-                                  all.slice(6, slots),
-                                  bias ? OptionalTensor(x[first_bias]) : std::nullopt,
-                                  slopes ? OptionalTensor(x[first_memory + memory]) : std::nullopt,
-                                  all.slice(first_relative, relative),
-                                  saved->saved_data["settings"].toIntVector(),
-                                  saved->saved_data["numbers"].toDoubleVector(),
-                                  memory_grads);
+    const auto made = attend_backward(call, {grad_out, grad_logsumexp, x[0], x[1]}, memory_grads);
     // One for each tensor of the list, and for each other argument of forward.
     variable_list result(x.size() - 2 + 4);
     for (int i = 0; i < 3; ++i) result[i] = made[i];
@@ -142,51 +144,19 @@ Attended attend_autograd(const AttendCall& call, bool with_region_weights) {
 }
 
 // Where a backward is differentiated it is recorded, too, so every order has its value.
-std::vector<Tensor> attend_backward_autograd(c10::DispatchKeySet keys,
-                                             const Tensor& grad_out,
-                                             const Tensor& grad_logsumexp,
-                                             const Tensor& out,
-                                             const Tensor& logsumexp,
-                                             const Tensor& q,
-                                             const Tensor& k,
-                                             const Tensor& v,
-                                             const Tensor& plan,
-                                             OptionalList memory,
-                                             at::TensorList slots,
-                                             const OptionalTensor& bias,
-                                             const OptionalTensor& slopes,
-                                             OptionalList relative,
-                                             at::IntArrayRef settings,
-                                             at::ArrayRef<double> numbers,
+std::vector<Tensor> attend_backward_autograd(const AttendCall& call,
+                                             const AttendOutputs& x,
                                              bool memory_grads) {
-  const AttendCall call{
-      q, k, v, plan, or_empty(memory), slots, bias, slopes, or_empty(relative), settings, numbers};
-  const AttendOutputs outputs{grad_out, grad_logsumexp, out, logsumexp};
   const auto some = [&](bool (*has)(const Tensor&)) {
-    return has(grad_out) || has(grad_logsumexp) || has(out) || has(logsumexp) ||
+    return has(x.grad_out) || has(x.grad_logsumexp) || has(x.out) || has(x.logsumexp) ||
            differentiable(call, has);
   };
   if (is_transformed() || some(tangent) || (at::GradMode::is_enabled() && some(needs))) {
     const auto precision = own_precision();
-    return attend_backward_composite(call, outputs, memory_grads, /*recorded=*/true).list();
+    return attend_backward_composite(call, x, memory_grads, /*recorded=*/true).list();
   }
-  return attend_backward_op().redispatch(keys & c10::after_autograd_keyset,
-                                         grad_out,
-                                         grad_logsumexp,
-                                         out,
-                                         logsumexp,
-                                         q,
-                                         k,
-                                         v,
-                                         plan,
-                                         memory,
-                                         slots,
-                                         bias,
-                                         slopes,
-                                         relative,
-                                         settings,
-                                         numbers,
-                                         memory_grads);
+  at::AutoDispatchBelowADInplaceOrView below;
+  return attend_backward(call, x, memory_grads);
 }
 
 }  // namespace ctx::ops
