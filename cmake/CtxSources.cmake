@@ -28,7 +28,6 @@ set(CTX_SOURCES
     csrc/ops/groups_cpu.cpp
     csrc/ops/memory.cpp
     csrc/ops/plan.cpp
-    csrc/ops/plan_composite.cpp
     csrc/ops/reader.cpp
     csrc/ops/registry.cpp
     csrc/ops/relative.cpp
@@ -47,6 +46,7 @@ set(CTX_CPU_KERNEL_SOURCES
     csrc/kernels/cpu/attend.cpp
     csrc/kernels/cpu/choose.cpp
     csrc/kernels/cpu/compress.cpp
+    csrc/kernels/cpu/plan.cpp
     csrc/kernels/cpu/rotary.cpp
     csrc/kernels/cpu/spans_backward.cpp
     csrc/kernels/cpu/spans_forward.cpp
@@ -65,6 +65,7 @@ set(CTX_CUDA_KERNEL_SOURCES
     csrc/kernels/cuda/attend_mma_bfloat16.cu
     csrc/kernels/cuda/attend_mma_float16.cu
     csrc/kernels/cuda/compress.cu
+    csrc/kernels/cuda/plan.cu
     csrc/kernels/cuda/rotary.cu
     csrc/kernels/cuda/runtime.cu
     csrc/kernels/cuda/spans_backward.cu

@@ -147,6 +147,7 @@ def whole_groups(plan, settings, tokens):
     header = torch.ops.ctx.plan(torch.zeros(1, dtype=torch.int64), None, None, 0, settings, False)
     columns = plan[:, header.shape[1] :]
     position, groups = columns[:, :tokens], columns[:, 4 * tokens :]
+    groups = groups[:, : groups.shape[1] // 2 * 2]  # a last column says that rows may begin anew
     place, number = groups.chunk(2, 1)
     last = place + ratio - 1
     token = number * ratio + sinks + ratio - 1

@@ -65,7 +65,7 @@ Attended forward_elsewhere(const AttendCall& call, bool with_region_weights) {
   return attend_composite(call, with_region_weights, /*recorded=*/false);
 }
 
-Attended forward_cpu(const AttendCall& call, bool with_region_weights) {
+Attended forward_by_kernels(const AttendCall& call, bool with_region_weights) {
   call.check();
   const auto precision = own_precision();
   return has_kernels(call) ? attend_by_kernels(call, with_region_weights)
@@ -88,9 +88,9 @@ std::vector<Tensor> backward_elsewhere(const AttendCall& call,
   return attend_backward_composite(call, outputs, memory_grads, /*recorded=*/false).list();
 }
 
-std::vector<Tensor> backward_cpu(const AttendCall& call,
-                                 const AttendOutputs& outputs,
-                                 bool memory_grads) {
+std::vector<Tensor> backward_by_kernels(const AttendCall& call,
+                                        const AttendOutputs& outputs,
+                                        bool memory_grads) {
   if (!has_kernels(call)) return backward_elsewhere(call, outputs, memory_grads);
   const auto precision = own_precision();
   return attend_backward_by_kernels(call, outputs, memory_grads).list();
@@ -175,7 +175,7 @@ std::vector<Tensor> AttendGradients::list() const {
 Attended attend(const AttendCall& x, bool with_region_weights) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::attend", "")
-                             .typed<decltype(forward<forward_cpu>)>();
+                             .typed<decltype(forward<forward_by_kernels>)>();
   return op.call(x.q,
                  x.k,
                  x.v,
@@ -195,7 +195,7 @@ std::vector<Tensor> attend_backward(const AttendCall& x,
                                     bool memory_grads) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::attend_backward", "")
-                             .typed<decltype(backward<backward_cpu>)>();
+                             .typed<decltype(backward<backward_by_kernels>)>();
   return op.call(outputs.grad_out,
                  outputs.grad_logsumexp,
                  outputs.out,
@@ -234,8 +234,13 @@ TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(ctx, CPU, m) {
-  m.impl("attend", forward<forward_cpu>);
-  m.impl("attend_backward", backward<backward_cpu>);
+  m.impl("attend", forward<forward_by_kernels>);
+  m.impl("attend_backward", backward<backward_by_kernels>);
+}
+
+TORCH_LIBRARY_IMPL(ctx, CUDA, m) {
+  m.impl("attend", forward<forward_by_kernels>);
+  m.impl("attend_backward", backward<backward_by_kernels>);
 }
 
 TORCH_LIBRARY_IMPL(ctx, Meta, m) {

@@ -77,7 +77,7 @@ struct AttendOutputs {
   const at::Tensor& logsumexp;
 };
 
-// By the CPU's kernels (attend_kernels.cpp), for what they know.
+// By the device's kernels (attend_kernels.cpp), for what they know.
 bool has_kernels(const AttendCall& call);
 Attended attend_by_kernels(const AttendCall& call, bool with_region_weights);
 AttendGradients attend_backward_by_kernels(const AttendCall& call,

@@ -7,6 +7,7 @@
 #include "ops/layout.h"
 #include "ops/registry.h"
 #include "ops/relative.h"
+#include "ops/rotary.h"
 #include "ops/spans.h"
 
 namespace ctx::ops {
@@ -23,13 +24,10 @@ class Prepared {
 
   // `joined`: the memory's keys are copied, in order, so that they have gradients.
   Prepared(const AttendCall& call, bool joined)
-      : call_(call),
-        settings_(call.settings()),
-        plan_(call.plan, call.q.size(0), call.q.size(2), kKernelsWhere),
-        spans_(call) {
+      : call_(call), settings_(call.settings()), spans_(call) {
     const Tensor& q = call.q;
     SpansArgs& a = args;
-    a.clock = settings_.clock, a.rotary = settings_.rotary;
+    a.clock = settings_.clock, a.rotary = on_device(settings_.rotary, q.device());
     a.storage = storage_of(q.scalar_type(), kKernelsWhere, "q");
     a.device = device_index(q);
     a.batch = q.size(0), a.heads = q.size(1), a.tokens = q.size(2), a.head_dim = q.size(3);
@@ -62,17 +60,14 @@ class Prepared {
   }
 
   // A quantity of the plan, [B, T] contiguous; a header column, [B].
+  const int64_t* keep_integers(const Tensor& x) {
+    return keep(x.contiguous()).const_data_ptr<int64_t>();
+  }
   const int64_t* keep_tokens(PlanToken quantity) {
-    auto& values = integers_.emplace_back(args.batch * args.tokens);
-    for (int64_t b = 0; b < args.batch; ++b)
-      for (int64_t i = 0; i < args.tokens; ++i)
-        values[b * args.tokens + i] = plan_.token(b, quantity, i);
-    return values.data();
+    return keep_integers(spans_.plan().token(quantity));
   }
   const int64_t* keep_header(PlanColumn column) {
-    auto& values = integers_.emplace_back(args.batch);
-    for (int64_t b = 0; b < args.batch; ++b) values[b] = plan_.header(b, column);
-    return values.data();
+    return keep_integers(spans_.plan().header(column));
   }
 
   const int64_t* keep_first(Region region) {
@@ -137,15 +132,14 @@ class Prepared {
 
   const AttendCall& call_;
   Settings settings_;
-  PlanRows plan_;
   CallSpans spans_;
   std::optional<RelativeQueries> queries_;
   std::list<Tensor> kept_;
-  std::list<std::vector<int64_t>> integers_;
 };
 
 // [B, H] summed over rows, one row after the other: at::sum cuts long sums by the number of threads.
 Tensor sum_rows(const Tensor& x) {
+  if (!kernels_for(x.device().type()).host_reads) return x.sum(0);
   const Tensor sum = at::zeros({x.size(1)}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "sum_rows", [&] {
     const auto* from = x.const_data_ptr<scalar_t>();
@@ -159,6 +153,7 @@ Tensor sum_rows(const Tensor& x) {
 }  // namespace
 
 bool has_kernels(const AttendCall& call) {
+  if (!has_kernels(call.q.device().type())) return false;
   // Distances to slots that are single tokens follow from no number of theirs.
   const bool distances = call.slopes.has_value() || !call.relative.empty();
   return !(distances && call.single_tokens() && call.settings().clock.token_distance);

@@ -40,7 +40,7 @@ void copy_entries(const Tensor& from, const Tensor& to, int64_t b, Range numbers
 
 bool Enlarged::pays(const Memory& memory, const PlanRows& plan) {
   return plan.tokens() > memory.max_rewind && memory.max_rewind < kBlockTokens &&
-         memory.rings[kWindowKeys].is_cpu();
+         memory.kernels().host_reads;
 }
 
 Enlarged::Enlarged(const Memory& memory, const PlanRows& plan, const char* where)

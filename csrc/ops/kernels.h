@@ -106,20 +106,26 @@ struct MemoryView {
   int64_t* slot_positions = nullptr;
 };
 
-// A piece of a call: tokens offset ... offset + tokens - 1 of it. Row b holds token origin[b] +
-// offset first (negative: a token before the stream), and lengths[b] (or all) of the call's tokens.
+// A piece of a call: tokens offset ... offset + tokens - 1 of it, in each row that has them.
 struct Block {
-  const int64_t* origin = nullptr;   // position of the call's first token in each row's stream
-  const int64_t* lengths = nullptr;  // null: every row is as long as the call
+  const int64_t* origin = nullptr;   // number, in each row's stream, of the call's token origin_at;
+                                     // negative where the stream begins later
+  const int64_t* lengths = nullptr;  // tokens of the call that a row brings; null: all
   int64_t offset = 0;
   int64_t tokens = 0;
+  int64_t origin_at = 0;
+  int64_t row_stride = 1;  // from one row's entry of origin and lengths to the next
 
-  CTX_HOST_DEVICE int64_t first(int64_t b) const { return origin[b] + offset; }
+  CTX_HOST_DEVICE int64_t first(int64_t b) const {
+    return origin[b * row_stride] + (offset - origin_at);
+  }
   CTX_HOST_DEVICE int64_t count(int64_t b) const {
     if (lengths == nullptr) return tokens;
-    const int64_t left = lengths[b] - offset;
+    const int64_t left = lengths[b * row_stride] - offset;
     return left < 0 ? 0 : left < tokens ? left : tokens;
   }
+  // Place in the call at which the row's stream starts; negative: before it.
+  CTX_HOST_DEVICE int64_t start(int64_t b) const { return offset - first(b); }
 };
 
 struct AppendArgs {
@@ -152,10 +158,11 @@ struct CompressArgs {
       false;  // parameters are stored in the arithmetic's type, not in the memory's
   // As compressor.h orders them, null where absent; contiguous.
   const void* parameters[6] = {nullptr};
-  // A call's slots lie where their groups' blocks are (group_block): G of them, the first in this
-  // block, [B].
+  // A call's slots lie where their groups' blocks are (group_block): G of them, row b's first in
+  // block slot_block[b * slot_block_stride].
   int64_t slots = 0;  // G
   const int64_t* slot_block = nullptr;
+  int64_t slot_block_stride = 1;
   // kGiven: slots [B, Hkv, G, width] in the arithmetic's type, un-rotated.
   Strided slot_keys;
   Strided slot_values;
@@ -189,6 +196,33 @@ struct AttendArgs {
   // Adds what the block's queries gave to each token of the window, averaged over the query heads
   // of a kv head, to memory.usage.
   bool count_usage = false;
+};
+
+// ops/plan_layout.h says what stands in a plan.
+struct PlanArgs {
+  Schedule schedule;
+  bool carried = false;  // whether there is a memory that precedes the call
+  bool resets = false;   // whether rows may begin anew inside the call
+  int device = 0;
+  int64_t batch = 0;
+  int64_t tokens = 0;
+  int64_t groups = 0;
+  const int64_t* seen = nullptr;     // [B]
+  const int64_t* lengths = nullptr;  // [B]; null: all are as long as the call
+  const bool* reset_at = nullptr;    // [B, T]; null: no row begins anew
+  int64_t* plan = nullptr;           // [B, columns], contiguous; written
+};
+
+struct AdvanceArgs {
+  int device = 0;
+  int64_t batch = 0;
+  int64_t columns = 0;
+  int64_t max_rewind = 0;
+  const int64_t* plan = nullptr;  // [B, columns], contiguous
+  int64_t* seen = nullptr;        // [B]; written
+  int64_t seen_stride = 1;
+  int64_t* rewindable = nullptr;  // [B]; written
+  int64_t rewindable_stride = 1;
 };
 
 struct RotateArgs {
@@ -283,6 +317,11 @@ constexpr int64_t kSpanWidthStep = 16;
 // one. Arithmetic is float32, float64 for float64.
 struct Kernels {
   const char* name = "";  // what the kernels were built for: an instruction set, an architecture
+  // Whether the host may read what tensors hold; else it is never waited for.
+  bool host_reads = true;
+  // Fills the plan of a call, and counts a call's tokens in the clock of its rows.
+  void (*plan)(const PlanArgs&) = nullptr;
+  void (*advance)(const AdvanceArgs&) = nullptr;
   // Rotates every row of [B, heads, T, D] to its token's position, or back.
   void (*rotate)(const RotateArgs&) = nullptr;
   // Rotates the block's keys to their positions and writes pairs into the window ring, or the

@@ -4,6 +4,7 @@
 
 #include "ops/check.h"
 #include "ops/layout.h"
+#include "ops/rotary.h"
 
 namespace ctx::ops {
 
@@ -27,7 +28,7 @@ Memory::Memory(at::TensorList tensors, const Settings& given, const char* where)
                   " entries for these settings, got ",
                   rings[kSlotMass].sizes());
   view.clock = settings.clock;
-  view.rotary = settings.rotary;
+  view.rotary = on_device(settings.rotary, keys.device());
   view.storage = storage_of(keys.scalar_type(), where, "window_keys");
   view.compressed_storage = slot_storage_of(
       rings[kCompressedKeys].scalar_type(), keys.scalar_type(), where, "compressed_keys");

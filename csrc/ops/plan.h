@@ -10,34 +10,9 @@
 
 #include <optional>
 
-#include "ctx/schedule.h"
+#include "ops/plan_layout.h"
 
 namespace ctx::ops {
-
-// The columns: a header, then for each of T tokens and for each of G groups one column per quantity.
-enum PlanColumn : int64_t {
-  kPlanSeen,        // tokens of the carried stream before the call
-  kPlanCount,       // tokens that the row brings
-  kPlanBlock,       // group_block of the carried stream's first group that is not made yet
-  kPlanFirstToken,  // number of the first token, slot and sink of the memory that precede the call's
-  kPlanFirstSlot,   //   in the three spans that queries attend to
-  kPlanFirstSink,
-  kPlanOldestToken,  // the first that the next token of the carried stream can see
-  kPlanOldestSlot,
-  kPlanHeader
-};
-enum PlanToken : int64_t {
-  kPlanPosition,  // number of the token in its stream; -1: padding
-  kPlanTokenKey,  // number, in the token's stream, of the first key of the window's span
-  kPlanSlotKey,   //   of the span of slots
-  kPlanSinkKey,   //   of the span of sinks
-  kPlanPerToken
-};
-enum PlanGroup : int64_t {
-  kPlanPlace,   // place of the group's first token
-  kPlanNumber,  // number of the group in its stream
-  kPlanPerGroup
-};
 
 // Groups that a plan lays out: one for each that can fall due or, where rows begin anew inside the
 // call, for each block (group_block) of places from the first that a carried group begins in.
@@ -60,6 +35,8 @@ class PlanTensors {
   at::Tensor group(PlanGroup quantity) const;                                     // [B, G]
   const c10::SymInt& tokens() const { return tokens_; }
   const c10::SymInt& groups() const { return groups_; }
+  // Whether rows may begin anew inside the call.
+  bool resets() const { return plan_.sym_size(1) > plan_columns(tokens_, groups_); }
   const at::Tensor& tensor() const { return plan_; }
 
  private:
@@ -68,7 +45,7 @@ class PlanTensors {
   c10::SymInt groups_;
 };
 
-// The plan of a call as the host reads it. CPU tensors only; keeps the tensor.
+// The plan of a call as kernels take it; keeps the tensor.
 class PlanRows {
  public:
   PlanRows(const at::Tensor& plan, int64_t batch, int64_t tokens, const char* where);
@@ -76,6 +53,14 @@ class PlanRows {
   int64_t batch() const { return plan_.size(0); }
   int64_t tokens() const { return tokens_; }
   int64_t groups() const { return groups_; }
+  // Whether rows may begin anew inside the call.
+  bool resets() const { return width_ > plan_columns(tokens_, groups_); }
+  // Row 0's entry; the next row's is row_stride() behind it.
+  const int64_t* column(PlanColumn column) const { return data_ + column; }
+  const int64_t* position(int64_t token) const { return data_ + kPlanHeader + token; }
+  int64_t row_stride() const { return width_; }
+
+  // Where the host reads what tensors hold.
   int64_t header(int64_t b, PlanColumn column) const { return row(b)[column]; }
   int64_t token(int64_t b, PlanToken quantity, int64_t i) const {
     return row(b)[kPlanHeader + quantity * tokens_ + i];

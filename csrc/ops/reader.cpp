@@ -60,8 +60,8 @@ bool Reader::many(const Block& block) const {
   const int64_t rows = block.tokens * (args_.heads / m.kv_heads);
   const bool threads_share = m.kv_heads > 1 || rows >= 8 * kManyRows;
   const bool single_tokens = m.slot_positions != nullptr && m.clock.token_distance;
-  return block.tokens > 1 && rows >= kManyRows && threads_share &&
-         memory_.kernels().spans_forward != nullptr && !args_.count_usage &&
+  return block.tokens > 1 && rows >= kManyRows && threads_share && memory_.kernels().host_reads &&
+         !args_.count_usage &&
          !((args_.slopes != nullptr || args_.relative.dim > 0) && single_tokens);
 }
 

@@ -35,6 +35,8 @@ const Kernels& kernels_for(c10::DeviceType type) {
   return found.choose();
 }
 
+bool has_kernels(c10::DeviceType type) { return entry(type).choose != nullptr; }
+
 const std::vector<std::string>& variants_for(c10::DeviceType type) { return entry(type).variants; }
 
 }  // namespace ctx::ops

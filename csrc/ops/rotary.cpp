@@ -6,6 +6,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <map>
+#include <mutex>
+
 #include "ops/check.h"
 #include "ops/derivatives.h"
 #include "ops/layout.h"
@@ -32,13 +35,6 @@ Rotary check(const Tensor& x,
   return unpacked.rotary;
 }
 
-Tensor rotary(const Tensor& x,
-              const Tensor& position,
-              at::IntArrayRef settings,
-              at::ArrayRef<double> numbers) {
-  return rotated(x, position, check(x, position, settings, numbers));
-}
-
 Tensor rotary_meta(const Tensor& x,
                    const Tensor& /*position*/,
                    at::IntArrayRef /*settings*/,
@@ -50,8 +46,9 @@ Tensor call(const Tensor& x,
             const Tensor& position,
             at::IntArrayRef settings,
             at::ArrayRef<double> numbers) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("ctx::rotary", "").typed<decltype(rotary)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::rotary", "")
+                             .typed<decltype(rotary_meta)>();
   return op.call(x, position, settings, numbers);
 }
 
@@ -113,6 +110,14 @@ Tensor rotary_elsewhere(const Tensor& x,
   return rotary_composite(x, position, check(x, position, settings, numbers));
 }
 
+Tensor rotary_by_kernels(const Tensor& x,
+                         const Tensor& position,
+                         at::IntArrayRef settings,
+                         at::ArrayRef<double> numbers) {
+  if (!has_kernels(x.device().type())) return rotary_elsewhere(x, position, settings, numbers);
+  return rotated(x, position, check(x, position, settings, numbers));
+}
+
 Tensor rotary_autograd(const Tensor& x,
                        const Tensor& position,
                        at::IntArrayRef settings,
@@ -131,11 +136,24 @@ Tensor rotate(const Tensor& x, const Tensor& position, const Rotary& rotary) {
   return call(x, position, packed.settings, packed.numbers);
 }
 
+Rotary on_device(const Rotary& rotary, at::Device device) {
+  if (rotary.dim == 0 || kernels_for(device.type()).host_reads) return rotary;
+  static std::mutex mutex;
+  static std::map<std::pair<int, std::vector<double>>, Tensor> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::vector<double> numbers(rotary.inv_freq, rotary.inv_freq + rotary.dim / 2);
+  Tensor& there = all[{device.index(), numbers}];
+  if (!there.defined()) there = at::tensor(numbers, at::kDouble).to(device);
+  Rotary moved = rotary;
+  moved.inv_freq = there.const_data_ptr<double>();
+  return moved;
+}
+
 Tensor rotated(const Tensor& x, const Tensor& position, const Rotary& rotary, bool inverse) {
   if (rotary.dim == 0) return x;
   RotateArgs args;
   args.storage = storage_of(x.scalar_type(), kRotaryWhere, "x");
-  args.rotary = rotary;
+  args.rotary = on_device(rotary, x.device());
   args.inverse = inverse;
   args.device = device_index(x);
   args.batch = x.size(0), args.heads = x.size(1), args.tokens = x.size(2);
@@ -155,7 +173,8 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(ctx, CPU, m) { m.impl("rotary", rotary); }
+TORCH_LIBRARY_IMPL(ctx, CPU, m) { m.impl("rotary", rotary_by_kernels); }
+TORCH_LIBRARY_IMPL(ctx, CUDA, m) { m.impl("rotary", rotary_by_kernels); }
 TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) { m.impl("rotary", rotary_elsewhere); }
 TORCH_LIBRARY_IMPL(ctx, Meta, m) { m.impl("rotary", rotary_meta); }
 TORCH_LIBRARY_IMPL(ctx, Autograd, m) { m.impl("rotary", rotary_autograd); }

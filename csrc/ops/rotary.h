@@ -16,4 +16,8 @@ at::Tensor rotated(const at::Tensor& x,
                    const Rotary& rotary,
                    bool inverse = false);
 
+// With frequencies that kernels of the device can read, kept for as long as the program runs. The first
+// use of numbers waits for the device.
+Rotary on_device(const Rotary& rotary, at::Device device);
+
 }  // namespace ctx::ops

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "ops/finite.h"
 #include "ops/rings.h"
 #include "ops/rotary.h"
 
@@ -35,17 +34,10 @@ int64_t CallSpans::past(Region region) const {
   return region == kSinks ? s.sinks : region == kCompressed ? s.compressed : s.max_window();
 }
 
-// Where rows begin anew a sink may stand anywhere, and what a device says is not known here.
+// Where rows begin anew a sink may stand anywhere.
 int64_t CallSpans::find_own_sinks() const {
   const int64_t sinks = settings_.schedule().sinks, tokens = call_.k.size(2);
-  if (sinks == 0 || tokens == 0) return 0;
-  if (!is_readable(call_.plan)) return tokens;
-  const PlanRows rows(call_.plan, call_.plan.size(0), tokens, "ctx.attend");
-  for (int64_t b = 0; b < rows.batch(); ++b) {
-    for (int64_t i = 1; i < tokens; ++i)
-      if (rows.token(b, kPlanTokenKey, i) != rows.token(b, kPlanTokenKey, 0)) return tokens;
-  }
-  return std::min(tokens, sinks);
+  return plan_.resets() && sinks > 0 ? tokens : std::min(tokens, sinks);
 }
 
 Tensor CallSpans::own_keys() const {

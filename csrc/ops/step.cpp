@@ -23,7 +23,9 @@ void bump_versions(at::TensorList rings) {
   for (const Tensor& ring : rings) ring.unsafeGetTensorImpl()->bump_version();
 }
 
-void check_carried(const PlanRows& plan, const Schedule& schedule, const char* where) {
+void check_carried(const Memory& memory, const PlanRows& plan, const char* where) {
+  if (!memory.kernels().host_reads) return;
+  const Schedule& schedule = memory.settings.schedule();
   for (int64_t b = 0; b < plan.batch(); ++b) {
     const int64_t seen = plan.header(b, kPlanSeen);
     CTX_CHECK_VALUE(seen >= 0 && seen <= Schedule::kLastPosition &&
@@ -41,9 +43,8 @@ std::tuple<Tensor, Tensor> read(const Memory& memory,
                                 const ScoreOperands& scores,
                                 bool with_region_weights) {
   Reader reader(memory, q, scores, with_region_weights, /*counts=*/false);
-  std::vector<int64_t> first;
-  for (int64_t b = 0; b < plan.batch(); ++b) first.push_back(plan.header(b, kPlanSeen));
-  if (q.size(2) > 0) reader.attend({first.data(), nullptr, 0, q.size(2)});
+  const Block block{plan.column(kPlanSeen), nullptr, 0, q.size(2), 0, plan.row_stride()};
+  if (block.tokens > 0) reader.attend(block);
   return reader.result();
 }
 
@@ -76,7 +77,7 @@ Stepped step(const Tensor& q,
     };
     return {out, weights, none(), none()};
   }
-  check_carried(rows, memory.settings.schedule(), where);
+  check_carried(memory, rows, where);
   std::optional<Enlarged> enlarged;
   if (Enlarged::pays(memory, rows)) enlarged.emplace(memory, rows, where);
   const Memory& written = enlarged ? enlarged->memory() : memory;
@@ -108,7 +109,7 @@ void append(const Tensor& k,
   const Memory memory(list, unpacked, where);
   check_pairs(memory.rings, k, v, where);
   const PlanRows rows(plan, k.size(0), k.size(2), where);
-  check_carried(rows, memory.settings.schedule(), where);
+  check_carried(memory, rows, where);
   Writer writer(memory, rows, k, v, or_empty(operands), where);
   Walk(memory, rows).for_each_block([&](const Block& block) { writer.write(block); });
   bump_versions(memory.rings);
@@ -206,7 +207,7 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(ctx, CPU, m) {
+TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {
   m.impl("step_", step);
   m.impl("append_", append);
 }

@@ -13,17 +13,33 @@ namespace ctx::ops {
 
 class Walk {
  public:
-  Walk(const Memory& memory, const PlanRows& plan) : memory_(memory), plan_(plan) {
-    for (int64_t b = 0; b < plan.batch(); ++b) {
-      origin_.push_back(plan.header(b, kPlanSeen));
-      lengths_.push_back(plan.header(b, kPlanCount));
-    }
-  }
+  Walk(const Memory& memory, const PlanRows& plan) : memory_(memory), plan_(plan) {}
 
   // Runs over the call in blocks that the rings have spare entries for, and in which no row begins
   // anew but at the first token; nor a segment, where what leaves then depends on the queries so far.
   template <typename F>
   void for_each_block(const F& run) {
+    const int64_t tokens = plan_.tokens();
+    const bool by_token = plan_.resets() || counts_attention(memory_.rings);
+    if (by_token && tokens > 1 && memory_.kernels().host_reads) return over_rows(run);
+    // Where the host cannot read where rows begin anew, any token may be one.
+    const int64_t most = by_token ? 1 : memory_.max_rewind;
+    for (int64_t offset = 0, size; offset < tokens; offset += size) {
+      size = std::min(most, tokens - offset);
+      const int64_t origin_at = by_token ? offset : 0;
+      const int64_t* const origin = by_token ? plan_.position(offset) : plan_.column(kPlanSeen);
+      const int64_t* const lengths = plan_.column(kPlanCount);
+      run(Block{origin, lengths, offset, size, origin_at, plan_.row_stride()});
+    }
+  }
+
+ private:
+  template <typename F>
+  void over_rows(const F& run) {
+    for (int64_t b = 0; b < plan_.batch(); ++b) {
+      origin_.push_back(plan_.header(b, kPlanSeen));
+      lengths_.push_back(plan_.header(b, kPlanCount));
+    }
     for (int64_t begin = 0, end; begin < plan_.tokens(); begin = end) {
       end = next_reset(begin);
       begin_anew(begin);
@@ -35,7 +51,6 @@ class Walk {
     }
   }
 
- private:
   // Where row b is at token i, and whether it begins anew there.
   int64_t start(int64_t b, int64_t i) const { return i - plan_.token(b, kPlanPosition, i); }
   bool begins(int64_t b, int64_t i) const {
@@ -43,7 +58,7 @@ class Walk {
   }
 
   int64_t next_reset(int64_t begin) const {
-    for (int64_t i = begin + 1; i < plan_.tokens(); ++i) {
+    for (int64_t i = begin + 1; plan_.resets() && i < plan_.tokens(); ++i) {
       for (int64_t b = 0; b < plan_.batch(); ++b)
         if (begins(b, i)) return i;
     }

@@ -19,9 +19,9 @@ Writer::Writer(const Memory& memory,
   append_.memory = compress_.memory = memory.view;
   append_.keys = strided(k_);
   append_.values = strided(v_);
-  for (int64_t b = 0; b < plan.batch(); ++b) slot_block_.push_back(plan.header(b, kPlanBlock));
   compress_.slots = plan.groups();
-  compress_.slot_block = slot_block_.data();
+  compress_.slot_block = plan.column(kPlanBlock);
+  compress_.slot_block_stride = plan.row_stride();
   compress_.kind == CompressorKind::kGiven ? take_slots(plan, operands, where)
                                            : take_parameters(operands, where);
   report_chosen(plan, compress_.kind == CompressorKind::kMostUsed);

@@ -13,7 +13,7 @@ namespace ctx::ops {
 // The pairs of one call, kept alive and laid out for the kernels.
 class Writer {
  public:
-  // `operands`: the compressor's parameters; of one that is not the engine's the slots that it made,
+  // The plan must outlive it. `operands`: the compressor's parameters; of one that is not the engine's the slots that it made,
   // keys, values and perhaps log-mass, where the plan lays out the groups.
   Writer(const Memory& memory,
          const PlanRows& plan,
@@ -39,7 +39,6 @@ class Writer {
   at::Tensor k_;
   at::Tensor v_;
   std::vector<at::Tensor> kept_;
-  std::vector<int64_t> slot_block_;
   at::Tensor chosen_;
   at::Tensor chosen_positions_;
   AppendArgs append_;

@@ -65,8 +65,8 @@ class Chooser {
   // Which token slot g is, for whoever asked.
   void report(int64_t b, int64_t h, int64_t g, int64_t token) {
     if (args_.chosen == nullptr) return;
-    const int64_t start = -args_.block.origin[b];
-    const int64_t block = args_.slot_block[b];
+    const int64_t start = args_.block.start(b);
+    const int64_t block = args_.slot_block[b * args_.slot_block_stride];
     const int64_t place = group_block(schedule_, start, g) - block;
     if (place < 0 || place >= args_.slots) return;
     const int64_t within = token - schedule_.sinks;

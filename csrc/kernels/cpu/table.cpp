@@ -8,6 +8,9 @@ namespace ctx::cpu::CTX_CPU_CAPABILITY {
 #define CTX_NAME(x) CTX_STRING(x)
 
 const Kernels kTable = {CTX_NAME(CTX_CPU_CAPABILITY),
+                        /*host_reads=*/true,
+                        &plan,
+                        &advance,
                         &rotate,
                         &append,
                         &compress,

@@ -4,6 +4,8 @@
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
+void plan(const PlanArgs& args);
+void advance(const AdvanceArgs& args);
 void rotate(const RotateArgs& args);
 void append(const AppendArgs& args);
 void compress(const CompressArgs& args);

@@ -46,12 +46,12 @@ struct Chooser {
   // Which token slot g is, for whoever asked.
   CTX_DEVICE void report(int64_t g, int64_t t) const {
     if (args.chosen == nullptr) return;
-    const int64_t start = -BlockRow(args.block, b).origin;
-    const int64_t place = group_block(schedule, start, g) - args.slot_block[b];
+    const int64_t start = BlockRow(args.block, b).start;
+    const int64_t block = args.slot_block[b * args.slot_block_stride];
+    const int64_t place = group_block(schedule, start, g) - block;
     if (place < 0 || place >= args.slots) return;
     const int64_t within = t - schedule.sinks;
-    const int64_t group =
-        group_block(schedule, start, within / schedule.ratio) - args.slot_block[b];
+    const int64_t group = group_block(schedule, start, within / schedule.ratio) - block;
     const int64_t slot = (b * m.kv_heads + h) * args.slots + place;
     args.chosen[slot] = group * schedule.ratio + within % schedule.ratio;
     args.chosen_positions[slot] = t;

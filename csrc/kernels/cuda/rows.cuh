@@ -54,15 +54,16 @@ CTX_HOST_DEVICE inline int64_t place_in_ring(int64_t x, int64_t n) {
 // Row b of a block, read once: a counter that is damaged becomes one that is not, so that what is
 // computed from it stays inside int64 and the rings.
 struct BlockRow {
-  int64_t first;   // number of the block's first token; negative before the stream
-  int64_t count;   // tokens of the block that this row has
-  int64_t origin;  // number of the call's first token
+  int64_t first;  // number of the block's first token; negative before the stream
+  int64_t count;  // tokens of the block that this row has
+  int64_t start;  // place in the call at which the stream starts
 
   CTX_DEVICE BlockRow(const Block& block, int64_t b) {
     constexpr int64_t kLast = Schedule::kLastPosition / 2;
-    origin = clamped(block.origin[b], -kLast, kLast);
-    first = origin + block.offset;
+    const int64_t origin = clamped(block.origin[b * block.row_stride], -kLast, kLast);
+    first = origin + (block.offset - block.origin_at);
     count = block.count(b);
+    start = block.offset - first;
   }
   CTX_DEVICE bool has(int64_t i) const { return i < count && first + i >= 0; }
 };

@@ -7,6 +7,8 @@ namespace ctx::cuda {
 // All pointers are the device's; the table's name lists the architectures.
 extern const Kernels kTable;
 
+void plan(const PlanArgs& args);
+void advance(const AdvanceArgs& args);
 void rotate(const RotateArgs& args);
 void append(const AppendArgs& args);
 void compress(const CompressArgs& args);
