@@ -112,6 +112,8 @@ macro(ctx_configure_cuda)
       enable_language(CUDA)
       set(CMAKE_CUDA_STANDARD 20)
       set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+      set(CTX_BUILD_CUDA "${CTX_CUDA_TOOLKIT}") # for _build_info.py
+      string(REPLACE ";" " " CTX_BUILD_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
       set(CMAKE_CUDA_RUNTIME_LIBRARY Shared) # torch's own; a second copy would hold a second state
       ctx_add_torch_cuda()
       message(STATUS "ctx: CUDA on (toolkit ${CTX_CUDA_TOOLKIT}, "
@@ -120,8 +122,8 @@ macro(ctx_configure_cuda)
   endif()
 endmacro()
 
-# CMAKE_CUDA_ARCHITECTURES from torch's TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else CMake's own
-# choice of the current generations.
+# CMAKE_CUDA_ARCHITECTURES from torch's TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else the current
+# generations, the newest with PTX for those to come.
 macro(ctx_cuda_architectures)
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     if(DEFINED ENV{TORCH_CUDA_ARCH_LIST})
@@ -136,7 +138,7 @@ macro(ctx_cuda_architectures)
         endif()
       endforeach()
     else()
-      set(CMAKE_CUDA_ARCHITECTURES all-major)
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
     endif()
   endif()
 endmacro()

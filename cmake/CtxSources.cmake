@@ -52,10 +52,8 @@ set(CTX_CPU_KERNEL_SOURCES
     csrc/kernels/cpu/spans_forward.cpp
     csrc/kernels/cpu/table.cpp)
 
-set(CTX_CUDA_SOURCES)
-
-# Not compiled yet: they join CTX_CUDA_SOURCES with the file that registers their table.
-set(CTX_CUDA_KERNEL_SOURCES
+set(CTX_CUDA_SOURCES
+    csrc/kernels/cuda/register.cpp
     csrc/kernels/cuda/append.cu
     csrc/kernels/cuda/attend.cu
     csrc/kernels/cuda/attend_core_bfloat16.cu

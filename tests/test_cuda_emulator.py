@@ -1,15 +1,20 @@
 """The CUDA kernels, compiled by a C++ compiler and run by the emulator of tests/cuda_emulator.
 
-Every kernel against float64 loops over random laws, sizes, types and calls; and bugs that are
-planted must be found. Needs neither torch nor a GPU.
+Every kernel against float64 loops over random laws, sizes, types and calls; bugs that are planted
+must be found; and the operators, by these kernels on memory that the host does not read, against
+the same operators by the CPU's kernels. Needs no GPU.
 """
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ctx import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "tests" / "cuda_emulator"
@@ -49,8 +54,8 @@ def build(folder, name, *flags):
         *("-std=c++20", "-O1", "-DCTX_PLANTED_BUGS"),
         *("-include", SOURCES / "emulator.h"),
         *include,
-        *flags,
         *(SOURCES / f"{name}.cpp", "-o", program),
+        *flags,
     )
     assert done.returncode == 0, done.stdout[-6000:]
     return program
@@ -85,6 +90,32 @@ def test_planted_bugs_are_found(program, bug):
     number, name = BUGS[bug]
     done = run(program(name), 40, 0, number)
     assert done.returncode != 0, done.stdout[-6000:]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The kernels as a library that takes the place of the CPU's."""
+    torch_root = Path(torch.__file__).parent
+    engine = Path(_C.__file__).parent / "lib"
+    return build(
+        tmp_path_factory.mktemp("operators"),
+        "table",
+        *("-fPIC", "-shared", "-I", torch_root / "include"),
+        *("-L", engine, "-lctx", "-L", torch_root / "lib", "-lc10"),
+    )
+
+
+def operators(library, *asked):
+    return run(sys.executable, SOURCES / "operators.py", library, *asked, OMP_NUM_THREADS="1")
+
+
+def test_operators(library):
+    assert_passes(operators(library, 60))
+
+
+@pytest.mark.slow
+def test_operators_in_many_cases(library):
+    assert_passes(operators(library, 2000, 1000))
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def _rows() -> list[tuple[str, str]]:
 
 
 def _cuda() -> str:
-    built = _load.build_info["cuda"]
-    ours = f"kernels built with CUDA {built}" if built else "no kernels in this build"
+    built, targets = _load.build_info["cuda"], _load.build_info["cuda_architectures"]
+    ours = f"kernels built with CUDA {built} for {targets}" if built else "no kernels in this build"
     theirs = f"torch has CUDA {torch.version.cuda}" if torch.version.cuda else "torch has none"
     return f"{ours}; {theirs}; {torch.cuda.device_count()} devices"
