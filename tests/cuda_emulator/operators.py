@@ -4,8 +4,8 @@
 
 A case is a random law, memory and stream of calls: rows of unequal length, documents that begin
 inside a call, reads without writes, rows taken back; and differentiable calls of a layer over its
-memory with all gradients. It runs on the CPU's kernels first; then the library takes their place, and
-it runs again.
+memory with all gradients. It runs on the CPU's kernels first; then the library takes their place,
+and it runs again.
 """
 
 import ctypes
