@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ctx import _check, attention_inputs
-from ctx.compression import Compressor, as_compressor, make_compressor
+from ctx.compression import Compressor, as_compressor
+from ctx.compression.registry import compressor_of
 from ctx.constants import log_ratio, slopes_of
 from ctx.engine import Law, Scores, law_of
 from ctx.finite import apart
@@ -108,17 +109,14 @@ class AttentionParts(nn.Module):
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
         self._bias_kind = options["compressed_bias"]
-        compressor = options["compressor"]
-        if isinstance(compressor, str):
-            heads, widths, kernel = self._stored[0], self._stored[1:], options["compressor_kernel"]
-            compressor = make_compressor(
-                compressor, heads, schedule.ratio, *widths, kernel=kernel, **made
-            )
-        if not isinstance(compressor, nn.Module):
-            raise TypeError(f"{_WHERE}: compressor must be a name or a module, got {compressor!r}")
-        self.compressor: Compressor = compressor  # type: ignore[assignment]  # see __setattr__
+        heads, *widths = self._stored
+        sizes = (heads, schedule.ratio, *widths)
+        kernel = options["compressor_kernel"]
+        self.compressor: Compressor = compressor_of(
+            options["compressor"], _WHERE, *sizes, kernel=kernel, **made
+        )
         if self.aux_loss == "autoencoding":
-            self.decoder = Decoder(self._stored[0], schedule.ratio, *self._stored[1:], **made)
+            self.decoder = Decoder(*sizes, **made)
         if self._bias_kind == "learned":
             self.register_parameter("compressed_bias", nn.Parameter(torch.empty(num_heads, **made)))
         self.relative: Relative | None = None
@@ -285,9 +283,7 @@ class AttentionParts(nn.Module):
             ValueError, TypeError: ``batch_size`` is below 1, or a dtype is none that can be.
         """
         where = f"{_WHERE}.init_memory"
-        batch_size = _check.integer(batch_size, "batch_size", where)
-        if batch_size < 1:
-            raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
+        batch_size = _check.integer(batch_size, "batch_size", where, 1)
         if dtype is not None and not _check.dtype(dtype, where).is_floating_point:
             raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
         if device is not None:

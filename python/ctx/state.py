@@ -74,6 +74,11 @@ def dtype_of(name: str, pairs: torch.dtype, slots: torch.dtype) -> torch.dtype:
     return _DTYPES[pairs, slots][name]
 
 
+def arithmetic(pairs: torch.dtype) -> torch.dtype:
+    """What is computed in over such pairs."""
+    return torch.float64 if pairs == torch.float64 else torch.float32
+
+
 def slot_dtypes(pairs: torch.dtype) -> tuple[torch.dtype, ...]:
     """What slots may be stored as beside such pairs."""
     return tuple(_C.slot_types(pairs))

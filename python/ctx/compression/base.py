@@ -51,14 +51,11 @@ class Compressor(nn.Module):
     ) -> None:
         super().__init__()
         value_dim = head_dim if value_dim is None else value_dim
-        sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
         where = f"ctx.compression.{type(self).__name__}"
-        for name, size in sizes.items():
-            least = 0 if name == "value_dim" else 1
-            sizes[name] = _check.integer(size, name, where)
-            if sizes[name] < least:
-                raise ValueError(f"{where}: {name} must be at least {least}, got {size}")
-        self.kv_heads, self.ratio, self.head_dim, self.value_dim = sizes.values()
+        self.kv_heads, self.ratio, self.head_dim = _check.integers(
+            where, 1, kv_heads=kv_heads, ratio=ratio, head_dim=head_dim
+        )
+        self.value_dim = _check.integer(value_dim, "value_dim", where, 0)
         self._left_out: dict[str, tuple[int, ...]] = {}
         shapes = self.parameter_shapes()
         self._names = tuple(shapes)
