@@ -16,7 +16,7 @@ from ctx.hidden import as_stored
 from ctx.layer_options import SETTINGS_ONLY, check_options, with_settings
 from ctx.memory import Memory
 from ctx.memory_check import widened
-from ctx.padding import from_right_padded, mask_of, to_right_padded
+from ctx.padding import from_right_padded, mask_of, moved, weights_moved_back
 from ctx.schedule import SIZES, Schedule
 from ctx.settings import AttentionSettings
 from ctx.state import empty_clock
@@ -190,10 +190,7 @@ class CompressiveAttention(AttentionParts):
         if memory is not None and update:
             attention_inputs.refuse_recomputation(x, _WHERE)
         if plan is None:
-            if mask is not None:
-                x, lengths = to_right_padded(x, mask)
-                if reset_at is not None:
-                    reset_at, _ = to_right_padded(reset_at, mask)
+            x, lengths, reset_at = moved(x, mask, lengths, reset_at)
             clock = empty_clock(len(x), x.device) if memory is None else memory.clock
             in_place = update and memory is not None and not torch.is_grad_enabled()
             rows = (x.shape[1], lengths, reset_at)
@@ -204,9 +201,7 @@ class CompressiveAttention(AttentionParts):
             # Padding has no influence on gradients, be it NaN.
             x = x.masked_fill(~mask_of(lengths, x.shape[1]).unsqueeze(-1), 0.0)
         in_place = plan.in_place
-        if in_place and memory is not passed and memory is not None and passed is not None:
-            passed.rings[0][:] = memory.rings[0]
-            memory = passed
+        memory = memory_check.written(passed, memory, in_place)
         rings = None if memory is None else memory.rings[0]
         call = Call(plan, rings, update, in_place, return_region_weights)
         q = self._heads(apart(x, self.q_proj)[0], self.num_heads)
@@ -235,7 +230,7 @@ class CompressiveAttention(AttentionParts):
         if mask is not None:
             y = from_right_padded(y, mask)
             if return_region_weights:
-                weights = from_right_padded(weights.transpose(1, 2), mask).transpose(1, 2)
+                weights = weights_moved_back(weights, mask)
         elif lengths is not None:
             y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
         if not update:
@@ -266,11 +261,8 @@ class CompressiveAttention(AttentionParts):
         the memory is another's.
         """
         _check.flag(update, "update", _WHERE)
-        if return_aux and (self.aux_loss is None or reset_at is not None):
-            got = "aux_loss=None" if self.aux_loss is None else "reset_at"
-            raise ValueError(
-                f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
-            )
+        if return_aux:
+            attention_inputs.check_auxiliary(self.aux_loss, reset_at, _WHERE)
         if torch.compiler.is_compiling():
             if memory is not None:
                 memory_check.kind(memory, self.spec, _WHERE)

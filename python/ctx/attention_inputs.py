@@ -15,7 +15,7 @@ from ctx.padding import check_rows
 if TYPE_CHECKING:
     from ctx.attention import CompressiveAttention
 
-__all__ = ["check", "execution_device", "refuse_recomputation"]
+__all__ = ["check", "check_auxiliary", "execution_device", "refuse_recomputation"]
 
 
 def check(
@@ -50,6 +50,15 @@ def check(
         expected = exact or "floating point"
         raise TypeError(f"{where}: x must be {expected} as the parameters, got {x.dtype}")
     check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
+
+
+def check_auxiliary(aux_loss: str | None, reset_at: Tensor | None, where: str) -> None:
+    """Raises unless a call may return an auxiliary loss."""
+    if aux_loss is None or reset_at is not None:
+        got = "aux_loss=None" if aux_loss is None else "reset_at"
+        raise ValueError(
+            f"{where}: return_aux must go with an aux_loss and without reset_at, got {got}"
+        )
 
 
 def refuse_recomputation(x: Tensor, where: str) -> None:

@@ -14,19 +14,11 @@ from ctx import _check
 from ctx.memory import Memory
 from ctx.memory_rows import leaves
 
-__all__ = ["Sampling", "Stop", "as_stop", "check_count", "draw"]
+__all__ = ["Sampling", "Stop", "as_stop", "draw"]
 
 
 #: What ends a row: a token, several, or what says of the drawn int64 [B] which rows are to stop.
 Stop = int | Sequence[int] | Tensor | Callable[[Tensor], Tensor]
-
-
-def check_count(value: Any, where: str) -> int:
-    """`value` as a number of tokens; raises unless it can be one."""
-    count = _check.integer(value, "num_tokens", where)
-    if count < 0:
-        raise ValueError(f"{where}: num_tokens must be at least 0, got {count}")
-    return count
 
 
 def as_stop(stop: Any, vocab_size: int, where: str) -> Callable[[Tensor], Tensor] | None:

@@ -15,7 +15,7 @@ from ctx.state import PLACE, TENSORS, WIDE, dtype_of, layer_shape
 if TYPE_CHECKING:
     from ctx.memory import Memory
 
-__all__ = ["call", "kind", "shapes", "tensors", "whole", "widened"]
+__all__ = ["call", "kind", "shapes", "tensors", "whole", "widened", "written"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,6 +100,17 @@ def widened(memory: Any) -> Any:
         for ring in rings
     ]
     return type(memory)(memory.spec, memory.seen, memory.rewindable, wide)
+
+
+def written(passed: Memory | None, memory: Memory | None, in_place: bool) -> Memory | None:
+    """The memory that a call writes: in place the one passed, with the tensors of `memory`, which
+    :func:`widened` made of it.
+    """
+    if not in_place or memory is passed or memory is None or passed is None:
+        return memory
+    for mine, wide in zip(passed.rings, memory.rings, strict=True):
+        mine[:] = wide
+    return passed
 
 
 def _is_wide(ring: list[Tensor]) -> bool:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctx import _check, engine, generation, transformer_inputs
+from ctx import _check, attention_inputs, engine, generation, memory_check, transformer_inputs
 from ctx.attention import CompressiveAttention
 from ctx.memory import Memory
 from ctx.memory_check import widened
 from ctx.module_share import share
-from ctx.padding import from_right_padded, mask_of, to_right_padded
+from ctx.padding import from_right_padded, mask_of, moved, weights_moved_back
 from ctx.positions import Relative
 from ctx.schedule import Schedule, Sizes
 from ctx.spec import Spec
@@ -159,24 +159,15 @@ class CompressiveTransformer(nn.Module):
         where = "ctx.CompressiveTransformer.forward"
         _check.flag(update, "update", where)
         _check.flag(last_only, "last_only", where)
-        if return_aux and (self.config.aux_loss is None or reset_at is not None):
-            got = "aux_loss=None" if self.config.aux_loss is None else "reset_at"
-            raise ValueError(
-                f"{where}: return_aux must go with an aux_loss and without reset_at, got {got}"
-            )
+        if return_aux:
+            attention_inputs.check_auxiliary(self.config.aux_loss, reset_at, where)
         passed, layers = memory, self.layers
         if memory is not None:
             memory = widened(memory)
         self._check_call(tokens, memory, where, lengths, mask, reset_at)
-        if mask is not None:
-            tokens, lengths = to_right_padded(tokens, mask)
-            if reset_at is not None:
-                reset_at, _ = to_right_padded(reset_at, mask)
+        tokens, lengths, reset_at = moved(tokens, mask, lengths, reset_at)
         in_place = update and memory is not None and not torch.is_grad_enabled()
-        if in_place and memory is not passed and memory is not None and passed is not None:
-            for mine, wide in zip(passed.rings, memory.rings, strict=True):
-                mine[:] = wide
-            memory = passed
+        memory = memory_check.written(passed, memory, in_place)
         clock = empty_clock(len(tokens), tokens.device) if memory is None else memory.clock
         rows = (tokens.shape[1], lengths, reset_at)
         plans = engine.plans(layers, clock, *rows, in_place, memory is not None)
@@ -199,7 +190,7 @@ class CompressiveTransformer(nn.Module):
             losses += asked
         logits = self._logits(x, plan.lengths, mask, last_only)
         if mask is not None:
-            weights = [from_right_padded(w.transpose(1, 2), mask).transpose(1, 2) for w in weights]
+            weights = [weights_moved_back(w, mask) for w in weights]
         if not update:
             memory = passed
         elif not in_place:
@@ -346,10 +337,9 @@ class CompressiveTransformer(nn.Module):
             raise ValueError(
                 f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
             )
-        num_tokens = generation.check_count(num_tokens, where)
+        num_tokens = _check.integer(num_tokens, "num_tokens", where, 0)
         stops = generation.as_stop(stop, self.config.vocab_size, where)
-        if mask is not None:
-            tokens, lengths = to_right_padded(tokens, mask)
+        tokens, lengths, _ = moved(tokens, mask, lengths, None)
         if lengths is not None and tokens.device.type == "cpu" and int(lengths.min()) < 1:
             name = "lengths" if mask is None else "mask"
             row = int(lengths.argmin())
