@@ -81,7 +81,7 @@ def auxiliary(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call
 def _filled(layer: CompressiveAttention, call: Call, stored: Tensor) -> list[Tensor]:
     """The rings that a call is going to write: the ones given or their copy, or empty ones."""
     if call.rings is None:
-        return layer.empty_rings(stored.shape[0], stored.dtype, stored.device)
+        return layer.state_shape.zeros(stored.shape[0], stored.dtype, stored.device)
     return call.rings if call.in_place else [x.clone() for x in call.rings]
 
 

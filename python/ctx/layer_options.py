@@ -29,25 +29,19 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "compressor_grad": ("task", "aux"),
     "aux_loss": LOSSES,
 }
+
+
+def _defaults(*names: str) -> dict[str, Any]:
+    return {name: getattr(AttentionSettings, name) for name in names}
+
+
 #: Options that are fields of AttentionSettings, and their defaults as arguments of a layer.
-_FLAT: dict[str, Any] = {
-    "position": "rotary",
-    "distance": "slot",
-    "compressed_bias": "learned",
-    "rotary_base": 10000.0,
-    "rotary_dim": None,
-    "rotary_interleaved": False,
-    "sinks": 0,
-}
-_SETTINGS = tuple(name for name in _FLAT if name != "sinks")
+_SETTINGS = (
+    "position", "distance", "compressed_bias", "rotary_base", "rotary_dim", "rotary_interleaved",
+)  # fmt: skip
+_FLAT = _defaults(*_SETTINGS) | {"compressed_bias": "learned", "sinks": 0}
 #: Fields of AttentionSettings that a layer has no argument for, and their defaults.
-SETTINGS_ONLY: dict[str, Any] = {
-    "inv_freq": None,
-    "attention_factor": 1.0,
-    "slot_mass": False,
-    "logit_softcap": None,
-    "scale": None,
-}
+SETTINGS_ONLY = _defaults("inv_freq", "attention_factor", "slot_mass", "logit_softcap", "scale")
 _SIZES = ("embed_dim", "num_heads", "num_kv_heads", "max_rewind")
 
 #: Options by the names of :class:`ctx.CompressiveAttention`'s arguments.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctx import _C, _check
 from ctx.spec import Spec
-from ctx.state import PLACE, TENSORS, WIDE, dtype_of, layer_shape
+from ctx.state import PLACE, TENSORS, WIDE, dtype_of
 
 if TYPE_CHECKING:
     from ctx.memory import Memory
@@ -23,9 +23,9 @@ def shapes(spec: Spec) -> list[_C.LayerShape]:
     """The shapes of each layer's tensors."""
     made = []
     for x in spec.layers:
-        sizes = (x.schedule, x.kv_heads, x.head_dim, x.value_dim, x.max_rewind)
-        used, mass = x.counts_attention, x.slot_mass
-        made.append(layer_shape(*sizes, overlap=x.overlap, used=used, mass=mass))
+        sizes = (x.overlap, x.kv_heads, x.head_dim, x.value_dim, x.max_rewind)
+        law = x.schedule._law
+        made.append(_C.LayerShape(law, *sizes, x.counts_attention, x.slot_mass))
     return made
 
 
@@ -87,7 +87,8 @@ def tensors(memory: Memory, where: str) -> None:
 
 def widened(memory: Any) -> Any:
     """A memory with float32 where that must stay though the whole was cast: tools of
-    mixed precision cast whatever tensors a module is given. Without such tensors the memory itself.
+    mixed precision cast whatever tensors a module is given. Without such tensors the memory itself,
+    and anything else as it is.
     """
     rings = getattr(memory, "rings", None)
     if not isinstance(rings, list) or all(_is_wide(ring) for ring in rings):
