@@ -23,8 +23,10 @@ __all__ = [
 INT64 = range(-(2**63), 2**63)
 
 
-def integer(value: Any, name: str, where: str, least: int | None = None) -> int:
-    """An int, or what stands for one (a NumPy integer); a bool does not.
+def integer(
+    value: Any, name: str, where: str, least: int | None = None, *, kind: str = "an int"
+) -> int:
+    """An int, or what stands for one (a NumPy integer); a bool does not. `kind` is what it must be.
 
     Raises:
         TypeError, ValueError: it is none, does not fit into 64 bits, or is below `least`.
@@ -34,7 +36,7 @@ def integer(value: Any, name: str, where: str, least: int | None = None) -> int:
             raise TypeError
         whole = operator.index(value)
     except TypeError:
-        raise TypeError(f"{where}: {name} must be an int, got {value!r}") from None
+        raise TypeError(f"{where}: {name} must be {kind}, got {value!r}") from None
     if whole not in INT64:
         raise ValueError(f"{where}: {name} must fit into 64 bits, got {whole}")
     if least is not None and whole < least:

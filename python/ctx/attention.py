@@ -16,10 +16,9 @@ from ctx.hidden import as_stored
 from ctx.layer_options import SETTINGS_ONLY, check_options, with_settings
 from ctx.memory import Memory
 from ctx.memory_check import widened
-from ctx.padding import from_right_padded, mask_of, moved, weights_moved_back
+from ctx.padding import blanked, moved, moved_back, weights_moved_back
 from ctx.schedule import SIZES, Schedule
 from ctx.settings import AttentionSettings
-from ctx.state import empty_clock
 
 __all__ = ["CompressiveAttention"]
 
@@ -183,23 +182,20 @@ class CompressiveAttention(AttentionParts):
                 then.
         """
         passed, alone = memory, plan is None
-        if memory is not None:
-            memory = widened(memory)
+        memory = widened(memory)
         if alone:
-            self._check(x, memory, lengths, mask, reset_at, update, return_aux)
+            given = (x, memory, lengths, mask, reset_at)
+            attention_inputs.check(self, _WHERE, *given, update=update, return_aux=return_aux)
         if memory is not None and update:
             attention_inputs.refuse_recomputation(x, _WHERE)
         if plan is None:
             x, lengths, reset_at = moved(x, mask, lengths, reset_at)
-            clock = empty_clock(len(x), x.device) if memory is None else memory.clock
-            in_place = update and memory is not None and not torch.is_grad_enabled()
-            rows = (x.shape[1], lengths, reset_at)
-            carried = memory is not None
-            plan = engine.plans([self], clock, *rows, in_place, carried)[self.plan_key]
+            plans = engine.plans([self], memory, x, lengths, reset_at, update)
+            plan = plans[self.plan_key]
         lengths, grad = plan.lengths, torch.is_grad_enabled()
         if lengths is not None and (grad or attention_calls.is_forward_mode()):
             # Padding has no influence on gradients, be it NaN.
-            x = x.masked_fill(~mask_of(lengths, x.shape[1]).unsqueeze(-1), 0.0)
+            x = blanked(x, lengths)
         in_place = plan.in_place
         memory = memory_check.written(passed, memory, in_place)
         rings = None if memory is None else memory.rings[0]
@@ -227,12 +223,9 @@ class CompressiveAttention(AttentionParts):
             y = nn.functional.dropout(y, self.dropout)
         if x.shape[1] == 0 and grad:
             y = y + self._nothing(y) + x.sum().to(y.dtype)  # what made x wants a gradient, too
-        if mask is not None:
-            y = from_right_padded(y, mask)
-            if return_region_weights:
-                weights = weights_moved_back(weights, mask)
-        elif lengths is not None:
-            y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
+        y = moved_back(y, mask, lengths)
+        if return_region_weights:
+            weights = weights_moved_back(weights, mask)
         if not update:
             memory = passed
         elif not in_place:
@@ -246,27 +239,3 @@ class CompressiveAttention(AttentionParts):
             *([aux] if return_aux else []),
             *([weights] if return_region_weights else []),
         )
-
-    def _check(
-        self,
-        x: Tensor,
-        memory: Memory | None,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        reset_at: Tensor | None,
-        update: bool,
-        return_aux: bool,
-    ) -> None:
-        """Raises where an argument of :meth:`forward` does not fit; in a compiled graph only where
-        the memory is another's.
-        """
-        _check.flag(update, "update", _WHERE)
-        if return_aux:
-            attention_inputs.check_auxiliary(self.aux_loss, reset_at, _WHERE)
-        if torch.compiler.is_compiling():
-            if memory is not None:
-                memory_check.kind(memory, self.spec, _WHERE)
-            return
-        attention_inputs.check(self, x, lengths, mask, reset_at, _WHERE)
-        if memory is not None:
-            memory_check.call(memory, self.spec, x.shape[0], x.device, _WHERE, "x")

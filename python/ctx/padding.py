@@ -1,7 +1,7 @@
 """Padded batches: from any mask to rows whose padding stands on the right, and back.
 
 The engine takes right-padded rows and their lengths. Batches of generation are often padded on the
-left; these two functions move the tokens, so that padding never enters a memory.
+left; what is here moves the tokens, so that padding never enters a memory.
 """
 
 from __future__ import annotations
@@ -78,14 +78,30 @@ def moved(
     return *to_right_padded(x, mask), reset_at
 
 
-def weights_moved_back(weights: Tensor, mask: Tensor) -> Tensor:
-    """Region weights [B, H, T, 3] of right-padded rows with every token at its place in `mask`."""
+def moved_back(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """x [B, T, ...] of right-padded rows with every token at its place in `mask`, if any, and zero
+    at padding.
+    """
+    if mask is not None:
+        return from_right_padded(x, mask)
+    return x if lengths is None else blanked(x, lengths)
+
+
+def weights_moved_back(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Region weights [B, H, T, 3], likewise; they are zero at padding."""
+    if mask is None:
+        return weights
     return from_right_padded(weights.transpose(1, 2), mask).transpose(1, 2)
 
 
 def mask_of(lengths: Tensor, tokens: int) -> Tensor:
     """bool [B, T], true at the first ``lengths[b]`` places of row b."""
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def blanked(x: Tensor, lengths: Tensor) -> Tensor:
+    """x [B, T, E] with zero behind the first ``lengths[b]`` places of row b."""
+    return x.masked_fill(mask_of(lengths, x.shape[1]).logical_not().unsqueeze(-1), 0.0)
 
 
 def to_right_padded(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
