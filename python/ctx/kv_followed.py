@@ -59,7 +59,7 @@ class Followed:
         self, name: str, tensors: list[Tensor], give: Callable[[Sequence[Tensor]], None]
     ) -> None:
         places = _places_of(tensors)
-        if places != self._handed.get(name):
+        if places != self._handed.get(name, []):
             give([x.detach() for x in tensors])
             self._handed[name] = places
 
