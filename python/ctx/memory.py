@@ -171,7 +171,7 @@ class Memory:
 
     def clone(self) -> Memory:
         """A new memory that holds the same: where two continuations of a stream part."""
-        return memory_rows.clone(self)
+        return memory_rows.to(self, None, None, "ctx.Memory.clone")
 
     def to(
         self,
