@@ -15,7 +15,7 @@ from torch import Tensor
 import ctx
 from benchmarks._memories import fill, visible
 from ctx.engine import law_of
-from ctx.state import CLOCK, TENSORS, StateShape, empty_clock
+from ctx.state import TENSORS
 
 __all__ = ["Segment"]
 
@@ -44,10 +44,8 @@ class Segment:
         shape = (batch, heads, size, head_dim)
         self.schedule = ctx.Schedule(size, size, self.ratio, size)
         self.seen = seen = 2 * size * self.ratio
-        empty = StateShape.of(self.schedule, heads, head_dim, head_dim, size)
-        clock = zip(CLOCK, empty_clock(batch, "cpu"), strict=True)
-        rings = zip(TENSORS, empty.zeros(batch, dtype, "cpu"), strict=True)
-        state = fill({**dict(clock), **dict(rings)}, seen)
+        empty = ctx.KVMemory(self.schedule, batch, heads, head_dim, max_rewind=size, dtype=dtype)
+        state = fill(empty.tensors, seen)
         self.memory = [state[name] for name in TENSORS]
         self.q, self.k, self.v = (torch.randn(shape).to(dtype) for _ in range(3))
         self.grad = torch.randn(shape).to(dtype)

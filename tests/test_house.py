@@ -268,6 +268,29 @@ def test_imports_allow_what_is_meant():
     assert against_the_imports(good) == []
 
 
+# --- small files ----------------------------------------------------------------------------------
+
+MOST_LINES = 350
+
+
+def too_long(files):
+    """Which of the files, {path: text}, have more lines than one subject needs."""
+    counts = {path: len(text.splitlines()) for path, text in files.items()}
+    return [f"{path}: {count} lines" for path, count in counts.items() if count > MOST_LINES]
+
+
+def test_no_file_is_long():
+    sources = read(CSRC, ".h", ".cpp", ".cuh", ".cu")
+    package = read(ROOT / "python" / "ctx", ".py", ".pyi")
+    assert len(sources) > 20 and len(package) > 20
+    assert too_long(sources | package) == []
+
+
+def test_length_can_fail():
+    files = {"a.cpp": "\n" * MOST_LINES, "b.py": "pass\n" * (MOST_LINES + 1)}
+    assert too_long(files) == [f"b.py: {MOST_LINES + 1} lines"]
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 

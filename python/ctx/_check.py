@@ -9,31 +9,44 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device", "dtype", "flag", "integer", "number", "numbers_of", "path", "tensors"]
+__all__ = [
+    "device", "dtype", "flag", "integer", "integers", "number", "numbers_of", "one_of", "path",
+    "per_head", "tensors",
+]  # fmt: skip
 
 INT64 = range(-(2**63), 2**63)
 
 
-def integer(value: Any, name: str, where: str) -> int:
-    """An int, or what stands for one (a NumPy integer); a bool does not.
+def integer(
+    value: Any, name: str, where: str, least: int | None = None, *, kind: str = "an int"
+) -> int:
+    """An int, or what stands for one (a NumPy integer); a bool does not. `kind` is what it must be.
 
     Raises:
-        TypeError, ValueError: it is none, or does not fit into 64 bits.
+        TypeError, ValueError: it is none, does not fit into 64 bits, or is below `least`.
     """
     try:
         if isinstance(value, (bool, Tensor)):
             raise TypeError
         whole = operator.index(value)
     except TypeError:
-        raise TypeError(f"{where}: {name} must be an int, got {value!r}") from None
+        raise TypeError(f"{where}: {name} must be {kind}, got {value!r}") from None
     if whole not in INT64:
         raise ValueError(f"{where}: {name} must fit into 64 bits, got {whole}")
+    if least is not None and whole < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, got {whole}")
     return whole
+
+
+def integers(where: str, least: int | None = None, **values: Any) -> list[int]:
+    """Each as :func:`integer` takes it, in their order."""
+    return [integer(value, name, where, least) for name, value in values.items()]
 
 
 def number(value: Any, name: str, where: str) -> float:
@@ -48,6 +61,36 @@ def number(value: Any, name: str, where: str) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{where}: {name} must be a number, got {value!r}") from None
+
+
+def per_head(values: Sequence[float] | Tensor, name: str, where: str) -> Tensor:
+    """One number per query head as the user gives them, as float64 [H].
+
+    Raises:
+        TypeError, ValueError: they are no numbers, or not finite.
+    """
+    if isinstance(values, Tensor) and not values.is_meta and not values.is_complex():
+        made = values.detach().to(torch.float64)
+    else:
+        try:
+            if isinstance(values, (Tensor, str, bytes)):
+                raise TypeError
+            numbers = [float(value) for value in values]
+            made = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"{where}: {name} must be numbers per query head, got {values!r}"
+            ) from None
+    if not made.isfinite().all():
+        raise ValueError(f"{where}: {name} must be finite, got {made.tolist()}")
+    return made
+
+
+def one_of(value: Any, name: str, allowed: Sequence[str | None], where: str) -> None:
+    """Raises unless it is one of the names allowed, or None where that is."""
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{where}: {name} must be one of {choices}, got {value!r}")
 
 
 def flag(value: Any, name: str, where: str) -> bool:

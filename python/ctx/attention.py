@@ -16,10 +16,9 @@ from ctx.hidden import as_stored
 from ctx.layer_options import SETTINGS_ONLY, check_options, with_settings
 from ctx.memory import Memory
 from ctx.memory_check import widened
-from ctx.padding import from_right_padded, mask_of, to_right_padded
+from ctx.padding import blanked, moved, moved_back, weights_moved_back
 from ctx.schedule import SIZES, Schedule
 from ctx.settings import AttentionSettings
-from ctx.state import empty_clock
 
 __all__ = ["CompressiveAttention"]
 
@@ -183,30 +182,22 @@ class CompressiveAttention(AttentionParts):
                 then.
         """
         passed, alone = memory, plan is None
-        if memory is not None:
-            memory = widened(memory)
+        memory = widened(memory)
         if alone:
-            self._check(x, memory, lengths, mask, reset_at, update, return_aux)
+            given = (x, memory, lengths, mask, reset_at)
+            attention_inputs.check(self, _WHERE, *given, update=update, return_aux=return_aux)
         if memory is not None and update:
             attention_inputs.refuse_recomputation(x, _WHERE)
         if plan is None:
-            if mask is not None:
-                x, lengths = to_right_padded(x, mask)
-                if reset_at is not None:
-                    reset_at, _ = to_right_padded(reset_at, mask)
-            clock = empty_clock(len(x), x.device) if memory is None else memory.clock
-            in_place = update and memory is not None and not torch.is_grad_enabled()
-            rows = (x.shape[1], lengths, reset_at)
-            carried = memory is not None
-            plan = engine.plans([self], clock, *rows, in_place, carried)[self.plan_key]
+            x, lengths, reset_at = moved(x, mask, lengths, reset_at)
+            plans = engine.plans([self], memory, x, lengths, reset_at, update)
+            plan = plans[self.plan_key]
         lengths, grad = plan.lengths, torch.is_grad_enabled()
         if lengths is not None and (grad or attention_calls.is_forward_mode()):
             # Padding has no influence on gradients, be it NaN.
-            x = x.masked_fill(~mask_of(lengths, x.shape[1]).unsqueeze(-1), 0.0)
+            x = blanked(x, lengths)
         in_place = plan.in_place
-        if in_place and memory is not passed and memory is not None and passed is not None:
-            passed.rings[0][:] = memory.rings[0]
-            memory = passed
+        memory = memory_check.written(passed, memory, in_place)
         rings = None if memory is None else memory.rings[0]
         call = Call(plan, rings, update, in_place, return_region_weights)
         q = self._heads(apart(x, self.q_proj)[0], self.num_heads)
@@ -232,12 +223,9 @@ class CompressiveAttention(AttentionParts):
             y = nn.functional.dropout(y, self.dropout)
         if x.shape[1] == 0 and grad:
             y = y + self._nothing(y) + x.sum().to(y.dtype)  # what made x wants a gradient, too
-        if mask is not None:
-            y = from_right_padded(y, mask)
-            if return_region_weights:
-                weights = from_right_padded(weights.transpose(1, 2), mask).transpose(1, 2)
-        elif lengths is not None:
-            y = y.masked_fill(mask_of(lengths, y.shape[1]).logical_not().unsqueeze(-1), 0.0)
+        y = moved_back(y, mask, lengths)
+        if return_region_weights:
+            weights = weights_moved_back(weights, mask)
         if not update:
             memory = passed
         elif not in_place:
@@ -251,30 +239,3 @@ class CompressiveAttention(AttentionParts):
             *([aux] if return_aux else []),
             *([weights] if return_region_weights else []),
         )
-
-    def _check(
-        self,
-        x: Tensor,
-        memory: Memory | None,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        reset_at: Tensor | None,
-        update: bool,
-        return_aux: bool,
-    ) -> None:
-        """Raises where an argument of :meth:`forward` does not fit; in a compiled graph only where
-        the memory is another's.
-        """
-        _check.flag(update, "update", _WHERE)
-        if return_aux and (self.aux_loss is None or reset_at is not None):
-            got = "aux_loss=None" if self.aux_loss is None else "reset_at"
-            raise ValueError(
-                f"{_WHERE}: return_aux must go with an aux_loss and without reset_at, got {got}"
-            )
-        if torch.compiler.is_compiling():
-            if memory is not None:
-                memory_check.kind(memory, self.spec, _WHERE)
-            return
-        attention_inputs.check(self, x, lengths, mask, reset_at, _WHERE)
-        if memory is not None:
-            memory_check.call(memory, self.spec, x.shape[0], x.device, _WHERE, "x")

@@ -81,13 +81,8 @@ def auxiliary(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call
 def _filled(layer: CompressiveAttention, call: Call, stored: Tensor) -> list[Tensor]:
     """The rings that a call is going to write: the ones given or their copy, or empty ones."""
     if call.rings is None:
-        return layer.empty_rings(stored.shape[0], stored.dtype, stored.device)
+        return layer.state_shape.zeros(stored.shape[0], stored.dtype, stored.device)
     return call.rings if call.in_place else [x.clone() for x in call.rings]
-
-
-def _slots(layer: CompressiveAttention, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-    """What the compressor makes of groups: keys, values, and their log-mass where it counts."""
-    return layer.compressor.slots(keys, values, mass=layer.slot_mass)
 
 
 def streaming(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Result:
@@ -98,7 +93,8 @@ def streaming(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call
         operands = [x.detach() for x in compressor.operands()]
     else:  # its call makes the slots
         law = layer.custom_law
-        operands = _slots(layer, *engine.evicted_groups(k, v, plan, rings, law))
+        groups = engine.evicted_groups(k, v, plan, rings, law)
+        operands = compressor.slots(*groups, mass=layer.slot_mass)
     scores = layer.scores(q.device)
     out, weights, *_ = engine.step(q, k, v, plan, rings, law, operands, scores, call.region_weights)
     return out, weights, rings if call.update else call.rings
@@ -125,7 +121,7 @@ def differentiable(
         mass = keys.new_zeros(keys.shape[:3]) if layer.slot_mass else keys.new_zeros(0)
         slots = (MostUsed.take(keys, chosen), MostUsed.take(values, chosen), mass, positions)
     else:
-        slots = _slots(layer, keys, values)
+        slots = layer.compressor.slots(keys, values, mass=layer.slot_mass)
     constants = [x.detach() for x in slots]
     attended = constants if layer.compressor_grad == "aux" else slots
     out, weights = engine.attend(
@@ -157,7 +153,8 @@ def projecting(
         return layer.pairs(x.to(dtype))
 
     law, plan = layer.stored_law, call.plan
-    slots = _slots(layer, *engine.evicted_groups(hidden, none, plan, call.past, law))
+    groups = engine.evicted_groups(hidden, none, plan, call.past, law)
+    slots = layer.compressor.slots(*groups, mass=layer.slot_mass)
     made = [slot.detach() for slot in slots]
     if layer.compressor_grad == "aux":
         slots = tuple(made)

@@ -9,24 +9,45 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ctx import _check
+from ctx import _check, memory_check
 from ctx.padding import check_rows
 
 if TYPE_CHECKING:
     from ctx.attention import CompressiveAttention
+    from ctx.memory import Memory
 
-__all__ = ["check", "execution_device", "refuse_recomputation"]
+__all__ = ["check", "check_auxiliary", "execution_device", "refuse_recomputation"]
 
 
 def check(
     layer: CompressiveAttention,
+    where: str,
     x: Any,
+    memory: Memory | None,
     lengths: Tensor | None,
     mask: Tensor | None,
     reset_at: Tensor | None,
-    where: str,
+    *,
+    update: bool,
+    return_aux: bool,
 ) -> None:
-    """Raises unless x and what is said about its rows fit the layer."""
+    """Raises where an argument of the layer's call does not fit; in a compiled graph only where the
+    memory is another's.
+    """
+    _check.flag(update, "update", where)
+    if return_aux:
+        check_auxiliary(layer.aux_loss, reset_at, where)
+    if torch.compiler.is_compiling():
+        if memory is not None:
+            memory_check.kind(memory, layer.spec, where)
+        return
+    _check_x(layer, x, where)
+    check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
+    if memory is not None:
+        memory_check.call(memory, layer.spec, x.shape[0], x.device, where, "x")
+
+
+def _check_x(layer: CompressiveAttention, x: Any, where: str) -> None:
     _check.tensors(where, x=x)
     if x.dim() != 3 or x.shape[2] != layer.embed_dim:
         got = list(x.shape)
@@ -45,11 +66,22 @@ def check(
     cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     exact = None
     if not cast:
-        exact = dtype if _is_linear(k_proj) else _linear_dtype(layer.q_proj, layer.v_proj)
+        exact = dtype
+        if not _is_linear(k_proj):
+            others = [one for one in (layer.q_proj, layer.v_proj) if _is_linear(one)]
+            exact = _check.numbers_of(*others[:1])[0]
     if not x.is_floating_point() or (exact is not None and x.dtype != exact):
         expected = exact or "floating point"
         raise TypeError(f"{where}: x must be {expected} as the parameters, got {x.dtype}")
-    check_rows(x.shape[0], x.shape[1], lengths, mask, reset_at, where, x.device)
+
+
+def check_auxiliary(aux_loss: str | None, reset_at: Tensor | None, where: str) -> None:
+    """Raises unless a call may return an auxiliary loss."""
+    if aux_loss is None or reset_at is not None:
+        got = "aux_loss=None" if aux_loss is None else "reset_at"
+        raise ValueError(
+            f"{where}: return_aux must go with an aux_loss and without reset_at, got {got}"
+        )
 
 
 def refuse_recomputation(x: Tensor, where: str) -> None:
@@ -73,16 +105,6 @@ def refuse_recomputation(x: Tensor, where: str) -> None:
                     f"{type(first).__name__}: checkpoint with use_reentrant=False"
                 )
         frame = frame.f_back
-
-
-def _linear_dtype(*projections: nn.Module) -> torch.dtype | None:
-    """The dtype that the first of these which is torch's own linear layer takes inputs in; None:
-    none is.
-    """
-    for layer in projections:
-        if _is_linear(layer):
-            return _check.numbers_of(layer)[0]
-    return None
 
 
 def _is_linear(layer: nn.Module) -> bool:

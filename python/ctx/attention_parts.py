@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctx import _check, attention_inputs
-from ctx.compression import Compressor, as_compressor, make_compressor
+from ctx import _check, attention_inputs, memory_check
+from ctx.compression import Compressor, as_compressor
+from ctx.compression.registry import compressor_of
 from ctx.constants import log_ratio, slopes_of
 from ctx.engine import Law, Scores, law_of
 from ctx.finite import apart
-from ctx.layer_options import SETTINGS_ONLY, check_by_usage
+from ctx.layer_options import check_by_usage
 from ctx.losses import Decoder
 from ctx.memory import Memory
 from ctx.positions import Relative
@@ -28,24 +29,14 @@ from ctx.state import StateShape, empty_clock, slot_dtypes
 __all__ = ["AttentionParts"]
 
 _WHERE = "ctx.CompressiveAttention"
-#: Attributes that a memory's specification is made of, besides the compressor.
-_SPECIFYING = frozenset(
-    (
-        "_schedule",
-        "distance",
-        "max_rewind",
-        "memory_content",
-        "position",
-        "rotary_base",
-        "rotary_dim",
-        "rotary_interleaved",
-        "inv_freq",
-        "attention_factor",
-        "slot_mass",
-        "logit_softcap",
-        "scale",
-    )
+#: Fields of AttentionSettings that are attributes of a layer by the same names.
+_SETTINGS = tuple(
+    field.name
+    for field in dataclasses.fields(AttentionSettings)
+    if field.name not in ("schedule", "keys", "compressed_bias")
 )
+#: Attributes that a memory's specification is made of, besides the compressor.
+_SPECIFYING = frozenset(("_schedule", "max_rewind", "memory_content", *_SETTINGS))
 
 
 class AttentionParts(nn.Module):
@@ -57,6 +48,7 @@ class AttentionParts(nn.Module):
     memory_content: str
     compressor_grad: str
     aux_loss: str | None
+    rotary_dim: int
     rotary_base: float
     rotary_interleaved: bool
     compressed_bias_init: float | None
@@ -70,6 +62,7 @@ class AttentionParts(nn.Module):
     law: Law  # what operators that attend, or make slots, take
     custom_law: Law  # the same, where the slots are given
     stored_law: Law  # what is stored: inputs are not rotated
+    state_shape: StateShape  # of a memory's tensors
     plan_key: tuple[int, ...]  # what a plan depends on
     counts_attention: bool  # whether slots are chosen by the attention that tokens received
 
@@ -81,24 +74,12 @@ class AttentionParts(nn.Module):
         self._schedule = schedule
         self.embed_dim, self.head_dim = embed_dim, head_dim
         self.num_heads, self.num_kv_heads = num_heads, kv_heads
-        for name in (
-            "position",
-            "distance",
-            "compressor_grad",
-            "rotary_base",
-            "rotary_interleaved",
-            "dropout",
-            "max_rewind",
-            "compressed_bias_init",
-            "memory_content",
-            "aux_loss",
-        ):
-            setattr(self, name, options[name])
-        for name in SETTINGS_ONLY:
+        others = ("compressor_grad", "aux_loss", "compressed_bias_init", "dropout", "max_rewind")
+        for name in (*_SETTINGS, *others, "memory_content"):
             setattr(self, name, options[name])
         self.scale = head_dim**-0.5 if options["scale"] is None else options["scale"]
         width = head_dim if options["rotary_dim"] is None else options["rotary_dim"]
-        self.rotary_dim: int = width if self.position == "rotary" else 0
+        self.rotary_dim = width if self.position == "rotary" else 0
         #: What is remembered of a token: heads, key width, value width.
         hidden = self.memory_content == "hidden"
         self._stored = (1, embed_dim, 0) if hidden else (kv_heads, head_dim, head_dim)
@@ -108,17 +89,14 @@ class AttentionParts(nn.Module):
         self.v_proj = nn.Linear(embed_dim, kv_heads * head_dim, bias=bias, **made)
         self.out_proj = nn.Linear(num_heads * head_dim, embed_dim, bias=bias, **made)
         self._bias_kind = options["compressed_bias"]
-        compressor = options["compressor"]
-        if isinstance(compressor, str):
-            heads, widths, kernel = self._stored[0], self._stored[1:], options["compressor_kernel"]
-            compressor = make_compressor(
-                compressor, heads, schedule.ratio, *widths, kernel=kernel, **made
-            )
-        if not isinstance(compressor, nn.Module):
-            raise TypeError(f"{_WHERE}: compressor must be a name or a module, got {compressor!r}")
-        self.compressor: Compressor = compressor  # type: ignore[assignment]  # see __setattr__
+        heads, *widths = self._stored
+        sizes = (heads, schedule.ratio, *widths)
+        kernel = options["compressor_kernel"]
+        self.compressor: Compressor = compressor_of(
+            options["compressor"], _WHERE, *sizes, kernel=kernel, **made
+        )
         if self.aux_loss == "autoencoding":
-            self.decoder = Decoder(self._stored[0], schedule.ratio, *self._stored[1:], **made)
+            self.decoder = Decoder(*sizes, **made)
         if self._bias_kind == "learned":
             self.register_parameter("compressed_bias", nn.Parameter(torch.empty(num_heads, **made)))
         self.relative: Relative | None = None
@@ -163,17 +141,7 @@ class AttentionParts(nn.Module):
             settings, compressor, self._stored, self.max_rewind, content=self.memory_content
         )
         self.__dict__["spec"] = Spec((made,))
-        heads, *widths = self._stored
-        self._shape = StateShape.of(
-            self._schedule,
-            heads,
-            widths[0],
-            widths[1],
-            self.max_rewind,
-            overlap=compressor.overlap,
-            used=compressor.by_usage,
-            mass=self.slot_mass,
-        )
+        self.state_shape = StateShape.measured(memory_check.shapes(self.spec)[0])
         sizes = (self.head_dim, compressor.overlap)
         self.law = law_of(settings, compressor.engine_name, *sizes)
         self.custom_law = self.stored_law = law_of(settings, "custom", *sizes)
@@ -247,20 +215,8 @@ class AttentionParts(nn.Module):
     @property
     def settings(self) -> AttentionSettings:
         """What attention to the memory is, as one value."""
-        return AttentionSettings(
-            schedule=self.schedule,
-            position=self.position,
-            distance=self.distance,
-            rotary_dim=self.rotary_dim,
-            rotary_base=self.rotary_base,
-            rotary_interleaved=self.rotary_interleaved,
-            scale=self.scale,
-            compressed_bias=self._bias_kind,
-            inv_freq=self.inv_freq,
-            attention_factor=self.attention_factor,
-            slot_mass=self.slot_mass,
-            logit_softcap=self.logit_softcap,
-        )
+        own = {name: getattr(self, name) for name in _SETTINGS}
+        return AttentionSettings(schedule=self.schedule, compressed_bias=self._bias_kind, **own)
 
     def init_memory(
         self,
@@ -285,9 +241,7 @@ class AttentionParts(nn.Module):
             ValueError, TypeError: ``batch_size`` is below 1, or a dtype is none that can be.
         """
         where = f"{_WHERE}.init_memory"
-        batch_size = _check.integer(batch_size, "batch_size", where)
-        if batch_size < 1:
-            raise ValueError(f"{where}: batch_size must be at least 1, got {batch_size}")
+        batch_size = _check.integer(batch_size, "batch_size", where, 1)
         if dtype is not None and not _check.dtype(dtype, where).is_floating_point:
             raise TypeError(f"{where}: dtype must be floating point, got {dtype}")
         if device is not None:
@@ -301,18 +255,8 @@ class AttentionParts(nn.Module):
                 raise TypeError(
                     f"{where}: compressed_dtype must be one of {names}, got {compressed_dtype}"
                 )
-        rings = self.empty_rings(batch_size, dtype, device, compressed_dtype)
+        rings = self.state_shape.zeros(batch_size, dtype, device, compressed_dtype)
         return Memory(self.spec, *empty_clock(batch_size, device), [rings])
-
-    def empty_rings(
-        self,
-        rows: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        slots: torch.dtype | None = None,
-    ) -> list[Tensor]:
-        """Rings of new streams, in the order of :data:`ctx.state.TENSORS`."""
-        return self._shape.zeros(rows, dtype, device, slots)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         """[B, T, heads D] as [B, heads, T, D]."""

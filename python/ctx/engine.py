@@ -9,14 +9,17 @@ where that does not hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ctx import _C
 from ctx.settings import AttentionSettings
-from ctx.state import OPEN, ordinary, writing
+from ctx.state import OPEN, empty_clock, ordinary, writing
+
+if TYPE_CHECKING:
+    from ctx.memory import Memory
 
 __all__ = [
     "Law", "Plan", "Scores", "Slots", "advance", "append", "attend", "begin", "evicted_groups",
@@ -125,24 +128,26 @@ class Plan:
 
 def plans(
     layers: Sequence[Any],
-    clock: tuple[Tensor, Tensor],
-    tokens: int,
+    memory: Memory | None,
+    x: Tensor,
     lengths: Tensor | None,
     reset_at: Tensor | None,
-    in_place: bool,
-    carried: bool,
+    update: bool,
 ) -> dict[tuple[int, ...], Plan]:
     """The plan of a call for each distinct schedule among `layers`
     (:class:`ctx.CompressiveAttention`), by their ``plan_key``.
 
     Args:
-        clock: seen and rewindable, int64 [B]; read, and written by :func:`begin` and
-            :func:`advance` only.
-        tokens: T.
+        memory: whose clock is read, and written by :func:`begin` and :func:`advance` only; None:
+            new streams.
+        x: tokens, or what stands for them, [B, T, ...].
         lengths, reset_at: int64 [B] and bool [B, T] or None; padding stands on the right.
-        in_place: whether the memory that was given is written.
-        carried: whether a memory was given.
+        update: whether the tokens are remembered: without grad in the memory that was given.
     """
+    clock = empty_clock(len(x), x.device) if memory is None else memory.clock
+    carried = memory is not None
+    in_place = update and carried and not torch.is_grad_enabled()
+    tokens = x.shape[1]
     max_rewind = min([layer.max_rewind for layer in layers])
     counts = any(layer.counts_attention for layer in layers)
     made: dict[tuple[int, ...], Plan] = {}

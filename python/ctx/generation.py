@@ -10,26 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctx import _check
+from ctx import _check, memory_check, transformer_inputs
 from ctx.memory import Memory
 from ctx.memory_rows import leaves
+from ctx.padding import moved
 
-__all__ = ["Sampling", "Stop", "as_stop", "check_count", "draw"]
+__all__ = ["Sampling", "Stop", "start"]
 
 
 #: What ends a row: a token, several, or what says of the drawn int64 [B] which rows are to stop.
 Stop = int | Sequence[int] | Tensor | Callable[[Tensor], Tensor]
 
 
-def check_count(value: Any, where: str) -> int:
-    """`value` as a number of tokens; raises unless it can be one."""
-    count = _check.integer(value, "num_tokens", where)
-    if count < 0:
-        raise ValueError(f"{where}: num_tokens must be at least 0, got {count}")
-    return count
-
-
-def as_stop(stop: Any, vocab_size: int, where: str) -> Callable[[Tensor], Tensor] | None:
+def _as_stop(stop: Any, vocab_size: int, where: str) -> Callable[[Tensor], Tensor] | None:
     """`stop` as a function from drawn tokens, int64 [B], to bool [B]; None where nothing stops.
 
     Raises:
@@ -49,14 +42,10 @@ def as_stop(stop: Any, vocab_size: int, where: str) -> Callable[[Tensor], Tensor
         stop = list(stop)
     else:
         stop = [stop]
-    ids = []
-    for one in stop:
-        try:
-            ids.append(_check.integer(one, "stop", where))
-        except TypeError:
-            raise TypeError(f"{where}: stop must be {kind}, got {one!r}") from None
-        if not 0 <= ids[-1] < vocab_size:
-            raise ValueError(f"{where}: stop must be tokens in [0, {vocab_size}), got {ids[-1]}")
+    ids = [_check.integer(one, "stop", where, kind=kind) for one in stop]
+    for one in ids:
+        if not 0 <= one < vocab_size:
+            raise ValueError(f"{where}: stop must be tokens in [0, {vocab_size}), got {one}")
     if not ids:
         raise ValueError(f"{where}: stop must name at least one token, got none")
     return lambda drawn: torch.isin(drawn, torch.tensor(ids, device=drawn.device))
@@ -97,12 +86,8 @@ class Sampling:
         for name in ("top_k", "seed"):
             value = getattr(self, name)
             if value is not None:
-                try:
-                    object.__setattr__(self, name, _check.integer(value, name, self.where))
-                except TypeError:
-                    raise TypeError(
-                        f"{self.where}: {name} must be an int or None, got {value!r}"
-                    ) from None
+                value = _check.integer(value, name, self.where, kind="an int or None")
+                object.__setattr__(self, name, value)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(
                 f"{self.where}: temperature must be finite and at least 0, got {self.temperature}"
@@ -146,14 +131,42 @@ class Sampling:
         return probabilities
 
 
-def draw(
+def start(
+    model: Any,
+    tokens: Tensor,  # [B, T]
+    num_tokens: int,
+    memory: Memory | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    settings: Sampling,
+    stop: Stop | None,
+) -> Iterator[Tensor]:
+    """The drawn tokens of :meth:`ctx.CompressiveTransformer.stream`, once all arguments fit."""
+    where = settings.where
+    held = memory_check.widened(memory)
+    transformer_inputs.check(model, tokens, held, where, lengths, mask)
+    if tokens.shape[1] < 1:
+        raise ValueError(f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}")
+    num_tokens = _check.integer(num_tokens, "num_tokens", where, 0)
+    stops = _as_stop(stop, model.config.vocab_size, where)
+    tokens, lengths, _ = moved(tokens, mask, lengths, None)
+    if lengths is not None and tokens.device.type == "cpu" and int(lengths.min()) < 1:
+        name = "lengths" if mask is None else "mask"
+        row = int(lengths.argmin())
+        raise ValueError(f"{where}: {name} must leave at least one token, got none in row {row}")
+    if memory is None:
+        memory = model.init_memory(len(tokens))
+    return _draw(model, tokens, lengths, num_tokens, memory, settings, stops)
+
+
+def _draw(
     model: Any,
     tokens: Tensor,  # [B, T]
     lengths: Tensor | None,
     num_tokens: int,
     memory: Memory,
     settings: Sampling,
-    stop: Callable[[Tensor], Tensor] | None = None,
+    stop: Callable[[Tensor], Tensor] | None,
 ) -> Iterator[Tensor]:
     """Streams the tokens, then as many drawn ones but the last, and yields each, int64 [B].
 

@@ -9,14 +9,18 @@ from ctx import _check
 from ctx.compression import COMPRESSORS, check_kernel
 from ctx.frequencies import default_inv_freq
 from ctx.losses import LOSSES
-from ctx.positions import check_position
+from ctx.positions import POSITIONS
 from ctx.schedule import SIZES
 from ctx.settings import AttentionSettings
 
 __all__ = [
-    "SETTINGS_ONLY", "LayerOptions", "bias_start", "check_by_usage", "check_options", "one_of",
+    "SETTINGS_ONLY",
+    "LayerOptions",
+    "bias_start",
+    "check_by_usage",
+    "check_options",
     "with_settings",
-]  # fmt: skip
+]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "memory_content": ("kv", "hidden"),
@@ -25,25 +29,19 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "compressor_grad": ("task", "aux"),
     "aux_loss": LOSSES,
 }
+
+
+def _defaults(*names: str) -> dict[str, Any]:
+    return {name: getattr(AttentionSettings, name) for name in names}
+
+
 #: Options that are fields of AttentionSettings, and their defaults as arguments of a layer.
-_FLAT: dict[str, Any] = {
-    "position": "rotary",
-    "distance": "slot",
-    "compressed_bias": "learned",
-    "rotary_base": 10000.0,
-    "rotary_dim": None,
-    "rotary_interleaved": False,
-    "sinks": 0,
-}
-_SETTINGS = tuple(name for name in _FLAT if name != "sinks")
+_SETTINGS = (
+    "position", "distance", "compressed_bias", "rotary_base", "rotary_dim", "rotary_interleaved",
+)  # fmt: skip
+_FLAT = _defaults(*_SETTINGS) | {"compressed_bias": "learned", "sinks": 0}
 #: Fields of AttentionSettings that a layer has no argument for, and their defaults.
-SETTINGS_ONLY: dict[str, Any] = {
-    "inv_freq": None,
-    "attention_factor": 1.0,
-    "slot_mass": False,
-    "logit_softcap": None,
-    "scale": None,
-}
+SETTINGS_ONLY = _defaults("inv_freq", "attention_factor", "slot_mass", "logit_softcap", "scale")
 _SIZES = ("embed_dim", "num_heads", "num_kv_heads", "max_rewind")
 
 #: Options by the names of :class:`ctx.CompressiveAttention`'s arguments.
@@ -68,18 +66,16 @@ def check_options(options: LayerOptions, ratios: tuple[int, ...], where: str) ->
         value = options[name]
         if value is None and name in optional:
             continue
-        plain[name] = _check.integer(value, name, where)
-        if plain[name] < 1 and name in _SIZES:
-            raise ValueError(f"{where}: {name} must be at least 1, got {value}")
+        plain[name] = _check.integer(value, name, where, 1 if name in _SIZES else None)
     for name in ("rotary_base", "dropout"):
         plain[name] = _check.number(options[name], name, where)
     for name in ("rotary_interleaved", "bias"):
         _check.flag(options[name], name, where)
     for name, allowed in _CHOICES.items():
         if name != "aux_loss" or options[name] is not None:
-            one_of(name, options[name], allowed, where)
+            _check.one_of(options[name], name, allowed, where)
     if isinstance(options["compressor"], str):
-        one_of("compressor", options["compressor"], tuple(COMPRESSORS), where)
+        _check.one_of(options["compressor"], "compressor", tuple(COMPRESSORS), where)
     if options["compressed_bias_init"] is not None:
         start = bias_start(options["compressed_bias_init"], options["compressed_bias"], where)
         plain["compressed_bias_init"] = start
@@ -101,8 +97,9 @@ def check_options(options: LayerOptions, ratios: tuple[int, ...], where: str) ->
         )
     head_dim = embed_dim // num_heads
     width = head_dim if plain["rotary_dim"] is None else plain["rotary_dim"]
-    rotates = check_position(options["position"], where) == "rotary"
-    if rotates and not (0 <= width <= head_dim and width % 2 == 0):
+    _check.one_of(options["position"], "position", POSITIONS, where)
+    fits = 0 <= width <= head_dim and width % 2 == 0
+    if options["position"] == "rotary" and not fits:
         raise ValueError(
             f"{where}: rotary_dim must be even and at most head_dim = {head_dim}, got {width}"
         )
@@ -168,10 +165,3 @@ def bias_start(value: Any, kind: str, where: str) -> float:
             f"{where}: compressed_bias_init must be None for compressed_bias {kind!r}, got {start}"
         )
     return start
-
-
-def one_of(name: str, value: Any, allowed: tuple[str, ...], where: str) -> None:
-    """Raises unless `value` is one of the names allowed."""
-    if not isinstance(value, str) or value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"{where}: {name} must be one of {choices}, got {value!r}")

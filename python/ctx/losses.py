@@ -185,11 +185,8 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        where = "ctx.losses.Decoder"
-        kv_heads = _check.integer(kv_heads, "kv_heads", where)
-        ratio = _check.integer(ratio, "ratio", where)
-        head_dim = _check.integer(head_dim, "head_dim", where)
-        value_dim = _check.integer(value_dim, "value_dim", where)
+        sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
+        kv_heads, ratio, head_dim, value_dim = _check.integers("ctx.losses.Decoder", **sizes)
         made = {"device": device, "dtype": dtype}
         shapes = [(kv_heads, width, ratio * width) for width in (head_dim, value_dim)]
         self.ratio = ratio

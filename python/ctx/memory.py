@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ctx import _C, _check, memory_check, memory_rows
+from ctx import _C, _check, memory_check, memory_files, memory_rows
 from ctx.memory_rows import Rows
 from ctx.schedule import Schedule
 from ctx.spec import LayerSpec, Spec
-from ctx.state import CLOCK, PLACE, STATE, TENSORS, StateShape, empty_clock
+from ctx.state import CLOCK, PLACE, STATE, StateShape, empty_clock
 
 __all__ = ["Memory"]
-
-#: Key of the specification in a state dict.
-_SPEC = "ctx.Memory"
 
 
 class Memory:
@@ -177,7 +171,7 @@ class Memory:
 
     def clone(self) -> Memory:
         """A new memory that holds the same: where two continuations of a stream part."""
-        return memory_rows.clone(self)
+        return memory_rows.to(self, None, None, "ctx.Memory.clone")
 
     def to(
         self,
@@ -238,11 +232,7 @@ class Memory:
         """The spec as plain values and the tensors by name (``"0.window_keys"`` is layer 0's), for
         ``torch.save``. The tensors alias the memory.
         """
-        state: dict[str, Any] = {_SPEC: self.spec.to_dict()}
-        state |= {"seen": self.seen, "rewindable": self.rewindable}
-        for layer, ring in enumerate(self.rings):
-            state |= {f"{layer}.{name}": x for name, x in zip(TENSORS, ring, strict=True)}
-        return state
+        return memory_files.state_of(self)
 
     @staticmethod
     def from_state_dict(
@@ -254,20 +244,7 @@ class Memory:
             ValueError, TypeError: the state is of another format version, lacks a tensor, or one
                 does not fit; the message names it.
         """
-        if not isinstance(state, Mapping) or _SPEC not in state:
-            got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(f"{where}: state must be what state_dict returns, got {got}")
-        spec = Spec.from_dict(state[_SPEC], where)
-        names = [f"{layer}.{name}" for layer in range(len(spec.layers)) for name in TENSORS]
-        wanted = {_SPEC, *CLOCK, *names}
-        if state.keys() != wanted:
-            differ = ", ".join(sorted(map(str, wanted ^ state.keys())))
-            raise ValueError(f"{where}: state must have one entry per tensor, got {differ}")
-        _check.tensors(where, **{name: x for name, x in state.items() if name != _SPEC})
-        rings = [
-            [state[f"{layer}.{name}"] for name in TENSORS] for layer in range(len(spec.layers))
-        ]
-        memory = Memory(spec, state["seen"], state["rewindable"], rings)
+        memory = Memory(*memory_files.parts_of(state, where))
         memory_check.tensors(memory, where)
         return memory
 
@@ -289,18 +266,7 @@ class Memory:
         Raises:
             OSError: the file cannot be written; an older one is as it was.
         """
-        target = Path(os.fsdecode(_check.path(path, "ctx.Memory.save")))
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(self.state_dict(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        memory_files.save(self.state_dict(), path, "ctx.Memory.save")
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Memory:
@@ -311,18 +277,7 @@ class Memory:
             ValueError, TypeError: it is damaged, or of another format version.
         """
         where = "ctx.Memory.load"
-        name = os.fsdecode(_check.path(path, where))
-        with open(name, "rb") as file:
-            try:
-                state = torch.load(
-                    file, map_location=_check.device(device, where), weights_only=True
-                )
-            except Exception as error:
-                said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ValueError(
-                    f"{where}: path must be a file of ctx.Memory.save, got {name!r} ({said})"
-                ) from None
-        return Memory.from_state_dict(state, where)
+        return Memory.from_state_dict(memory_files.load(path, device, where), where)
 
     def __repr__(self) -> str:
         keys = self.rings[0][0]

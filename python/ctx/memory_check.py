@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ctx import _C, _check
 from ctx.spec import Spec
-from ctx.state import PLACE, TENSORS, WIDE, dtype_of, layer_shape
+from ctx.state import PLACE, TENSORS, WIDE, dtype_of
 
 if TYPE_CHECKING:
     from ctx.memory import Memory
 
-__all__ = ["call", "kind", "shapes", "tensors", "whole", "widened"]
+__all__ = ["call", "kind", "shapes", "tensors", "whole", "widened", "written"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -23,9 +23,9 @@ def shapes(spec: Spec) -> list[_C.LayerShape]:
     """The shapes of each layer's tensors."""
     made = []
     for x in spec.layers:
-        sizes = (x.schedule, x.kv_heads, x.head_dim, x.value_dim, x.max_rewind)
-        used, mass = x.counts_attention, x.slot_mass
-        made.append(layer_shape(*sizes, overlap=x.overlap, used=used, mass=mass))
+        sizes = (x.overlap, x.kv_heads, x.head_dim, x.value_dim, x.max_rewind)
+        law = x.schedule._law
+        made.append(_C.LayerShape(law, *sizes, x.counts_attention, x.slot_mass))
     return made
 
 
@@ -87,7 +87,8 @@ def tensors(memory: Memory, where: str) -> None:
 
 def widened(memory: Any) -> Any:
     """A memory with float32 where that must stay though the whole was cast: tools of
-    mixed precision cast whatever tensors a module is given. Without such tensors the memory itself.
+    mixed precision cast whatever tensors a module is given. Without such tensors the memory itself,
+    and anything else as it is.
     """
     rings = getattr(memory, "rings", None)
     if not isinstance(rings, list) or all(_is_wide(ring) for ring in rings):
@@ -100,6 +101,17 @@ def widened(memory: Any) -> Any:
         for ring in rings
     ]
     return type(memory)(memory.spec, memory.seen, memory.rewindable, wide)
+
+
+def written(passed: Memory | None, memory: Memory | None, in_place: bool) -> Memory | None:
+    """The memory that a call writes: in place the one passed, with the tensors of `memory`, which
+    :func:`widened` made of it.
+    """
+    if not in_place or memory is passed or memory is None or passed is None:
+        return memory
+    for mine, wide in zip(passed.rings, memory.rings, strict=True):
+        mine[:] = wide
+    return passed
 
 
 def _is_wide(ring: list[Tensor]) -> bool:

@@ -23,7 +23,6 @@ __all__ = [
     "Rows",
     "as_counts",
     "as_rows",
-    "clone",
     "leaves",
     "merge",
     "reset",
@@ -118,10 +117,6 @@ def merge(memories: Any) -> Memory:
         states = [x for memory in memories for x in leaves(memory)]
         state = _C.merge_state(states, len(memories), where)  # refuses none at all
     return _made(memories[0], memories[0].spec, state)
-
-
-def clone(memory: Memory) -> Memory:
-    return to(memory, None, None, "ctx.Memory.clone")
 
 
 def to(

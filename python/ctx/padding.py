@@ -1,10 +1,12 @@
 """Padded batches: from any mask to rows whose padding stands on the right, and back.
 
 The engine takes right-padded rows and their lengths. Batches of generation are often padded on the
-left; these two functions move the tokens, so that padding never enters a memory.
+left; what is here moves the tokens, so that padding never enters a memory.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,26 +16,26 @@ from ctx import _check
 __all__ = ["from_right_padded", "mask_of", "to_right_padded"]
 
 
-def check_mask(
-    mask: Tensor,
-    batch: int,
-    tokens: int,
+def _check_tensor(
+    x: Any,
+    name: str,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
     where: str,
-    name: str = "mask",
-    device: torch.device | None = None,
+    device: torch.device | None,
 ) -> None:
-    """Raises unless the mask of that name is bool [B, T], on that device."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{where}: {name} must be a bool tensor, got {got}")
-    if mask.shape != (batch, tokens):
-        raise ValueError(
-            f"{where}: {name} must be [B, T] = [{batch}, {tokens}], got {list(mask.shape)}"
-        )
-    if device is not None and mask.device != device:
-        raise ValueError(f"{where}: {name} must be on {device} as the tokens, got {mask.device}")
-    if mask.layout != torch.strided:
-        raise ValueError(f"{where}: {name} must be a dense tensor, got {mask.layout}")
+    """Raises unless it is a tensor of that dtype and of these sizes, on that device."""
+    if not isinstance(x, Tensor) or x.dtype != dtype:
+        kind = "a bool" if dtype == torch.bool else "an int64"
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{where}: {name} must be {kind} tensor, got {got}")
+    if x.shape != (*sizes.values(),):
+        want = f"[{', '.join(sizes)}] = {[*sizes.values()]}"
+        raise ValueError(f"{where}: {name} must be {want}, got {list(x.shape)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{where}: {name} must be on {device} as the tokens, got {x.device}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{where}: {name} must be a dense tensor, got {x.layout}")
 
 
 def check_rows(
@@ -49,20 +51,11 @@ def check_rows(
     only."""
     if lengths is not None and mask is not None:
         raise ValueError(f"{where}: lengths and mask must not both be given, got both")
+    rows = {"B": batch, "T": tokens}
     if mask is not None:
-        check_mask(mask, batch, tokens, where, device=device)
+        _check_tensor(mask, "mask", torch.bool, rows, where, device)
     if lengths is not None:
-        if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64:
-            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-            raise TypeError(f"{where}: lengths must be an int64 tensor, got {got}")
-        if lengths.shape != (batch,):
-            raise ValueError(f"{where}: lengths must be [B] = [{batch}], got {list(lengths.shape)}")
-        if device is not None and lengths.device != device:
-            raise ValueError(
-                f"{where}: lengths must be on {device} as the tokens, got {lengths.device}"
-            )
-        if lengths.layout != torch.strided:
-            raise ValueError(f"{where}: lengths must be a dense tensor, got {lengths.layout}")
+        _check_tensor(lengths, "lengths", torch.int64, {"B": batch}, where, device)
         if lengths.device.type == "cpu":
             for row, length in enumerate(lengths.tolist()):
                 if not 0 <= length <= tokens:
@@ -71,12 +64,44 @@ def check_rows(
                         f"{row}"
                     )
     if reset_at is not None:
-        check_mask(reset_at, batch, tokens, where, "reset_at", device)
+        _check_tensor(reset_at, "reset_at", torch.bool, rows, where, device)
+
+
+def moved(
+    x: Tensor, mask: Tensor | None, lengths: Tensor | None, reset_at: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [B, T, ...], lengths and `reset_at` with the padding of `mask`, if any, on the right."""
+    if mask is None:
+        return x, lengths, reset_at
+    if reset_at is not None:
+        reset_at, _ = to_right_padded(reset_at, mask)
+    return *to_right_padded(x, mask), reset_at
+
+
+def moved_back(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """x [B, T, ...] of right-padded rows with every token at its place in `mask`, if any, and zero
+    at padding.
+    """
+    if mask is not None:
+        return from_right_padded(x, mask)
+    return x if lengths is None else blanked(x, lengths)
+
+
+def weights_moved_back(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """Region weights [B, H, T, 3], likewise; they are zero at padding."""
+    if mask is None:
+        return weights
+    return from_right_padded(weights.transpose(1, 2), mask).transpose(1, 2)
 
 
 def mask_of(lengths: Tensor, tokens: int) -> Tensor:
     """bool [B, T], true at the first ``lengths[b]`` places of row b."""
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def blanked(x: Tensor, lengths: Tensor) -> Tensor:
+    """x [B, T, E] with zero behind the first ``lengths[b]`` places of row b."""
+    return x.masked_fill(mask_of(lengths, x.shape[1]).logical_not().unsqueeze(-1), 0.0)
 
 
 def to_right_padded(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +138,8 @@ def _check_padded(x: Tensor, mask: Tensor, where: str) -> None:
     _check.tensors(where, x=x)
     if x.dim() < 2:
         raise ValueError(f"{where}: x must be [B, T, ...], got {list(x.shape)}")
-    check_mask(mask, x.shape[0], x.shape[1], where, device=x.device)
+    rows = {"B": x.shape[0], "T": x.shape[1]}
+    _check_tensor(mask, "mask", torch.bool, rows, where, x.device)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

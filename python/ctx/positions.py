@@ -7,7 +7,6 @@ measure is the law's, ``"slot"`` or ``"token"``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,12 +58,9 @@ class Relative(nn.Module):
     ) -> None:
         super().__init__()
         where = "ctx.positions.Relative"
-        sizes = {"num_heads": num_heads, "head_dim": head_dim, "width": width}
-        for name, size in sizes.items():
-            sizes[name] = _check.integer(size, name, where)
-            if sizes[name] < 1:
-                raise ValueError(f"{where}: {name} must be at least 1, got {size}")
-        num_heads, head_dim, width = sizes.values()
+        num_heads, head_dim, width = _check.integers(
+            where, 1, num_heads=num_heads, head_dim=head_dim, width=width
+        )
         if width % 2:
             raise ValueError(f"{where}: width must be even, got {width}")
         self.num_heads, self.head_dim, self.width = num_heads, head_dim, width
@@ -116,10 +112,8 @@ def alibi_slopes(num_heads: int) -> Tensor:
     Raises:
         ValueError, TypeError: ``num_heads`` is no positive integer.
     """
-    where = "ctx.positions.alibi_slopes"
-    if _check.integer(num_heads, "num_heads", where) < 1:
-        raise ValueError(f"{where}: num_heads must be at least 1, got {num_heads}")
-    return torch.tensor(slopes(int(num_heads)), dtype=torch.float64, device="cpu")
+    num_heads = _check.integer(num_heads, "num_heads", "ctx.positions.alibi_slopes", 1)
+    return torch.tensor(slopes(num_heads), dtype=torch.float64, device="cpu")
 
 
 def slopes(num_heads: int) -> list[float]:
@@ -128,38 +122,3 @@ def slopes(num_heads: int) -> list[float]:
     first = [2.0 ** (-8 * i / power) for i in range(1, power + 1)]
     between = [2.0 ** (-8 * i / (2 * power)) for i in range(1, 2 * power + 1, 2)]
     return [*first, *between][:num_heads]
-
-
-def check_position(position: Any, where: str) -> str | None:
-    """`position` itself, which must be a scheme by name, or None.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if not (position is None or isinstance(position, str)) or position not in POSITIONS:
-        choices = ", ".join(map(repr, POSITIONS))
-        raise ValueError(f"{where}: position must be one of {choices}, got {position!r}")
-    return position
-
-
-def slope_values(slopes: Sequence[float] | Tensor, where: str) -> Tensor:
-    """Slopes as the user gives them, as float64 [H].
-
-    Raises:
-        TypeError, ValueError: they are no numbers, or not finite.
-    """
-    if isinstance(slopes, Tensor) and not slopes.is_meta and not slopes.is_complex():
-        values = slopes.detach().to(torch.float64)
-    else:
-        try:
-            if isinstance(slopes, (Tensor, str, bytes)):
-                raise TypeError
-            numbers = [float(value) for value in slopes]
-            values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"{where}: alibi_slopes must be numbers per query head, got {slopes!r}"
-            ) from None
-    if not values.isfinite().all():
-        raise ValueError(f"{where}: alibi_slopes must be finite, got {values.tolist()}")
-    return values

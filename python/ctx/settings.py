@@ -157,9 +157,7 @@ class AttentionSettings:
         Raises:
             ValueError: ``head_dim`` or a setting that depends on it is out of range.
         """
-        head_dim = _check.integer(head_dim, "head_dim", _WHERE)
-        if head_dim < 1:
-            raise ValueError(f"{_WHERE}: head_dim must be at least 1, got {head_dim}")
+        head_dim = _check.integer(head_dim, "head_dim", _WHERE, 1)
         self.validate(head_dim)
         scale = head_dim**-0.5 if self.scale is None else self.scale
         if self.position != "rotary":

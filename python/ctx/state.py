@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ctx import _C
-from ctx.schedule import Schedule
 
 __all__ = ["CLOCK", "STATE", "TENSORS", "StateShape"]
 
@@ -74,6 +73,11 @@ def dtype_of(name: str, pairs: torch.dtype, slots: torch.dtype) -> torch.dtype:
     return _DTYPES[pairs, slots][name]
 
 
+def arithmetic(pairs: torch.dtype) -> torch.dtype:
+    """What is computed in over such pairs."""
+    return torch.float64 if pairs == torch.float64 else torch.float32
+
+
 def slot_dtypes(pairs: torch.dtype) -> tuple[torch.dtype, ...]:
     """What slots may be stored as beside such pairs."""
     return tuple(_C.slot_types(pairs))
@@ -106,11 +110,6 @@ class StateShape:
     packed: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, schedule: Schedule, *sizes: int, **needed: Any) -> StateShape:
-        """What :func:`layer_shape` says."""
-        return cls.measured(layer_shape(schedule, *sizes, **needed))
-
-    @classmethod
     def measured(cls, shape: _C.LayerShape) -> StateShape:
         """Of the engine's own."""
         made = (shape.sizes(1, slots)[: len(TENSORS)] for slots in (torch.float32, torch.int8))
@@ -134,22 +133,6 @@ class StateShape:
                 torch.zeros(rows, *size[1:], device=device, dtype=dtype_of(name, dtype, slots))
                 for name, size in zip(TENSORS, sizes, strict=True)
             ]
-
-
-def layer_shape(
-    schedule: Schedule,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    max_rewind: int,
-    *,
-    overlap: int = 0,
-    used: bool = False,
-    mass: bool = False,
-) -> _C.LayerShape:
-    """The shapes that a schedule, a max_rewind and a compressor need."""
-    sizes = (overlap, kv_heads, head_dim, value_dim, max_rewind)
-    return _C.LayerShape(schedule._law, *sizes, used, mass)
 
 
 def empty_clock(rows: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

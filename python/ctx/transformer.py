@@ -8,21 +8,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctx import _check, engine, generation, transformer_inputs
+from ctx import _check, attention_inputs, engine, generation, memory_check, transformer_inputs
 from ctx.attention import CompressiveAttention
 from ctx.memory import Memory
 from ctx.memory_check import widened
 from ctx.module_share import share
-from ctx.padding import from_right_padded, mask_of, to_right_padded
+from ctx.padding import moved, weights_moved_back
 from ctx.positions import Relative
 from ctx.schedule import Schedule, Sizes
 from ctx.spec import Spec
-from ctx.state import empty_clock
 from ctx.transformer_blocks import Block, attention_of, make_norm
 from ctx.transformer_config import CompressiveTransformerConfig
+from ctx.transformer_logits import logits_of
 
 __all__ = ["CompressiveTransformer", "CompressiveTransformerConfig"]
 
@@ -159,30 +158,17 @@ class CompressiveTransformer(nn.Module):
         where = "ctx.CompressiveTransformer.forward"
         _check.flag(update, "update", where)
         _check.flag(last_only, "last_only", where)
-        if return_aux and (self.config.aux_loss is None or reset_at is not None):
-            got = "aux_loss=None" if self.config.aux_loss is None else "reset_at"
-            raise ValueError(
-                f"{where}: return_aux must go with an aux_loss and without reset_at, got {got}"
-            )
+        if return_aux:
+            attention_inputs.check_auxiliary(self.config.aux_loss, reset_at, where)
         passed, layers = memory, self.layers
-        if memory is not None:
-            memory = widened(memory)
-        self._check_call(tokens, memory, where, lengths, mask, reset_at)
-        if mask is not None:
-            tokens, lengths = to_right_padded(tokens, mask)
-            if reset_at is not None:
-                reset_at, _ = to_right_padded(reset_at, mask)
-        in_place = update and memory is not None and not torch.is_grad_enabled()
-        if in_place and memory is not passed and memory is not None and passed is not None:
-            for mine, wide in zip(passed.rings, memory.rings, strict=True):
-                mine[:] = wide
-            memory = passed
-        clock = empty_clock(len(tokens), tokens.device) if memory is None else memory.clock
-        rows = (tokens.shape[1], lengths, reset_at)
-        plans = engine.plans(layers, clock, *rows, in_place, memory is not None)
+        memory = widened(memory)
+        transformer_inputs.check(self, tokens, memory, where, lengths, mask, reset_at)
+        tokens, lengths, reset_at = moved(tokens, mask, lengths, reset_at)
+        plans = engine.plans(layers, memory, tokens, lengths, reset_at, update)
         plan = plans[layers[0].plan_key]
+        memory = memory_check.written(passed, memory, plan.in_place)
         x: Tensor = self.dropout(self.embedding(tokens))
-        if in_place:
+        if plan.in_place:
             engine.begin(plan)
         rings: list[list[Tensor]] = []
         losses: list[Tensor] = []
@@ -197,40 +183,20 @@ class CompressiveTransformer(nn.Module):
             if return_region_weights:
                 weights.append(asked.pop())
             losses += asked
-        logits = self._logits(x, plan.lengths, mask, last_only)
-        if mask is not None:
-            weights = [from_right_padded(w.transpose(1, 2), mask).transpose(1, 2) for w in weights]
+        logits = logits_of(self, x, plan.lengths, mask, last_only)
+        weights = [weights_moved_back(w, mask) for w in weights]
         if not update:
             memory = passed
-        elif not in_place:
+        elif not plan.in_place:
             memory = Memory(self.spec, *engine.ends(plan), rings)
         elif memory is not None:
             engine.advance(plan)
             # A wrapper that moves or casts a block's inputs copies them; the copies were written.
             if any(mine is not made for mine, made in zip(memory.rings, rings, strict=True)):
-                memory = Memory(memory.spec, *clock, rings)
+                memory = Memory(memory.spec, *plan.clock, rings)
         asked = [torch.stack(losses).mean()] if return_aux else []
         asked += [torch.stack(weights)] if return_region_weights else []
         return (logits, memory, *asked)
-
-    def _logits(
-        self, hidden: Tensor, lengths: Tensor | None, mask: Tensor | None, last_only: bool
-    ) -> Tensor:
-        """Logits of what the last block gives, zero at padding; padding stands on the right."""
-        if last_only:
-            logits = self._head(_last(hidden, lengths))[:, 0]
-            if not hidden.shape[1]:
-                return logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), 0.0)
-            if lengths is not None:
-                logits = logits.masked_fill((lengths < 1).unsqueeze(-1), 0.0)
-            return logits
-        logits = self._head(hidden)
-        if mask is not None:
-            return from_right_padded(logits, mask)
-        if lengths is not None:
-            padding = mask_of(lengths, hidden.shape[1]).logical_not()
-            logits = logits.masked_fill(padding.unsqueeze(-1), 0.0)
-        return logits
 
     def with_memory(
         self,
@@ -249,12 +215,7 @@ class CompressiveTransformer(nn.Module):
         Raises:
             ValueError, TypeError: a size is out of range, or there are not `num_layers` of them.
         """
-        sizes = {
-            "window": window,
-            "compressed": compressed,
-            "segment": segment,
-            "sinks": sinks,
-        }
+        sizes = {"window": window, "compressed": compressed, "segment": segment, "sinks": sinks}
         changed: dict[str, Any] = {name: n for name, n in sizes.items() if n is not None}
         twin: CompressiveTransformer = share(self)
         twin.config = dataclasses.replace(self.config, **changed)
@@ -307,7 +268,8 @@ class CompressiveTransformer(nn.Module):
         """
         where = "ctx.CompressiveTransformer.generate"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        steps = list(self._stream(tokens, num_tokens, memory, lengths, mask, settings, stop))
+        drawn = generation.start(self, tokens, num_tokens, memory, lengths, mask, settings, stop)
+        steps = list(drawn)
         return torch.stack(steps, 1) if steps else tokens.new_empty(tokens.shape[0], 0)
 
     def stream(
@@ -327,81 +289,4 @@ class CompressiveTransformer(nn.Module):
         """`generate`, one step at a time: yields int64 [B] as soon as it is drawn."""
         where = "ctx.CompressiveTransformer.stream"
         settings = generation.Sampling(temperature, top_k, top_p, seed, where=where)
-        return self._stream(tokens, num_tokens, memory, lengths, mask, settings, stop)
-
-    def _stream(
-        self,
-        tokens: Tensor,
-        num_tokens: int,
-        memory: Memory | None,
-        lengths: Tensor | None,
-        mask: Tensor | None,
-        settings: generation.Sampling,
-        stop: generation.Stop | None,
-    ) -> Iterator[Tensor]:
-        where = settings.where
-        held = None if memory is None else widened(memory)
-        self._check_call(tokens, held, where, lengths, mask)
-        if tokens.shape[1] < 1:
-            raise ValueError(
-                f"{where}: tokens must be [B, T] with T >= 1, got {list(tokens.shape)}"
-            )
-        num_tokens = generation.check_count(num_tokens, where)
-        stops = generation.as_stop(stop, self.config.vocab_size, where)
-        if mask is not None:
-            tokens, lengths = to_right_padded(tokens, mask)
-        if lengths is not None and tokens.device.type == "cpu" and int(lengths.min()) < 1:
-            name = "lengths" if mask is None else "mask"
-            row = int(lengths.argmin())
-            raise ValueError(
-                f"{where}: {name} must leave at least one token, got none in row {row}"
-            )
-        if memory is None:
-            memory = self.init_memory(len(tokens))
-        return generation.draw(self, tokens, lengths, num_tokens, memory, settings, stops)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        hidden = self.norm(hidden)
-        logits: Tensor = self.head(hidden) if self.head is not None else self._tied(hidden)
-        return logits
-
-    def _tied(self, hidden: Tensor) -> Tensor:
-        """Logits by the embedding's vectors of all tokens, [vocab_size, E].
-
-        They are read where the embedding is torch's own layer over a plain tensor. What stands in
-        its place otherwise (an adapter, a shard, a quantised layer, one whose weight is brought in
-        for the call) is asked by calling it, so that what it adds counts and hooks run.
-        """
-        embedding = self.embedding
-        if type(embedding) is nn.Embedding and "forward" not in vars(embedding):
-            weight = embedding.weight
-            absent = weight.is_meta and not hidden.is_meta
-            # neither DTensor nor quantised
-            if not absent and not hasattr(type(weight), "__tensor_flatten__"):
-                return F.linear(hidden, weight)
-        every = torch.arange(self.config.vocab_size, device=hidden.device)
-        return F.linear(hidden, embedding(every))
-
-    def _check_call(
-        self,
-        tokens: Tensor,
-        memory: Memory | None,
-        where: str,
-        lengths: Tensor | None = None,
-        mask: Tensor | None = None,
-        reset_at: Tensor | None = None,
-    ) -> None:
-        """Everything about every layer, before the first is written."""
-        size = self.config.vocab_size
-        rows = (lengths, mask, reset_at)
-        transformer_inputs.check(self, self.spec, size, tokens, memory, where, *rows)
-
-
-def _last(hidden: Tensor, lengths: Tensor | None) -> Tensor:
-    """What stands behind the last token of every row, [B, 1, E]; anything where there is none."""
-    if not hidden.shape[1]:
-        return F.pad(hidden, (0, 0, 0, 1))
-    if lengths is None:
-        return hidden[:, -1:]
-    place = (lengths - 1).clamp_min(0).reshape(-1, 1, 1)
-    return hidden.gather(1, place.expand(-1, 1, hidden.shape[2]))
+        return generation.start(self, tokens, num_tokens, memory, lengths, mask, settings, stop)

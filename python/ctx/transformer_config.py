@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctx import _check
 from ctx.compression import COMPRESSORS
-from ctx.layer_options import check_options, one_of
+from ctx.layer_options import check_options
 from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
 
 __all__ = ["CompressiveTransformerConfig"]
@@ -80,14 +80,12 @@ class CompressiveTransformerConfig:
             value = getattr(self, name)
             if value is None and name == "mlp_dim":
                 continue
-            whole = _check.integer(value, name, where)
-            if whole < 1:
-                raise ValueError(f"{where}: {name} must be at least 1, got {whole}")
+            whole = _check.integer(value, name, where, 1)
             object.__setattr__(self, name, whole)  # a plain one: it goes into checkpoints
         _check.flag(self.tied, "tied", where)
         for name, choices in _CHOICES.items():
-            one_of(name, getattr(self, name), choices, where)
-        one_of("compressor", self.compressor, tuple(COMPRESSORS), where)
+            _check.one_of(getattr(self, name), name, choices, where)
+        _check.one_of(self.compressor, "compressor", tuple(COMPRESSORS), where)
         for name in SIZES:
             sizes = as_sizes(getattr(self, name), name, self.num_layers, where)
             object.__setattr__(self, name, _plain(sizes))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ctx import memory_check
 from ctx.padding import check_rows
-from ctx.spec import Spec
+
+if TYPE_CHECKING:
+    from ctx.transformer import CompressiveTransformer
 
 __all__ = ["check"]
 
 
 def check(
-    model: nn.Module,
-    spec: Spec,
-    vocab_size: int,
+    model: CompressiveTransformer,
     tokens: Any,
     memory: Any,
     where: str,
@@ -25,7 +25,8 @@ def check(
     mask: Tensor | None = None,
     reset_at: Tensor | None = None,
 ) -> None:
-    """Raises unless the arguments fit a model whose memories are of `spec`."""
+    """Raises unless the arguments fit the model: everything about every layer."""
+    spec, vocab_size = model.spec, model.config.vocab_size
     if not isinstance(tokens, Tensor):
         raise TypeError(f"{where}: tokens must be a tensor, got {type(tokens).__name__}")
     if tokens.dtype != torch.int64:

@@ -51,14 +51,11 @@ class Compressor(nn.Module):
     ) -> None:
         super().__init__()
         value_dim = head_dim if value_dim is None else value_dim
-        sizes = {"kv_heads": kv_heads, "ratio": ratio, "head_dim": head_dim, "value_dim": value_dim}
         where = f"ctx.compression.{type(self).__name__}"
-        for name, size in sizes.items():
-            least = 0 if name == "value_dim" else 1
-            sizes[name] = _check.integer(size, name, where)
-            if sizes[name] < least:
-                raise ValueError(f"{where}: {name} must be at least {least}, got {size}")
-        self.kv_heads, self.ratio, self.head_dim, self.value_dim = sizes.values()
+        self.kv_heads, self.ratio, self.head_dim = _check.integers(
+            where, 1, kv_heads=kv_heads, ratio=ratio, head_dim=head_dim
+        )
+        self.value_dim = _check.integer(value_dim, "value_dim", where, 0)
         self._left_out: dict[str, tuple[int, ...]] = {}
         shapes = self.parameter_shapes()
         self._names = tuple(shapes)
@@ -220,31 +217,32 @@ class Native(Compressor):
         like: Tensor = getattr(self, self._names[0])
         return like.new_zeros(self._left_out[name])
 
+    def _compressed(
+        self, keys: Tensor, values: Tensor, ratio: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The engine's slots, with their log-mass where `ratio` is given."""
+        made: tuple[Tensor, Tensor, Tensor] = torch.ops.ctx.compress(
+            keys, values, self.operands(), self.name, ratio
+        )
+        return made
+
     def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses groups; see :meth:`Compressor.forward`."""
         _check.tensors(f"ctx.compression.{type(self).__name__}", keys=keys, values=values)
-        made: tuple[Tensor, Tensor, Tensor] = torch.ops.ctx.compress(
-            keys, values, self.operands(), self.name, 0
-        )
-        return made[0], made[1]
+        key_slots, value_slots, _ = self._compressed(keys, values)
+        return key_slots, value_slots
 
     def mass(self, keys: Tensor) -> Tensor:
         """See :meth:`Compressor.mass`."""
-        made: tuple[Tensor, Tensor, Tensor] = torch.ops.ctx.compress(
-            keys, keys.new_zeros(*keys.shape[:4], self.value_dim), self.operands(), self.name,
-            self.ratio,
-        )  # fmt: skip
-        return made[2]
+        none = keys.new_zeros(*keys.shape[:4], self.value_dim)
+        return self._compressed(keys, none, self.ratio)[2]
 
     def slots(self, keys: Tensor, values: Tensor, *, mass: bool = False) -> tuple[Tensor, ...]:
         """What the module's call makes of groups; where that is the operator's, it checks."""
         if not self.in_engine:  # a hook or another forward may return anything
             return super().slots(keys, values, mass=mass)
         if mass:
-            made: tuple[Tensor, ...] = torch.ops.ctx.compress(
-                keys, values, self.operands(), self.name, self.ratio
-            )
-            return made
+            return self._compressed(keys, values, self.ratio)
         slots: tuple[Tensor, Tensor] = self(keys, values)
         return slots
 

@@ -42,16 +42,13 @@ class Custom(Compressor):
                 )
         self._inside = inside[0].overlap if inside else 0
         self.module = module
-        if self.overlap < 0:
-            raise ValueError(
-                f"ctx.compression.Custom: overlap must be at least 0, got {self.overlap}"
-            )
+        _ = self.overlap  # refuses one that is none
 
     @property
     def overlap(self) -> int:
         """What the module says, else what the first compressor inside it does, else 0."""
         overlap = getattr(self.module, "overlap", self._inside)
-        return _check.integer(overlap, "overlap", "ctx.compression.Custom")
+        return _check.integer(overlap, "overlap", "ctx.compression.Custom", 0)
 
     def reset_parameters(self) -> None:
         """Every submodule that knows how to begin does so."""

@@ -17,7 +17,14 @@ from ctx.compression.max import Max
 from ctx.compression.mean import Mean
 from ctx.compression.most_used import MostUsed
 
-__all__ = ["COMPRESSORS", "as_compressor", "check_kernel", "make_compressor", "register"]
+__all__ = [
+    "COMPRESSORS",
+    "as_compressor",
+    "check_kernel",
+    "compressor_of",
+    "make_compressor",
+    "register",
+]
 
 
 COMPRESSORS: dict[str, type[Compressor]] = {
@@ -67,6 +74,25 @@ def as_compressor(
             )
         return module
     return Custom(module, kv_heads, ratio, head_dim, value_dim)
+
+
+def compressor_of(
+    given: Any,
+    where: str,
+    kv_heads: int,
+    ratio: int,
+    head_dim: int,
+    value_dim: int,
+    **made: Any,
+) -> Compressor:
+    """A compressor by name, as :func:`make_compressor` makes it, or as :func:`as_compressor` takes
+    it.
+    """
+    if isinstance(given, str):
+        return make_compressor(given, kv_heads, ratio, head_dim, value_dim, **made)
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"{where}: compressor must be a name or a module, got {given!r}")
+    return as_compressor(given, kv_heads, ratio, head_dim, value_dim)
 
 
 def make_compressor(

@@ -1,0 +1,78 @@
+"""A memory as plain values and tensors, and that in files: what the methods of :class:`ctx.Memory`
+do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ctx import _check
+from ctx.spec import Spec
+from ctx.state import CLOCK, TENSORS
+
+if TYPE_CHECKING:
+    from ctx.memory import Memory
+
+__all__ = ["load", "parts_of", "save", "state_of"]
+
+#: Key of the specification in a state dict.
+_SPEC = "ctx.Memory"
+
+
+def state_of(memory: Memory) -> dict[str, Any]:
+    state: dict[str, Any] = {_SPEC: memory.spec.to_dict()}
+    state |= {"seen": memory.seen, "rewindable": memory.rewindable}
+    for layer, ring in enumerate(memory.rings):
+        state |= {f"{layer}.{name}": x for name, x in zip(TENSORS, ring, strict=True)}
+    return state
+
+
+def parts_of(state: Any, where: str) -> tuple[Spec, Tensor, Tensor, list[list[Tensor]]]:
+    """What :class:`ctx.Memory` is made of: spec, seen, rewindable, rings."""
+    if not isinstance(state, Mapping) or _SPEC not in state:
+        got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"{where}: state must be what state_dict returns, got {got}")
+    spec = Spec.from_dict(state[_SPEC], where)
+    names = [[f"{layer}.{name}" for name in TENSORS] for layer in range(len(spec.layers))]
+    wanted = {_SPEC, *CLOCK, *(name for ring in names for name in ring)}
+    if state.keys() != wanted:
+        differ = ", ".join(sorted(map(str, wanted ^ state.keys())))
+        raise ValueError(f"{where}: state must have one entry per tensor, got {differ}")
+    _check.tensors(where, **{name: x for name, x in state.items() if name != _SPEC})
+    rings = [[state[name] for name in ring] for ring in names]
+    return spec, state["seen"], state["rewindable"], rings
+
+
+def save(state: dict[str, Any], path: Any, where: str) -> None:
+    target = Path(os.fsdecode(_check.path(path, where)))
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def load(path: Any, device: Any, where: str) -> Any:
+    name = os.fsdecode(_check.path(path, where))
+    with open(name, "rb") as file:
+        try:
+            return torch.load(file, map_location=_check.device(device, where), weights_only=True)
+        except Exception as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{where}: path must be a file of ctx.Memory.save, got {name!r} ({said})"
+            ) from None
