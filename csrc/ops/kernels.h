@@ -198,32 +198,8 @@ struct AttendArgs {
   bool count_usage = false;
 };
 
-// ops/plan_layout.h says what stands in a plan.
-struct PlanArgs {
-  Schedule schedule;
-  bool carried = false;  // whether there is a memory that precedes the call
-  bool resets = false;   // whether rows may begin anew inside the call
-  int device = 0;
-  int64_t batch = 0;
-  int64_t tokens = 0;
-  int64_t groups = 0;
-  const int64_t* seen = nullptr;     // [B]
-  const int64_t* lengths = nullptr;  // [B]; null: all are as long as the call
-  const bool* reset_at = nullptr;    // [B, T]; null: no row begins anew
-  int64_t* plan = nullptr;           // [B, columns], contiguous; written
-};
-
-struct AdvanceArgs {
-  int device = 0;
-  int64_t batch = 0;
-  int64_t columns = 0;
-  int64_t max_rewind = 0;
-  const int64_t* plan = nullptr;  // [B, columns], contiguous
-  int64_t* seen = nullptr;        // [B]; written
-  int64_t seen_stride = 1;
-  int64_t* rewindable = nullptr;  // [B]; written
-  int64_t rewindable_stride = 1;
-};
+struct PlanArgs;  // ops/plan_layout.h
+struct AdvanceArgs;
 
 struct RotateArgs {
   Rotary rotary;

@@ -40,6 +40,32 @@ Int plan_columns(const Int& tokens, const Int& groups) {
          groups * Int(int64_t{kPlanPerGroup});
 }
 
+struct PlanArgs {
+  Schedule schedule;
+  bool carried = false;  // whether there is a memory that precedes the call
+  bool resets = false;   // whether rows may begin anew inside the call
+  int device = 0;
+  int64_t batch = 0;
+  int64_t tokens = 0;
+  int64_t groups = 0;
+  const int64_t* seen = nullptr;     // [B]
+  const int64_t* lengths = nullptr;  // [B]; null: all are as long as the call
+  const bool* reset_at = nullptr;    // [B, T]; null: no row begins anew
+  int64_t* plan = nullptr;           // [B, columns], contiguous; written
+};
+
+struct AdvanceArgs {
+  int device = 0;
+  int64_t batch = 0;
+  int64_t columns = 0;
+  int64_t max_rewind = 0;
+  const int64_t* plan = nullptr;  // [B, columns], contiguous
+  int64_t* seen = nullptr;        // [B]; written
+  int64_t seen_stride = 1;
+  int64_t* rewindable = nullptr;  // [B]; written
+  int64_t rewindable_stride = 1;
+};
+
 // Row b of a plan, filled in three steps; each may be shared by threads where the one before is done.
 class PlanRow {
  public:

@@ -36,10 +36,10 @@ class Call(NamedTuple):
     in_place: bool  # whether that is in `rings` themselves
     region_weights: bool
 
-    @property
-    def past(self) -> Sequence[Tensor]:
-        """The rings as the engine reads them."""
-        return self.rings or ()
+
+def _past(call: Call) -> Sequence[Tensor]:
+    """The rings as the engine reads them."""
+    return call.rings or ()
 
 
 def is_forward_mode() -> bool:
@@ -69,7 +69,7 @@ def streams(layer: CompressiveAttention, call: Call) -> bool:
 def auxiliary(layer: CompressiveAttention, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """The auxiliary loss of a call, a scalar."""
     law = layer.stored_law
-    evicted = evictions(q, k, v, call.plan, call.past, layer.schedule, law)
+    evicted = evictions(q, k, v, call.plan, _past(call), layer.schedule, law)
     if layer.aux_loss == "autoencoding":
         return auto_encoding(evicted, layer.compressor, layer.decoder)
     project = None
@@ -105,7 +105,7 @@ def differentiable(
 ) -> Result:
     """A call that reads the rings where they lie, and then writes into a copy of them."""
     law, plan, chooses = layer.law, call.plan, layer.compressor.by_usage
-    keys, values = engine.evicted_groups(k, v, plan, call.past, law)
+    keys, values = engine.evicted_groups(k, v, plan, _past(call), law)
     rings: list[Tensor] = []
     if call.update or chooses:
         with torch.no_grad():
@@ -125,7 +125,7 @@ def differentiable(
     constants = [x.detach() for x in slots]
     attended = constants if layer.compressor_grad == "aux" else slots
     out, weights = engine.attend(
-        q, k, v, plan, call.past, law, attended, scores, call.region_weights
+        q, k, v, plan, _past(call), law, attended, scores, call.region_weights
     )
     if not call.update:
         return out, weights, call.rings
@@ -153,7 +153,7 @@ def projecting(
         return layer.pairs(x.to(dtype))
 
     law, plan = layer.stored_law, call.plan
-    groups = engine.evicted_groups(hidden, none, plan, call.past, law)
+    groups = engine.evicted_groups(hidden, none, plan, _past(call), law)
     slots = layer.compressor.slots(*groups, mass=layer.slot_mass)
     made = [slot.detach() for slot in slots]
     if layer.compressor_grad == "aux":

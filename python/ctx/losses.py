@@ -79,7 +79,7 @@ def evictions(
     seen, lengths = call.seen, call.lengths
     counts = torch.full_like(seen, tokens) if lengths is None else lengths
     # A segment that ends with the call is evicted by the next token, which is any token here.
-    ahead = [nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)]
+    ahead = [torch.cat([x, x.new_zeros(*x.shape[:2], 1, x.shape[3])], 2) for x in (k, v)]
     keys, values = engine.evicted_groups(ahead[0], ahead[1], call.longer(law), rings, law)
     begun = groups_at(schedule, seen - 1)
 

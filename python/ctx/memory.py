@@ -112,7 +112,7 @@ class Memory:
             raise IndexError(
                 f"ctx.Memory: layer must be between 0 and {len(self.rings) - 1}, got {key}"
             )
-        part = Memory(self.spec.parts[key], self.seen, self.rewindable, [self.rings[key]])
+        part = Memory(self.spec.part(key), self.seen, self.rewindable, [self.rings[key]])
         part._checked = self._checked
         return part
 

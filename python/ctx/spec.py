@@ -104,13 +104,17 @@ class Spec:
 
     layers: tuple[LayerSpec, ...]
     format: int = FORMAT
-    #: The specification of each layer alone.
-    parts: tuple[Spec, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    _parts: tuple[Spec, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # Not itself where it is of one layer: graph compilers follow references, also in a circle.
         alone = len(self.layers) == 1
-        parts = (self,) if alone else tuple(Spec((layer,)) for layer in self.layers)
-        object.__setattr__(self, "parts", parts)
+        parts = () if alone else tuple(Spec((layer,)) for layer in self.layers)
+        object.__setattr__(self, "_parts", parts)
+
+    def part(self, layer: int) -> Spec:
+        """The specification of one layer alone."""
+        return self._parts[layer] if self._parts else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints; :meth:`from_dict` is the way back."""

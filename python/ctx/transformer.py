@@ -91,11 +91,10 @@ class CompressiveTransformer(nn.Module):
     @property
     def spec(self) -> Spec:
         """What the model's memories are made with; see :class:`ctx.Memory`."""
-        parts = tuple(layer.spec for layer in self.layers)
-        made = self._spec
-        if made is None or made.parts != parts:
-            made = self._spec = Spec(tuple(part.layers[0] for part in parts))
-        return made
+        layers = tuple(layer.spec.layers[0] for layer in self.layers)
+        if self._spec is None or self._spec.layers != layers:
+            self._spec = Spec(layers)
+        return self._spec
 
     def init_memory(
         self, batch_size: int, *, compressed_dtype: torch.dtype | None = None
