@@ -128,7 +128,7 @@ void advance_meta(const Tensor& /*seen*/,
                   SymInt /*max_rewind*/) {}
 
 SymInt groups_in(const Tensor& plan, const SymInt& tokens, const char* where) {
-  const SymInt left = plan.sym_size(1) - plan_columns<SymInt>(tokens, 0);
+  const SymInt left = plan.sym_size(1) - plan_columns(tokens, SymInt(0));
   CTX_CHECK_VALUE(left >= 0,
                   where,
                   "plan must be that of a call of ",

@@ -14,6 +14,11 @@
 
 namespace ctx::ops {
 
+using ctx::plan_columns;
+inline c10::SymInt plan_columns(const c10::SymInt& tokens, const c10::SymInt& groups) {
+  return tokens * int64_t{kPlanPerToken} + groups * int64_t{kPlanPerGroup} + int64_t{kPlanHeader};
+}
+
 // Groups that a plan lays out: one for each that can fall due or, where rows begin anew inside the
 // call, for each block (group_block) of places from the first that a carried group begins in.
 c10::SymInt plan_groups(const Schedule& schedule,

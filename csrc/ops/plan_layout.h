@@ -34,10 +34,8 @@ enum PlanGroup : int64_t {
 };
 
 // The least width of a plan; one that tells of resets has one column more.
-template <typename Int>
-Int plan_columns(const Int& tokens, const Int& groups) {
-  return Int(int64_t{kPlanHeader}) + tokens * Int(int64_t{kPlanPerToken}) +
-         groups * Int(int64_t{kPlanPerGroup});
+CTX_HOST_DEVICE constexpr int64_t plan_columns(int64_t tokens, int64_t groups) {
+  return kPlanHeader + tokens * kPlanPerToken + groups * kPlanPerGroup;
 }
 
 struct PlanArgs {
