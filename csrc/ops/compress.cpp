@@ -2,12 +2,16 @@
 // each computes).
 #include "ops/compress.h"
 
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
 #include "ops/check.h"
+#include "ops/derivatives.h"
 #include "ops/finite.h"
 #include "ops/settings.h"
 #include "ops/shapes.h"
@@ -158,6 +162,76 @@ Slots compress(const at::Tensor& keys,
   return compress_groups(keys, values, parameters, kind, mass_ratio);
 }
 
+auto compress_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("ctx::compress", "")
+                             .typed<decltype(compress)>();
+  return op;
+}
+
+// One operator in the graph, whose backward computes the slots again, recorded.
+class CompressFunction : public torch::autograd::Function<CompressFunction> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* saved,
+                                                at::TensorList inputs,  // keys, values, parameters
+                                                c10::string_view compressor,
+                                                int64_t mass_ratio) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    saved->save_for_backward(inputs.vec());
+    saved->saved_data["compressor"] = std::string(compressor);
+    saved->saved_data["mass_ratio"] = mass_ratio;
+    const auto [keys, values, mass] =
+        compress_op().call(inputs[0], inputs[1], inputs.slice(2), compressor, mass_ratio);
+    return {keys, values, mass};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* saved,
+                                                 torch::autograd::variable_list grads) {
+    const bool differentiated = at::GradMode::is_enabled();
+    torch::autograd::variable_list inputs = saved->get_saved_variables(), wanted, result;
+    for (at::Tensor& x : inputs) {
+      if (!x.requires_grad()) continue;
+      if (!differentiated) x = x.detach().requires_grad_();
+      wanted.push_back(x);
+    }
+    const at::AutoGradMode recorded(true);
+    const std::string compressor = saved->saved_data["compressor"].toStringRef();
+    const auto [keys, values, mass] = compress(inputs[0],
+                                               inputs[1],
+                                               at::TensorList(inputs).slice(2),
+                                               compressor,
+                                               saved->saved_data["mass_ratio"].toInt());
+    torch::autograd::variable_list made, given;
+    const at::Tensor all[] = {keys, values, mass};
+    for (size_t i = 0; i < 3; ++i) {
+      if (!all[i].requires_grad() || !grads[i].defined()) continue;
+      made.push_back(all[i]), given.push_back(grads[i]);
+    }
+    if (!made.empty())
+      wanted = torch::autograd::grad(
+          made, wanted, given, /*retain_graph=*/differentiated, differentiated, true);
+    size_t next = 0;
+    for (const at::Tensor& x : inputs)
+      result.push_back(x.requires_grad() && !made.empty() ? wanted[next++] : at::Tensor());
+    result.resize(inputs.size() + 2);
+    return result;
+  }
+};
+
+Slots compress_autograd(const at::Tensor& keys,
+                        const at::Tensor& values,
+                        OptionalList operands,
+                        c10::string_view compressor,
+                        int64_t mass_ratio) {
+  std::vector<at::Tensor> inputs = {keys, values};
+  const at::TensorList parameters = or_empty(operands);
+  inputs.insert(inputs.end(), parameters.begin(), parameters.end());
+  if (is_recorded(keys, values, parameters))
+    return compress(keys, values, operands, compressor, mass_ratio);
+  const auto made = CompressFunction::apply(at::TensorList(inputs), compressor, mass_ratio);
+  return {made[0], made[1], made[2]};
+}
+
 }  // namespace
 
 Slots compress_groups(const at::Tensor& keys,
@@ -207,6 +281,7 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(ctx, CompositeImplicitAutograd, m) { m.impl("compress", compress); }
+TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) { m.impl("compress", compress); }
+TORCH_LIBRARY_IMPL(ctx, Autograd, m) { m.impl("compress", compress_autograd); }
 
 }  // namespace ctx::ops
