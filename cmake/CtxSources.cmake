@@ -54,7 +54,6 @@ set(CTX_CPU_KERNEL_SOURCES
 
 set(CTX_CUDA_SOURCES
     csrc/kernels/cuda/register.cpp
-    csrc/kernels/cuda/append.cu
     csrc/kernels/cuda/attend.cu
     csrc/kernels/cuda/attend_core_bfloat16.cu
     csrc/kernels/cuda/attend_core_float16.cu
@@ -62,13 +61,13 @@ set(CTX_CUDA_SOURCES
     csrc/kernels/cuda/attend_core_float64.cu
     csrc/kernels/cuda/attend_mma_bfloat16.cu
     csrc/kernels/cuda/attend_mma_float16.cu
-    csrc/kernels/cuda/compress.cu
     csrc/kernels/cuda/plan.cu
     csrc/kernels/cuda/rotary.cu
     csrc/kernels/cuda/runtime.cu
     csrc/kernels/cuda/spans_backward.cu
     csrc/kernels/cuda/spans_forward.cu
-    csrc/kernels/cuda/table.cu)
+    csrc/kernels/cuda/table.cu
+    csrc/kernels/cuda/write.cu)
 
 set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp)
 

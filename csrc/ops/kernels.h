@@ -301,12 +301,10 @@ struct Kernels {
   // Rotates every row of [B, heads, T, D] to its token's position, or back.
   void (*rotate)(const RotateArgs&) = nullptr;
   // Rotates the block's keys to their positions and writes pairs into the window ring, or the
-  // sinks; what is new in the window has not been used.
-  void (*append)(const AppendArgs&) = nullptr;
-  // Makes every group due for the block's last token: read back, un-rotate, compress, rotate,
+  // sinks; what is new in the window has not been used. Then makes every group due for the block's last token: read back, un-rotate, compress, rotate,
   // write, with its log-mass (log c for mean, max, conv and dilated; the entropy of the key gate's
   // weights for gated; 0 for most_used). kMostUsed: a block holds no segment's first token but as its own first.
-  void (*compress)(const CompressArgs&) = nullptr;
+  void (*write)(const AppendArgs&, const CompressArgs&) = nullptr;  // of the same block
   // Attends over sinks, slots and window; outputs of absent tokens (past lengths, before the
   // stream) are zero.
   void (*attend)(const AttendArgs&) = nullptr;

@@ -29,8 +29,7 @@ Writer::Writer(const Memory& memory,
 
 void Writer::write(const Block& block) {
   append_.block = compress_.block = block;
-  memory_.kernels().append(append_);
-  memory_.kernels().compress(compress_);
+  memory_.kernels().write(append_, compress_);
 }
 
 // Parameters may be stored as the memory is, or as the arithmetic is; anything else is converted to

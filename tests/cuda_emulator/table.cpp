@@ -3,7 +3,6 @@
 // read (operators.py).
 #include <cstdlib>
 
-#include "kernels/cuda/append.cuh"
 #include "kernels/cuda/attend_launch.cuh"
 #include "kernels/cuda/compress_launch.cuh"
 #include "kernels/cuda/plan.cuh"
@@ -32,9 +31,8 @@ class Workspace {
 void plan(const PlanArgs& args) { cuda::plan(args, nullptr); }
 void advance(const AdvanceArgs& args) { cuda::advance(args, nullptr); }
 void rotate(const RotateArgs& args) { cuda::rotate(args, nullptr); }
-void append(const AppendArgs& args) { cuda::append(args, nullptr); }
-void compress(const CompressArgs& args) {
-  cuda::compress(args, Workspace(cuda::compress_workspace(args)).get(), nullptr);
+void write(const AppendArgs& pairs, const CompressArgs& groups) {
+  cuda::write(pairs, groups, Workspace(cuda::compress_workspace(groups)).get(), nullptr);
 }
 void attend(const AttendArgs& args) {
   cuda::attend(args, Workspace(cuda::attend_workspace(args)).get(), nullptr);
@@ -49,8 +47,7 @@ const Kernels kTable = {"emulated CUDA",
                         &plan,
                         &advance,
                         &rotate,
-                        &append,
-                        &compress,
+                        &write,
                         &attend,
                         &spans_forward,
                         &spans_backward};

@@ -4,6 +4,15 @@
 
 namespace ctx::cpu::CTX_CPU_CAPABILITY {
 
+namespace {
+
+void write(const AppendArgs& pairs, const CompressArgs& groups) {
+  append(pairs);
+  compress(groups);
+}
+
+}  // namespace
+
 #define CTX_STRING(x) #x
 #define CTX_NAME(x) CTX_STRING(x)
 
@@ -12,8 +21,7 @@ const Kernels kTable = {CTX_NAME(CTX_CPU_CAPABILITY),
                         &plan,
                         &advance,
                         &rotate,
-                        &append,
-                        &compress,
+                        &write,
                         &attend,
                         &spans_forward,
                         &spans_backward};

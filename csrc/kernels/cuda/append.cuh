@@ -9,13 +9,11 @@ namespace ctx::cuda {
 
 constexpr int kAppendThreads = 128;
 
-// Grid [tokens, batch]; shared memory: a table.
+// Token i of row b; shared memory: a table.
 template <typename T>
-__global__ void __launch_bounds__(kAppendThreads)
-    append_kernel(const __grid_constant__ AppendArgs args) {
+CTX_DEVICE void append_token(const AppendArgs& args, int64_t i, int64_t b) {
   using A = Acc<T>;
   const MemoryView& m = args.memory;
-  const int64_t i = blockIdx.x, b = blockIdx.y;
   const BlockRow row_of_block(args.block, b);
   if (!row_of_block.has(i)) return;
   const int64_t t = row_of_block.first + i;
@@ -49,6 +47,18 @@ __global__ void __launch_bounds__(kAppendThreads)
   }
 }
 
+// Grid [tokens, batch].
+template <typename T>
+__global__ void __launch_bounds__(kAppendThreads)
+    append_kernel(const __grid_constant__ AppendArgs args) {
+  append_token<T>(args, blockIdx.x, blockIdx.y);
+}
+
+// Bytes of shared memory.
+inline size_t append_shared(const MemoryView& m) {
+  return m.rotary.dim * (m.storage == Storage::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
 inline void append(const AppendArgs& args, cudaStream_t stream) {
   const MemoryView& m = args.memory;
   if (m.kv_heads == 0) return;
@@ -57,7 +67,7 @@ inline void append(const AppendArgs& args, cudaStream_t stream) {
     launch(&append_kernel<T>,
            grid_of(args.block.tokens, m.batch),
            kAppendThreads,
-           m.rotary.dim * sizeof(Acc<T>),
+           append_shared(m),
            stream,
            args);
   });

@@ -4,8 +4,8 @@
 // at once.
 #pragma once
 
+#include "kernels/cuda/append.cuh"
 #include "kernels/cuda/pooling.cuh"
-#include "kernels/cuda/rotary.cuh"
 
 namespace ctx::cuda {
 
@@ -34,6 +34,9 @@ struct CompressLaunch {
   CompressArgs args;
   int64_t groups;   // of a row, at most
   void* workspace;  // of all blocks; null: in shared memory
+  // A block of one token makes slots of older ones: its pairs are written in the same launch.
+  AppendArgs append;
+  unsigned appended = 0;  // tokens
 };
 
 template <typename T, typename P>
@@ -234,19 +237,21 @@ struct GroupCompressor {
   }
 };
 
-// Grid [kv heads * groups, batch].
+// Grid [tokens + kv heads * groups, batch].
 template <typename T, typename P>
 __global__ void __launch_bounds__(kCompressThreads)
     compress_kernel(const __grid_constant__ CompressLaunch launch) {
   using A = Acc<T>;
   const CompressArgs& args = launch.args;
   const int64_t b = blockIdx.y;
-  const int64_t h = blockIdx.x / launch.groups, number = blockIdx.x % launch.groups;
+  if (blockIdx.x < launch.appended) return append_token<T>(launch.append, blockIdx.x, b);
+  const int64_t task = blockIdx.x - launch.appended;
+  const int64_t h = task / launch.groups, number = task % launch.groups;
   const EvictedGroups due = due_groups(args.memory, args.block, b);
   if (number >= due.last - due.first) return;
   A* memory = reinterpret_cast<A*>(shared_memory());
   if (launch.workspace != nullptr) {
-    const int64_t block = b * gridDim.x + blockIdx.x;
+    const int64_t block = b * (gridDim.x - launch.appended) + task;
     memory = static_cast<A*>(launch.workspace) + block * GroupRoom(args).size();
   }
   GroupCompressor<T, P> compressor(args, memory);

@@ -1,6 +1,8 @@
 // Launches of the compressors, and the workspace that they need.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/cuda/choose.cuh"
 
 namespace ctx::cuda {
@@ -20,24 +22,43 @@ inline int64_t compress_workspace(const CompressArgs& args) {
   return m.batch * m.kv_heads * (chooses ? 1 : most_groups(args)) * bytes;
 }
 
-inline void compress(const CompressArgs& args, void* workspace, cudaStream_t stream) {
+// With the pairs of a block of one token, where they are given.
+inline void compress(const CompressArgs& args,
+                     void* workspace,
+                     cudaStream_t stream,
+                     const AppendArgs* pairs = nullptr) {
   const MemoryView& m = args.memory;
   if (m.compressed_capacity == 0 || args.block.tokens == 0) return;
   const bool in_shared = compress_workspace(args) == 0;
-  const CompressLaunch what{args, most_groups(args), in_shared ? nullptr : workspace};
-  const size_t shared = in_shared ? compress_shared(args) : 0;
+  CompressLaunch what{args, most_groups(args), in_shared ? nullptr : workspace};
+  size_t shared = in_shared ? compress_shared(args) : 0;
+  if (pairs != nullptr) {
+    what.append = *pairs, what.appended = 1;
+    shared = std::max(shared, append_shared(m));
+  }
   dispatch(m.storage, [&](auto type) {
     using T = decltype(type);
     if (args.kind == CompressorKind::kMostUsed)
       return launch(
           &choose_kernel<T>, grid_of(m.kv_heads, m.batch), kCompressThreads, shared, stream, what);
-    const dim3 grid = grid_of(m.kv_heads * what.groups, m.batch);
+    const dim3 grid = grid_of(what.appended + m.kv_heads * what.groups, m.batch);
     if (args.wide_parameters) {
       launch(&compress_kernel<T, Acc<T>>, grid, kCompressThreads, shared, stream, what);
     } else {
       launch(&compress_kernel<T, T>, grid, kCompressThreads, shared, stream, what);
     }
   });
+}
+
+inline void write(const AppendArgs& pairs,
+                  const CompressArgs& groups,
+                  void* workspace,
+                  cudaStream_t stream) {
+  const MemoryView& m = groups.memory;
+  const bool together = groups.block.tokens == 1 && m.compressed_capacity > 0 && m.kv_heads > 0 &&
+                        groups.kind != CompressorKind::kMostUsed;
+  if (!together) append(pairs, stream);
+  compress(groups, workspace, stream, together ? &pairs : nullptr);
 }
 
 }  // namespace ctx::cuda
