@@ -104,6 +104,11 @@ class Copy(nn.Module):
         return pytree.tree_map(torch.clone, memory)
 
 
+def compiled_copy(memory):
+    torch._dynamo.reset()  # a graph belongs to one spec
+    return torch.compile(Copy(), backend="eager", fullgraph=True)(memory)
+
+
 WAYS = {
     "as it is": lambda memory: memory,
     "save": saved,
@@ -115,7 +120,7 @@ WAYS = {
     "to": lambda memory: ctx.rows.to(memory, dtype=torch.float64),
     "first rows": lambda memory: ctx.rows.merge([pytree.tree_map(lambda x: x[:1], memory)] * 2),
     "state": lambda memory: ctx.Memory.from_state_dict(memory.state_dict()),
-    "graph": lambda memory: torch.compile(Copy(), backend="eager", fullgraph=True)(memory),
+    "graph": compiled_copy,
 }
 
 
