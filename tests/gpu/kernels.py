@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels: registers, stack, 16-byte loads and tensor-core products.
+"""What the compiler made of the CUDA kernels: registers, stack, wide loads, tensor-core products.
 
     python tests/gpu/kernels.py LIBRARY [OUT.md]
 
