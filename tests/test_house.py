@@ -313,6 +313,53 @@ def test_lists_can_fail():
     assert unlisted(cmake, ["a/b.cpp", "d.cpp"]) == ["a/b.cpp", "c.cu", "d.cpp"]
 
 
+# --- the law is computed in one place -------------------------------------------------------------
+
+# The law for numbers, for tensors of C++, and for those of Python.
+LAW = {
+    "csrc": {"include/ctx/schedule.h", "ops/rings.h"},
+    "python/ctx": {"schedule.py"},
+}
+# A schedule's ratio or segment beside an operator that cuts a stream into groups or segments.
+_SIZE = r"[\w.]*\.(?:ratio|segment)\b"
+BEYOND_THE_LAW = re.compile(rf"[*/%] ?{_SIZE}|{_SIZE} ?[*/%]|(?:div|mul|remainder)\({_SIZE}")
+
+
+def computed_again(files, law):
+    """Lines that compute what the law says, in files that are not the law."""
+    return [
+        f"{path}: {line.strip()}"
+        for path, text in files.items()
+        if path not in law
+        for line in text.splitlines()
+        if BEYOND_THE_LAW.search(re.sub(r"\s*(//|#).*", "", line) if path[-2:] != "py" else line)
+    ]
+
+
+@pytest.mark.parametrize("folder", LAW)
+def test_the_law_is_computed_in_one_place(folder):
+    files = read(ROOT / folder, ".h", ".cpp", ".cuh", ".cu", ".py")
+    apart = ("reference/", "recipes/", "cli/")  # the law again; and users of the library
+    files = {path: text for path, text in files.items() if not path.startswith(apart)}
+    assert LAW[folder] <= files.keys()
+    assert computed_again(files, LAW[folder]) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "const int64_t first = s.sinks + s.ratio * g;",
+        "return t / schedule.segment;",
+        "t % clock.schedule.segment",
+        'x.div(s.ratio, "floor")',
+        "begun = schedule.ratio * number",
+    ],
+)
+def test_the_law_elsewhere_is_found(line):
+    assert len(computed_again({"ops/plan.cpp": line, "law.h": line}, {"law.h"})) == 1
+    assert computed_again({"ops/plan.cpp": "s.ratio + s.overlap, x * y.ratio_of"}, set()) == []
+
+
 # --- written twice, and therefore compared --------------------------------------------------------
 
 

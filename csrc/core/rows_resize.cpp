@@ -1,6 +1,7 @@
 // A running memory carried over to other sizes.
 #include "ctx/rows.h"
 #include "ops/check.h"
+#include "ops/rings.h"
 #include "ops/rows.h"
 
 namespace ctx {

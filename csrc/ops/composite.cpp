@@ -29,7 +29,7 @@ Composite::Composite(const at::Tensor& q,
   if (call.slopes) slopes_ = call.slopes->to(type_).view({1, -1, 1, 1});
   const Schedule& s = clock_.schedule;
   groups_ = groups_of(s, t_);
-  window_begin_ = groups_.mul(s.ratio).add(s.sinks);
+  window_begin_ = s.first_token(groups_);
   held_ = groups_.clamp_max(s.compressed);
   clocks_ = {clock_.token_distance ? t_ : t_ - window_begin_ + held_ + s.sinks,
              clock_.token_distance ? t_ : t_ - window_begin_ + groups_,
@@ -141,7 +141,7 @@ void Composite::measure(int region, const at::Tensor& slot_positions) {
   }
   const bool centres = slots && clock_.token_distance;
   const double step = centres ? static_cast<double>(s.ratio) : 1.0;
-  const double origin = centres ? s.sinks + (s.ratio - 1) / 2.0 : 0.0;
+  const double origin = centres ? s.centre(0.0) : 0.0;
   places_[region] = at::arange(size(region), clock.options()).mul(step).view({1, 1, -1});
   offsets_[region] = clock - first_[region].to(at::kDouble).mul(step).add(origin);
 }

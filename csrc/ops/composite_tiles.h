@@ -9,6 +9,7 @@
 #include "ops/composite.h"
 #include "ops/derivatives.h"
 #include "ops/finite.h"
+#include "ops/rings.h"
 #include "ops/rotary.h"
 #include "ops/settings.h"
 

@@ -19,7 +19,7 @@ struct Reading {
   Reading(const PlanTensors& plan, const Schedule& s) {
     const int64_t read = tokens_read(s);
     place = count_from(plan.group(kPlanPlace) - s.overlap, read).flatten(1);
-    const Tensor first = plan.group(kPlanNumber).mul(s.ratio).add(s.sinks - s.overlap);
+    const Tensor first = s.first_token(plan.group(kPlanNumber)) - s.overlap;
     number = count_from(first, read).flatten(1);
   }
 

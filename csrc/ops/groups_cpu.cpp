@@ -36,7 +36,7 @@ std::vector<Read> reads_of(const PlanRows& plan,
     const int64_t seen = plan.header(b, kPlanSeen);
     const int64_t oldest = std::max<int64_t>(0, plan.header(b, kPlanOldestToken) - s.overlap);
     for (int64_t g = 0; g < plan.groups(); ++g) {
-      const int64_t first = plan.group(b, kPlanNumber, g) * s.ratio + s.sinks - s.overlap;
+      const int64_t first = s.first_token(plan.group(b, kPlanNumber, g)) - s.overlap;
       for (int64_t i = 0; i < read; ++i) {
         const int64_t place = plan.group(b, kPlanPlace, g) - s.overlap + i;
         const int64_t token = seen + place;

@@ -158,7 +158,7 @@ struct CompressArgs {
       false;  // parameters are stored in the arithmetic's type, not in the memory's
   // As compressor.h orders them, null where absent; contiguous.
   const void* parameters[6] = {nullptr};
-  // A call's slots lie where their groups' blocks are (group_block): G of them, row b's first in
+  // A call's slots lie where their groups' blocks are (Schedule::block_of): G of them, row b's first in
   // block slot_block[b * slot_block_stride].
   int64_t slots = 0;  // G
   const int64_t* slot_block = nullptr;
@@ -312,16 +312,6 @@ struct Kernels {
   void (*spans_forward)(const SpansArgs&) = nullptr;
   void (*spans_backward)(const SpansBackwardArgs&) = nullptr;
 };
-
-// A call's places are cut into blocks of `ratio`, from the place of its first token on: the block
-// in which a group begins, if the group's stream starts at place `start` (negative: before the
-// call). No two whole groups begin in the same block, and the next group of a stream begins in the
-// next one.
-CTX_HOST_DEVICE inline int64_t group_block(const Schedule& schedule, int64_t start, int64_t group) {
-  const int64_t first = start + schedule.sinks;
-  const int64_t below = first % schedule.ratio < 0;  // division rounds to zero, a block's is down
-  return first / schedule.ratio - below + group;
-}
 
 // Groups that row b of a block makes due, first inclusive, last exclusive; those that a later one
 // would overwrite are left out, so that no two writers meet.

@@ -20,7 +20,7 @@ inline c10::SymInt plan_columns(const c10::SymInt& tokens, const c10::SymInt& gr
 }
 
 // Groups that a plan lays out: one for each that can fall due or, where rows begin anew inside the
-// call, for each block (group_block) of places from the first that a carried group begins in.
+// call, for each block (Schedule::block_of) of places from the first that a carried group begins in.
 c10::SymInt plan_groups(const Schedule& schedule,
                         const c10::SymInt& tokens,
                         bool resets,

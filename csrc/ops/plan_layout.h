@@ -12,7 +12,7 @@ namespace ctx {
 enum PlanColumn : int64_t {
   kPlanSeen,        // tokens of the carried stream before the call
   kPlanCount,       // tokens that the row brings
-  kPlanBlock,       // group_block of the carried stream's first group that is not made yet
+  kPlanBlock,       // Schedule::block_of of the carried stream's first group that is not made yet
   kPlanFirstToken,  // number of the first token, slot and sink of the memory that precede the call's
   kPlanFirstSlot,   //   in the three spans that queries attend to
   kPlanFirstSink,
@@ -82,7 +82,7 @@ class PlanRow {
     seen_ = seen_ < 0 ? 0 : seen_ > kLast ? kLast : seen_;
     count_ = count_ < 0 ? 0 : count_ > tokens_ ? tokens_ : count_;
     begun_ = s_.groups(seen_ - 1);
-    block_ = floor_div(begun_ * s_.ratio + s_.sinks - seen_);
+    block_ = s_.block_of(-seen_, begun_);
     resets_ = args.resets;
   }
 
@@ -116,7 +116,7 @@ class PlanRow {
       row[kPlanPosition * tokens_ + i] = i < count_ ? i - start : -1;
       row[kPlanTokenKey * tokens_ + i] = -start - behind_tokens_;
       row[kPlanSlotKey * tokens_ + i] =
-          (carried ? begun_ : block_ - floor_div(start + s_.sinks)) - behind_slots_;
+          (carried ? begun_ : block_ - s_.block_of(start, 0)) - behind_slots_;
       row[kPlanSinkKey * tokens_ + i] = (carried ? sinks_at(seen_) : -start) - behind_sinks_;
     }
   }
@@ -128,17 +128,16 @@ class PlanRow {
       int64_t& number = row[kPlanNumber * groups_ + g];
       if (resets_) {
         place = whole_group(block_ + g);
-        const int64_t token = place - start_at(place) - s_.sinks;
-        number = place < tokens_ && token > 0 ? token / s_.ratio : 0;
+        const int64_t token = place - start_at(place);
+        number = place < tokens_ && token > s_.sinks ? s_.group_of(token) : 0;
       } else {
         number = begun_ + g;
-        place = number * s_.ratio + s_.sinks - seen_;
+        place = s_.first_token(number) - seen_;
       }
     }
   }
 
  private:
-  CTX_HOST_DEVICE int64_t floor_div(int64_t a) const { return a / s_.ratio - (a % s_.ratio < 0); }
   CTX_HOST_DEVICE int64_t sinks_at(int64_t seen) const { return seen < s_.sinks ? seen : s_.sinks; }
 
   // Where the stream of a place of the call starts; tokens are filled.
@@ -150,12 +149,13 @@ class PlanRow {
 
   // The place in a block at which a group begins that is whole within the call; else the first.
   CTX_HOST_DEVICE int64_t whole_group(int64_t block) const {
-    const int64_t c = s_.ratio, first = block * c;
+    const int64_t c = s_.ratio, first = s_.tokens_of(block);
     const int64_t end = first + c < tokens_ ? first + c : tokens_;
     for (int64_t place = first; place < end; ++place) {
       const int64_t start = start_at(place);
-      const int64_t token = place - start - s_.sinks;
-      if (token >= 0 && token % c == 0 && start_at(place + c - 1) == start) return place;
+      const int64_t token = place - start;
+      const bool begins = token >= s_.sinks && s_.place_in_group(token) == 0;
+      if (begins && start_at(place + c - 1) == start) return place;
     }
     return first;
   }

@@ -4,7 +4,15 @@
 
 #include <ATen/ATen.h>
 
+#include "ctx/schedule.h"
+
 namespace ctx::ops {
+
+// Schedule::groups for a tensor of positions.
+inline at::Tensor groups_of(const Schedule& s, const at::Tensor& t) {
+  const at::Tensor boundary = t.clamp_min(0).div(s.segment, "floor").mul(s.segment);
+  return boundary.sub(s.sinks + s.window).clamp_min(0).div(s.ratio, "floor");
+}
 
 // first, first + 1, ..., n numbers for each: [..., n].
 inline at::Tensor count_from(const at::Tensor& first, const c10::SymInt& n) {

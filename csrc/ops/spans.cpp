@@ -49,7 +49,7 @@ Tensor CallSpans::clock() const {
   const Schedule& s = settings_.schedule();
   const Tensor number = plan_.group(kPlanNumber);
   if (!settings_.clock.token_distance) return number;
-  return number.mul(s.ratio).to(at::kDouble).add(s.sinks + (s.ratio - 1) / 2.0);
+  return s.centre(number.to(at::kDouble));
 }
 
 Tensor CallSpans::rotate_slots(const Tensor& x, bool transposed) const {

@@ -310,9 +310,4 @@ void check_lengths(const OptionalTensor& lengths, int64_t tokens, const char* wh
   }
 }
 
-Tensor groups_of(const Schedule& s, const Tensor& t) {
-  const Tensor boundary = t.clamp_min(0).div(s.segment, "floor").mul(s.segment);
-  return boundary.sub(s.sinks + s.window).clamp_min(0).div(s.ratio, "floor");
-}
-
 }  // namespace ctx::ops

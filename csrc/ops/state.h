@@ -119,7 +119,4 @@ void check_seen(const at::Tensor& seen, const char* where);
 // 0 <= lengths <= T. Reads values, so only of tensors on the CPU: a device is never waited for.
 void check_lengths(const std::optional<at::Tensor>& lengths, int64_t tokens, const char* where);
 
-// n(t) and w(t) of semantics.md for a tensor of positions.
-at::Tensor groups_of(const Schedule& schedule, const at::Tensor& t);
-
 }  // namespace ctx::ops

@@ -73,10 +73,10 @@ class Walk {
 
   // Tokens from `offset` on until the first row's segment ends.
   int64_t segment_left(int64_t offset) const {
-    const int64_t segment = memory_.view.clock.schedule.segment;
-    int64_t left = segment;
+    const Schedule& schedule = memory_.view.clock.schedule;
+    int64_t left = schedule.segment;
     for (int64_t b = 0; b < plan_.batch(); ++b) {
-      if (lengths_[b] > offset) left = std::min(left, segment - (origin_[b] + offset) % segment);
+      if (lengths_[b] > offset) left = std::min(left, schedule.segment_left(origin_[b] + offset));
     }
     return left;
   }

@@ -86,8 +86,8 @@ void Writer::report_chosen(const PlanRows& plan, bool reports) {
     return;
   }
   const MemoryView& view = memory_.view;
-  chosen_ = at::arange(plan.groups(), integers)
-                .mul(view.clock.schedule.ratio)
+  const Schedule& s = view.clock.schedule;
+  chosen_ = at::arange(0, s.tokens_of(plan.groups()), s.ratio, integers)
                 .expand({view.batch, view.kv_heads, plan.groups()})
                 .contiguous();
   chosen_positions_ = at::zeros_like(chosen_);

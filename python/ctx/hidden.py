@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ctx import engine
-from ctx.losses import groups_at
+from ctx.schedule import first_token, groups_at
 from ctx.state import TENSORS, dtype_of, ring_positions, slots_as
 
 if TYPE_CHECKING:
@@ -54,12 +54,11 @@ def pairs_of(
     window = ring_positions(seen - 1, held["window_keys"].shape[2])
     slots = ring_positions(begun - 1, held["compressed_keys"].shape[2])
     sinks = torch.arange(schedule.sinks, device=seen.device).expand(len(seen), -1)
-    first = schedule.sinks + schedule.ratio * begun
+    first = first_token(schedule, begun)
     oldest = (due - schedule.compressed).clamp_min(0)
     clock: Any = slots
     if layer.distance == "token":
-        centre = schedule.sinks + (schedule.ratio - 1) / 2
-        clock = slots.to(torch.float64) * schedule.ratio + centre
+        clock = first_token(schedule, slots.to(torch.float64)) + (schedule.ratio - 1) / 2
     made: dict[str, Tensor] = {}
     for region, position, visible in (
         ("window", window, window >= first[:, None]),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ctx import _check, engine
 from ctx.compression import Compressor
 from ctx.engine import Law, Plan
-from ctx.schedule import Schedule
+from ctx.schedule import Schedule, boundaries_at, groups_at
 
 __all__ = ["LOSSES", "Decoder", "Evictions", "attention_reconstruction", "auto_encoding"]
 
@@ -46,13 +46,6 @@ class Evictions:
     def boundaries(self) -> Tensor:
         """bool [B, N], true where something leaves and somebody asks."""
         return self.asked.any(-1) & self.due.any(-1)
-
-
-def groups_at(schedule: Schedule, t: Tensor) -> Tensor:
-    """n(t) of the law for a tensor of positions; none before the first token."""
-    begun = t.div(schedule.segment, rounding_mode="floor") * schedule.segment
-    left = begun - schedule.sinks - schedule.window
-    return left.clamp_min(0).div(schedule.ratio, rounding_mode="floor")
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -83,9 +76,7 @@ def evictions(
     keys, values = engine.evicted_groups(ahead[0], ahead[1], call.longer(law), rings, law)
     begun = groups_at(schedule, seen - 1)
 
-    boundaries = -(-tokens // segment)
-    first = (seen.div(segment, rounding_mode="floor") + 1) * segment
-    boundary = first[:, None] + segment * torch.arange(boundaries, device=q.device)  # [B, N]
+    boundary = boundaries_at(schedule, seen, tokens)  # [B, N]
     ends_here = boundary <= (seen + counts)[:, None]
     place = (
         boundary[..., None] - segment + torch.arange(segment, device=q.device) - seen[:, None, None]
@@ -97,7 +88,7 @@ def evictions(
     due = (group < after[..., None]) & ends_here[..., None]
     if keys.shape[2] == 0:  # no compressive memory
         due = torch.zeros_like(due)
-        shape = (batch, k.shape[1], boundaries, most, keys.shape[3])
+        shape = (batch, k.shape[1], boundary.shape[1], most, keys.shape[3])
         none = keys.new_zeros(*shape, k.shape[3]), values.new_zeros(*shape, v.shape[3])
         return Evictions(_take(q, place), asked, *none, due)
     index = group - begun[:, None, None]

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ctx import _C
 
-__all__ = ["SIZES", "Schedule", "Sizes", "as_sizes", "schedules_of"]
+__all__ = [
+    "SIZES", "Schedule", "Sizes", "as_sizes", "boundaries_at", "first_token", "groups_at",
+    "schedules_of",
+]  # fmt: skip
 
 #: A size of every layer, or one for each.
 Sizes = int | Sequence[int]
@@ -99,6 +105,27 @@ class Schedule:
     def resized(self, **sizes: int) -> Schedule:
         """The same schedule with other sizes, e.g. ``resized(compressed=0)``."""
         return replace(self, **sizes)
+
+
+def groups_at(schedule: Schedule, t: Tensor) -> Tensor:
+    """n(t) of the law for a tensor of positions; none before the first token."""
+    begun = t.div(schedule.segment, rounding_mode="floor") * schedule.segment
+    left = begun - schedule.sinks - schedule.window
+    return left.clamp_min(0).div(schedule.ratio, rounding_mode="floor")
+
+
+def boundaries_at(schedule: Schedule, seen: Tensor, tokens: int) -> Tensor:
+    """Positions, after those seen, at which segments begin: all that a call of so many tokens can
+    reach, [B, N].
+    """
+    first = (seen.div(schedule.segment, rounding_mode="floor") + 1) * schedule.segment
+    number = torch.arange(-(-tokens // schedule.segment), device=seen.device)
+    return first[:, None] + schedule.segment * number
+
+
+def first_token(schedule: Schedule, groups: Tensor) -> Tensor:
+    """The first token of each group."""
+    return schedule.sinks + schedule.ratio * groups
 
 
 def as_sizes(value: Any, name: str, layers: int, where: str) -> Any:

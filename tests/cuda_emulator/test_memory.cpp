@@ -148,7 +148,7 @@ class MemoryTest {
     slot_block_.assign(w_.batch, 0);
     for (int64_t b = 0; b < w_.batch; ++b) {
       const int64_t first = w_.clock.schedule.groups(w_.origin[b] + begin_ - 1);
-      slot_block_[b] = group_block(w_.clock.schedule, -w_.origin[b], first) - random_.between(0, 1);
+      slot_block_[b] = w_.clock.schedule.block_of(-w_.origin[b], first) - random_.between(0, 1);
     }
     args.slot_block = slot_block_.device();
     const size_t all = w_.batch * w_.kv_heads * blocks;
@@ -192,7 +192,7 @@ class MemoryTest {
     if (w_.kind != CompressorKind::kGiven) return SlotsReference(w_).make(b, h, g);
     Slot slot;
     slot.mass = std::log(static_cast<double>(w_.clock.schedule.ratio));
-    const int64_t place = group_block(w_.clock.schedule, -w_.origin[b], g) - slot_block_[b];
+    const int64_t place = w_.clock.schedule.block_of(-w_.origin[b], g) - slot_block_[b];
     slot.key = given_keys_.row(b, h, place), slot.value = given_values_.row(b, h, place);
     const int64_t blocks = static_cast<int64_t>(given_mass_.size()) / w_.batch / w_.kv_heads;
     if (gives_mass_) slot.mass = given_mass_[(b * w_.kv_heads + h) * blocks + place];
@@ -245,11 +245,11 @@ class MemoryTest {
   void check_reported(int64_t b, int64_t h, int64_t g, int64_t t, int64_t c) {
     const Schedule& s = w_.clock.schedule;
     const int64_t blocks = static_cast<int64_t>(given_chosen_.size()) / w_.batch / w_.kv_heads;
-    const int64_t place = group_block(s, -w_.origin[b], g) - slot_block_[b];
+    const int64_t place = s.block_of(-w_.origin[b], g) - slot_block_[b];
     if (place < 0 || place >= blocks) return;
     const int64_t at = (b * w_.kv_heads + h) * blocks + place;
     if (given_chosen_[at] == -9) return;  // not asked for
-    const int64_t group = group_block(s, -w_.origin[b], (t - s.sinks) / c) - slot_block_[b];
+    const int64_t group = s.block_of(-w_.origin[b], (t - s.sinks) / c) - slot_block_[b];
     EXPECT(given_chosen_[at] == group * c + (t - s.sinks) % c);
     EXPECT(given_positions_[at] == t);
   }

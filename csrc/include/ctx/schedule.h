@@ -46,9 +46,7 @@ struct Schedule {
   }
 
   // First token that is still held exactly in the window when token t attends.
-  CTX_HOST_DEVICE constexpr int64_t window_begin(int64_t t) const {
-    return sinks + ratio * groups(t);
-  }
+  CTX_HOST_DEVICE constexpr int64_t window_begin(int64_t t) const { return first_token(groups(t)); }
 
   // Compressed slots that token t attends to: groups(t) - slots(t) ... groups(t) - 1.
   CTX_HOST_DEVICE constexpr int64_t slots(int64_t t) const {
@@ -61,8 +59,34 @@ struct Schedule {
     return t + 1 < sinks ? t + 1 : sinks;
   }
 
-  // First token of group g.
-  CTX_HOST_DEVICE constexpr int64_t first_token(int64_t g) const { return sinks + ratio * g; }
+  // First token of group g, and the middle of its tokens. Int, Real: numbers, or tensors of numbers.
+  template <typename Int>
+  CTX_HOST_DEVICE constexpr Int first_token(const Int& g) const {
+    return sinks + ratio * g;
+  }
+  template <typename Real>
+  CTX_HOST_DEVICE constexpr Real centre(const Real& g) const {
+    return sinks + ratio * g + (ratio - 1) / 2.0;
+  }
+
+  // Tokens of so many groups.
+  CTX_HOST_DEVICE constexpr int64_t tokens_of(int64_t groups) const { return ratio * groups; }
+
+  // The group of token t, which is no sink, and the token's place in it.
+  CTX_HOST_DEVICE constexpr int64_t group_of(int64_t t) const { return (t - sinks) / ratio; }
+  CTX_HOST_DEVICE constexpr int64_t place_in_group(int64_t t) const { return (t - sinks) % ratio; }
+
+  // Tokens from t on to the end of its segment, itself included.
+  CTX_HOST_DEVICE constexpr int64_t segment_left(int64_t t) const { return segment - t % segment; }
+
+  // A call's places are cut into blocks of `ratio`, from the place of its first token on: the block
+  // in which group g begins, if its stream starts at place `start` (negative: before the call). No
+  // two whole groups begin in the same block, and the next group of a stream begins in the next one.
+  CTX_HOST_DEVICE constexpr int64_t block_of(int64_t start, int64_t g) const {
+    const int64_t first = start + sinks;
+    const int64_t below = first % ratio < 0;  // division rounds to zero, a block's is down
+    return first / ratio - below + g;
+  }
 
   // The longest window any query attends to, itself included.
   CTX_HOST_DEVICE constexpr int64_t max_window() const { return window + segment + ratio - 1; }
@@ -107,8 +131,7 @@ struct Clock {
   bool token_distance = false;
 
   CTX_HOST_DEVICE constexpr double group_key(int64_t g) const {
-    return token_distance ? schedule.first_token(g) + (schedule.ratio - 1) / 2.0
-                          : static_cast<double>(g);
+    return token_distance ? schedule.centre(static_cast<double>(g)) : static_cast<double>(g);
   }
   CTX_HOST_DEVICE constexpr int64_t group_query(int64_t t) const {
     return token_distance ? t : t - schedule.window_begin(t) + schedule.groups(t);

@@ -44,7 +44,7 @@ class Chooser {
  private:
   // The `groups` most used of c * groups tokens from `first` on; of equals the earlier.
   void choose(int64_t b, int64_t h, int64_t first, int64_t groups) {
-    const int64_t all = groups * schedule_.ratio;
+    const int64_t all = schedule_.tokens_of(groups);
     const A* usage = ring_row<A>(m_.usage, m_.kv_heads, m_.window_capacity, 1, b, h, 0);
     used_.resize(all);
     tokens_.resize(all);
@@ -67,12 +67,11 @@ class Chooser {
     if (args_.chosen == nullptr) return;
     const int64_t start = args_.block.start(b);
     const int64_t block = args_.slot_block[b * args_.slot_block_stride];
-    const int64_t place = group_block(schedule_, start, g) - block;
+    const int64_t place = schedule_.block_of(start, g) - block;
     if (place < 0 || place >= args_.slots) return;
-    const int64_t within = token - schedule_.sinks;
-    const int64_t group = group_block(schedule_, start, within / schedule_.ratio) - block;
+    const int64_t group = schedule_.block_of(start, schedule_.group_of(token)) - block;
     const int64_t slot = (b * m_.kv_heads + h) * args_.slots + place;
-    args_.chosen[slot] = group * schedule_.ratio + within % schedule_.ratio;
+    args_.chosen[slot] = schedule_.tokens_of(group) + schedule_.place_in_group(token);
     args_.chosen_positions[slot] = token;
   }
 
@@ -129,7 +128,8 @@ void choose(const CompressArgs& args) {
     due = groups.first < groups.last;
   }
   if (!due) return;
-  const int64_t tokens = m.clock.schedule.max_new_groups(int64_t{1}) * m.clock.schedule.ratio;
+  const Schedule& s = m.clock.schedule;
+  const int64_t tokens = s.tokens_of(s.max_new_groups(int64_t{1}));
   const int64_t work = tokens * 16 + m.head_dim + m.value_dim + 80 * m.rotary.dim;
   dispatch(m.storage, [&](auto type) {
     using T = decltype(type);

@@ -223,8 +223,8 @@ class GroupCompressor {
   void take_given(
       int64_t b, int64_t h, int64_t group, int64_t g, int64_t width, int side, A* slot) {
     const int64_t start = args_.block.start(b);
-    const int64_t given = group_block(m_.clock.schedule, start, group) -
-                          args_.slot_block[b * args_.slot_block_stride];
+    const int64_t given =
+        m_.clock.schedule.block_of(start, group) - args_.slot_block[b * args_.slot_block_stride];
     if (given < 0 || given >= args_.slots) {  // a block that is not the call's
       std::fill_n(slot, width, A(0));
       return;

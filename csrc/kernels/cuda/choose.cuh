@@ -20,7 +20,7 @@ struct Chooser {
 
   // The `groups` most used of c * groups tokens from `first` on; of equals the earlier.
   CTX_DEVICE void choose(int64_t first, int64_t groups) const {
-    const int64_t all = groups * schedule.ratio;
+    const int64_t all = schedule.tokens_of(groups);
     const A* usage = ring_row<A>(m.usage, m.kv_heads, m.window_capacity, 1, b, h, 0);
     for (int64_t i = threadIdx.x; i < all; i += blockDim.x) {
       const A value = usage[(first + i) % m.window_capacity];
@@ -48,12 +48,11 @@ struct Chooser {
     if (args.chosen == nullptr) return;
     const int64_t start = BlockRow(args.block, b).start;
     const int64_t block = args.slot_block[b * args.slot_block_stride];
-    const int64_t place = group_block(schedule, start, g) - block;
+    const int64_t place = schedule.block_of(start, g) - block;
     if (place < 0 || place >= args.slots) return;
-    const int64_t within = t - schedule.sinks;
-    const int64_t group = group_block(schedule, start, within / schedule.ratio) - block;
+    const int64_t group = schedule.block_of(start, schedule.group_of(t)) - block;
     const int64_t slot = (b * m.kv_heads + h) * args.slots + place;
-    args.chosen[slot] = group * schedule.ratio + within % schedule.ratio;
+    args.chosen[slot] = schedule.tokens_of(group) + schedule.place_in_group(t);
     args.chosen_positions[slot] = t;
   }
 
@@ -108,7 +107,7 @@ struct ChooserRoom {
   int64_t groups, all, rows;
   CTX_HOST_DEVICE explicit ChooserRoom(const CompressArgs& args) {
     groups = args.memory.clock.schedule.max_new_groups(args.block.tokens);
-    all = groups * args.memory.clock.schedule.ratio;
+    all = args.memory.clock.schedule.tokens_of(groups);
     const MemoryView& m = args.memory;
     rows = (m.head_dim < m.value_dim ? m.value_dim : m.head_dim) * (kCompressThreads / 32);
   }

@@ -186,7 +186,7 @@ struct GroupCompressor {
   CTX_DEVICE void take_given(int side, int64_t width, A& mass) const {
     const int64_t block = args.slot_block[b * args.slot_block_stride];
     const int64_t start = BlockRow(args.block, b).start;
-    const int64_t given = group_block(m.clock.schedule, start, group) - block;
+    const int64_t given = m.clock.schedule.block_of(start, group) - block;
     const bool here = given >= 0 && given < args.slots;  // else of a block that is not the call's
     const A* from =
         here ? row<A>(side == 0 ? args.slot_keys : args.slot_values, b, h, given) : nullptr;
