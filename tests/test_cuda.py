@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 import ctx
 import test_ops
+from benchmarks._device import captured
 from ctx import _load
 from ctx.state import TENSORS
 from device_cases import Case, differences
@@ -188,27 +189,6 @@ def streamed(name, device, tokens=30):
     return stream, generator
 
 
-def replayed(stream, device):
-    """The step as a CUDA graph; elsewhere as it is, which tries the test itself."""
-    if device.type != "cuda":
-        return stream.call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            stream.call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = stream.call()
-
-    def replay():
-        graph.replay()
-        return out
-
-    return replay
-
-
 @pytest.mark.parametrize("name", STREAMS)
 @torch.no_grad()
 def test_graph_equals_eager(device, name):
@@ -220,7 +200,7 @@ def test_graph_equals_eager(device, name):
         stream.feed(drawn)
         eager.append(stream.call().clone())
     end = stream.held()
-    step = replayed(stream, device)
+    step = captured(stream.call, device)
     stream.restore(begin)
     for drawn, want in zip(tokens, eager, strict=True):
         stream.feed(drawn)
