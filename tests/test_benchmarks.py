@@ -281,6 +281,12 @@ def test_smollm2():
     assert model.init_memory(1).to(dtype=torch.bfloat16).nbytes == bandwidth.SMOLLM2.stream
 
 
+def test_table_of_the_document(capsys):
+    """What docs/cuda.md says is what its command prints."""
+    assert bandwidth.main() == 0
+    assert capsys.readouterr().out in (ROOT / "docs" / "cuda.md").read_text()
+
+
 def test_bandwidth_bound():
     model = bandwidth.Model(1, 1, 2, 100, 8, 4, 4, 4)
     assert model.pair == 8 and model.weights == 200 and model.read == 13 * 8
