@@ -55,7 +55,8 @@ def kv_stream(device, compressor="mean", dtype=torch.float32, settings=None, **o
     if settings.position == "alibi":
         options["alibi_slopes"] = ctx.positions.alibi_slopes(HEADS)
     if settings.position == "relative":
-        options["relative"] = ctx.positions.Relative(HEADS, HEAD_DIM, 8).to(device)
+        with torch.device(device):
+            options["relative"] = ctx.positions.Relative(HEADS, HEAD_DIM, 8)
         for parameter in options["relative"].parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     memory = ctx.KVMemory(
@@ -91,7 +92,8 @@ def model_stream(device, **options):
         **SIZES,
         **options,
     )
-    model = ctx.CompressiveTransformer(config).to(device).eval()
+    with torch.device(device):
+        model = ctx.CompressiveTransformer(config).eval()
     tokens = torch.zeros(B, 1, dtype=torch.int64, device=device)
     return Stream(model.init_memory(B), [tokens], model)
 
@@ -110,6 +112,31 @@ STREAMS = {
     "layer": layer_stream,
     "layer, dilated": partial(layer_stream, compressor="dilated"),
     "layer, of inputs": partial(layer_stream, memory_content="hidden"),
+    "layer, alibi": partial(layer_stream, position="alibi", compressed_bias="log_ratio"),
+    "layer, relative": partial(layer_stream, position="relative"),
     "model": model_stream,
     "model, by layer": partial(model_stream, compressor="mean", max_rewind=8),
 }
+
+
+def rows_of(kind, device, tokens=1):
+    """What a call says of its rows: one of its options, or none."""
+    if kind == "lengths":
+        return {"lengths": torch.tensor([0, tokens]).to(device)}
+    if kind == "reset_at":
+        return {"reset_at": torch.tensor([[True], [False]]).expand(B, tokens).to(device)}
+    if kind == "mask":
+        return {"mask": torch.tensor([[False], [True]]).expand(B, tokens).to(device)}
+    return {}
+
+
+def trained(layer, x):
+    """A layer's calls under grad, one after another, each with its backward; the memory at the
+    end."""
+    carried = None
+    for kind in ("plain", "lengths", "reset_at", "mask"):
+        y, carried = layer(
+            x.detach().requires_grad_(), carried, **rows_of(kind, x.device, x.shape[1])
+        )
+        y.sum().backward()
+    return carried

@@ -23,7 +23,21 @@ from benchmarks._device import captured
 from ctx import _load
 from ctx.state import TENSORS
 from device_cases import Case, differences
-from device_streams import SIZES, STREAMS, VOCAB, WIDTH, B, kv_stream, layer_stream, model_stream
+from device_streams import (
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    SIZES,
+    STREAMS,
+    VOCAB,
+    WIDTH,
+    B,
+    kv_stream,
+    layer_stream,
+    model_stream,
+    rows_of,
+    trained,
+)
 from strategies import CLOSE, assert_close, assert_same_bits
 
 pytestmark = pytest.mark.cuda
@@ -224,14 +238,6 @@ def no_waiting(device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def rows_of(kind, device, tokens=1):
-    if kind == "lengths":
-        return {"lengths": torch.tensor([0, tokens]).to(device)}
-    if kind == "reset_at":
-        return {"reset_at": torch.tensor([[True], [False]]).expand(B, tokens).to(device)}
-    return {}
-
-
 @pytest.mark.parametrize("kind", ["plain", "lengths", "reset_at"])
 @pytest.mark.parametrize("name", STREAMS)
 @torch.no_grad()
@@ -243,14 +249,11 @@ def test_step_waits_for_nothing(device, name, kind):
         stream.call(**rows)
 
 
+@torch.no_grad()
 def test_calls_of_many_tokens_wait_for_nothing(device):
-    """Prefill and its padding, appending, reading; and a call under grad with its backward."""
+    """Prefill and its padding, appending, reading; and calls under grad with their backward."""
     memory = kv_stream(device, "conv").memory
-    layer = ctx.CompressiveAttention(embed_dim=WIDTH, num_heads=4, device=device, **SIZES)
-    sizes = [(B, n, 40, 32) for n in (4, 2, 2)]
-    q, k, v = (torch.randn(size).to(device) for size in sizes)
-    x = torch.randn(B, 40, WIDTH).to(device).requires_grad_()
-    mask = torch.ones(B, 40, dtype=torch.bool).to(device)
+    q, k, v = (torch.randn(B, n, 40, HEAD_DIM).to(device) for n in (HEADS, KV_HEADS, KV_HEADS))
     rows = [rows_of(kind, device, 40) for kind in ("plain", "lengths", "reset_at")]
 
     def run():
@@ -259,15 +262,19 @@ def test_calls_of_many_tokens_wait_for_nothing(device):
             memory.append(k, v, **given)
         memory.attend(q[:, :, -1:])
         memory.reset()
-        carried = None
-        for given in (*rows, {"mask": mask}):
-            y, carried = layer(x, carried, **given)
-            y.sum().backward()
-        carried.clone().reset()
 
     run()
     with no_waiting(device):
         run()
+
+
+@pytest.mark.parametrize("position", ["rotary", "alibi", "relative"])
+def test_training_waits_for_nothing(device, position):
+    layer = layer_stream(device, position=position).step
+    x = torch.randn(B, 40, WIDTH).to(device)
+    trained(layer, x)
+    with no_waiting(device):
+        trained(layer, x)
 
 
 # --- counters and devices that do not fit ---------------------------------------------------------
