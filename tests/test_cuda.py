@@ -277,51 +277,7 @@ def test_training_waits_for_nothing(device, position):
         trained(layer, x)
 
 
-# --- counters and devices that do not fit ---------------------------------------------------------
-
-MARGIN = 2048
-
-
-def guarded(x, canary):
-    """A tensor of the same numbers in the middle of a larger one, and what stands around it."""
-    whole = torch.full((x.numel() + 2 * MARGIN,), canary, dtype=x.dtype, device=x.device)
-    middle = whole[MARGIN : MARGIN + x.numel()].view(x.shape)
-    middle.copy_(x)
-    return middle, (whole[:MARGIN], whole[MARGIN + x.numel() :])
-
-
-@pytest.mark.parametrize("seen", [-1, -(2**63), 2**62, 2**63 - 1])
-@pytest.mark.parametrize("compressor", ["mean", "conv", "most_used"])
-@torch.no_grad()
-def test_damaged_counter(device, compressor, seen):
-    """The host does not read it, and the kernels write nowhere but into the memory, which is as new
-    once its rows have been reset."""
-    layer = ctx.CompressiveAttention(
-        embed_dim=WIDTH, num_heads=4, compressor=compressor, device=device, **SIZES
-    )
-    memory, canary = layer.init_memory(B), 77
-    rings, margins = [], []
-    for ring in memory.rings[0]:
-        middle, around = guarded(ring, canary)
-        rings.append(middle)
-        margins += around
-    memory = ctx.Memory(memory.spec, *memory.clock, [rings])
-    xs = [torch.randn(B, tokens, WIDTH).to(device) for tokens in (1, 9, 70)]
-    for x in xs:
-        memory.seen[1] = seen
-        if device.type == "cpu":
-            with pytest.raises(ValueError, match="seen must be between 0 and"):
-                layer(x, memory)
-        else:
-            layer(x, memory)
-            layer(x, memory, reset_at=torch.zeros(x.shape[:2], dtype=torch.bool, device=device))
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    assert all((margin == canary).all() for margin in margins)
-    memory.reset()
-    fresh = layer.init_memory(B)
-    for x in xs:
-        assert_same_bits(layer(x, memory)[0], layer(x, fresh)[0])
+# --- devices that do not fit ----------------------------------------------------------------------
 
 
 def elsewhere(device):
@@ -472,3 +428,52 @@ def test_generation(device):
         prompt.to(device), 30, lengths=lengths.to(device), temperature=0.0
     )  # fmt: skip
     assert torch.equal(got.cpu(), want)
+
+
+# --- counters that do not fit ---------------------------------------------------------------------
+
+# Last: what is written out of bounds would be the end of every test after it.
+
+MARGIN = 2048
+
+
+def guarded(x, canary):
+    """A tensor of the same numbers in the middle of a larger one, and what stands around it."""
+    whole = torch.full((x.numel() + 2 * MARGIN,), canary, dtype=x.dtype, device=x.device)
+    middle = whole[MARGIN : MARGIN + x.numel()].view(x.shape)
+    middle.copy_(x)
+    return middle, (whole[:MARGIN], whole[MARGIN + x.numel() :])
+
+
+@pytest.mark.parametrize("seen", [-1, -(2**63), 2**62, 2**63 - 1])
+@pytest.mark.parametrize("compressor", ["mean", "conv", "most_used"])
+@torch.no_grad()
+def test_damaged_counter(device, compressor, seen):
+    """The host does not read it, and the kernels write nowhere but into the memory, which is as new
+    once its rows have been reset."""
+    layer = ctx.CompressiveAttention(
+        embed_dim=WIDTH, num_heads=4, compressor=compressor, device=device, **SIZES
+    )
+    memory, canary = layer.init_memory(B), 77
+    rings, margins = [], []
+    for ring in memory.rings[0]:
+        middle, around = guarded(ring, canary)
+        rings.append(middle)
+        margins += around
+    memory = ctx.Memory(memory.spec, *memory.clock, [rings])
+    xs = [torch.randn(B, tokens, WIDTH).to(device) for tokens in (1, 9, 70)]
+    for x in xs:
+        memory.seen[1] = seen
+        if device.type == "cpu":
+            with pytest.raises(ValueError, match="seen must be between 0 and"):
+                layer(x, memory)
+        else:
+            layer(x, memory)
+            layer(x, memory, reset_at=torch.zeros(x.shape[:2], dtype=torch.bool, device=device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert all((margin == canary).all() for margin in margins)
+    memory.reset()
+    fresh = layer.init_memory(B)
+    for x in xs:
+        assert_same_bits(layer(x, memory)[0], layer(x, fresh)[0])
