@@ -19,7 +19,7 @@ __all__ = ["CatLoop", "as_int8", "fill", "full_memory", "sdpa_ways", "visible"]
 def fill(state: dict[str, Any], seen: int) -> dict[str, Any]:
     """A memory's state as after `seen` tokens, with random keys and values."""
     filled = {
-        name: torch.randn(part.shape).to(part.dtype)
+        name: torch.randn(part.shape, device=part.device).to(part.dtype)
         if name in TENSORS and part.is_floating_point()
         else part
         for name, part in state.items()
@@ -37,10 +37,10 @@ def as_int8(x: Tensor) -> Tensor:
 
 
 def full_memory(
-    schedule: ctx.Schedule, kv_heads: int, head_dim: int, **options: Any
+    schedule: ctx.Schedule, kv_heads: int, head_dim: int, *, batch: int = 1, **options: Any
 ) -> ctx.KVMemory:
-    """A memory of one row in which every slot is in use, at the first token of a segment."""
-    memory = ctx.KVMemory(schedule, 1, kv_heads, head_dim, **options)
+    """A memory in which every slot is in use, at the first token of a segment."""
+    memory = ctx.KVMemory(schedule, batch, kv_heads, head_dim, **options)
     seen = schedule.segment * -(-2 * schedule.reach // schedule.segment) + 1
     memory.load_state_dict(fill(memory.state_dict(), seen))
     return memory

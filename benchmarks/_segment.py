@@ -28,6 +28,7 @@ class Segment:
         heads, head_dim, batch: of the queries; as many key/value heads.
         dtype: of everything.
         rotary: keys and queries are rotated; torch gets them as if they had been already.
+        device: where all of it is.
     """
 
     ratio = 4
@@ -40,15 +41,17 @@ class Segment:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         rotary: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         shape = (batch, heads, size, head_dim)
         self.schedule = ctx.Schedule(size, size, self.ratio, size)
         self.seen = seen = 2 * size * self.ratio
-        empty = ctx.KVMemory(self.schedule, batch, heads, head_dim, max_rewind=size, dtype=dtype)
+        place = {"dtype": dtype, "device": device}
+        empty = ctx.KVMemory(self.schedule, batch, heads, head_dim, max_rewind=size, **place)
         state = fill(empty.tensors, seen)
         self.memory = [state[name] for name in TENSORS]
-        self.q, self.k, self.v = (torch.randn(shape).to(dtype) for _ in range(3))
-        self.grad = torch.randn(shape).to(dtype)
+        self.q, self.k, self.v = (torch.randn(shape).to(**place) for _ in range(3))
+        self.grad = torch.randn(shape).to(**place)
         settings = ctx.AttentionSettings(
             schedule=self.schedule, position="rotary" if rotary else None
         )
@@ -59,10 +62,10 @@ class Segment:
         )
         self.slots = [part.mean(3).contiguous() for part in (keys, values)]
         # The same for torch, laid out as one would wish.
-        self.past = [torch.randn(batch, heads, 2 * size, head_dim).to(dtype) for _ in range(2)]
+        self.past = [torch.randn(batch, heads, 2 * size, head_dim).to(**place) for _ in range(2)]
         mask = torch.ones(size, 3 * size, dtype=torch.bool)
         mask[:, 2 * size :].tril_()
-        self.mask = mask
+        self.mask = mask.to(device)
         self.pairs = sum(visible(self.schedule, t) for t in range(seen, seen + size))
         assert self.pairs == int(mask.sum())
         self.all_pairs = mask.numel()
@@ -117,6 +120,29 @@ class Segment:
             "ctx": (self.ours, self.pairs),
             "sdpa, no mask": (every, self.all_pairs),
             "sdpa, mask": (masked, self.pairs),
+        }
+
+    def steps(self) -> dict[str, tuple[Callable[[], object], int]]:
+        """The same, and the gradients that `backwards` asks for, in one call."""
+        keys, values = self.joined()
+        own = [self.q, self.k, self.v, *self.slots]
+        sources = {"ctx": own}
+
+        def both(name: str, forward: Callable[[], Tensor]) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(forward(), sources.get(name, joined), self.grad)
+
+        joined = [self.q, keys, values]
+
+        def every() -> Tensor:
+            return F.scaled_dot_product_attention(self.q, keys, values)
+
+        def masked() -> Tensor:
+            return F.scaled_dot_product_attention(self.q, keys, values, self.mask)
+
+        return {
+            "ctx": (both("ctx", self.ours), self.pairs),
+            "sdpa, no mask": (both("", every), self.all_pairs),
+            "sdpa, mask": (both("", masked), self.pairs),
         }
 
     def backwards(self) -> dict[str, tuple[Callable[[], object], int]]:

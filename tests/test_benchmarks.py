@@ -23,6 +23,7 @@ from benchmarks import (
     _peer_transformers,
     _report,
     _segment,
+    bandwidth,
     peers,
 )
 
@@ -203,6 +204,96 @@ def test_segment_computes_what_sdpa_does():
         torch.testing.assert_close(mine, other)
 
 
+def calculated(options, **others):
+    """The calculator's model of a configuration, and a stream of it."""
+    config = ctx.CompressiveTransformerConfig(**options)
+    model = ctx.CompressiveTransformer(config)
+    names = ("window", "compressed", "ratio", "sinks", "max_rewind")
+    sizes = {name: getattr(config, name) for name in names}
+    made = bandwidth.Model(
+        layers=config.num_layers,
+        kv_heads=config.num_kv_heads or config.num_heads,
+        head_dim=config.embed_dim // config.num_heads,
+        parameters=sum(x.numel() for x in model.parameters()),
+        segment=config.segment or config.ratio,
+        itemsize=4,
+        **sizes,
+        **others,
+    )
+    return model, made
+
+
+@pytest.mark.parametrize("int8_slots", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"window": 8, "compressed": 4, "ratio": 4},
+        {"window": 5, "compressed": 3, "ratio": 2, "segment": 7, "sinks": 3, "max_rewind": 10},
+        {"window": 0, "compressed": 6, "ratio": 3, "segment": 1, "num_kv_heads": 2},
+        {"window": 9, "compressed": 0, "ratio": 4, "max_rewind": 1},
+        {"window": 4, "compressed": 4, "ratio": 2, "compressor": "conv", "compressor_kernel": 5},
+    ],
+)
+def test_bytes_of_a_stream(sizes, int8_slots):
+    """The calculator's are those that a memory says."""
+    plain = {
+        "vocab_size": 8,
+        "embed_dim": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "compressor": "mean",
+    }
+    overlap = sizes.get("compressor_kernel", sizes["ratio"]) - sizes["ratio"]
+    model, made = calculated(plain | sizes, overlap=overlap, int8_slots=int8_slots)
+    slots = torch.int8 if int8_slots else None
+    for batch in (1, 3):
+        memory = model.init_memory(batch, compressed_dtype=slots)
+        assert memory.nbytes == batch * made.stream
+    schedule = model.schedule
+    begin = 4 * (schedule.reach + 1) * schedule.segment * schedule.ratio
+    queries = map(schedule.visible, range(begin, begin + schedule.segment * schedule.ratio))
+    pairs = [
+        (len(sinks) + len(window)) * made.pair + len(slots) * made.slot
+        for sinks, slots, window in queries
+    ]
+    over = made.layers * min(pairs) - made.read
+    assert 0 <= over < made.layers * made.ratio * made.pair
+
+
+def test_smollm2():
+    """The model of the table is that of the benchmark."""
+    config = {
+        "vocab_size": 49152,
+        "embed_dim": 576,
+        "num_layers": 30,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "mlp_dim": 1536,
+        "window": 512,
+        "compressed": 512,
+        "ratio": 4,
+        "compressor": "mean",
+        "compressed_bias": "none",
+    }
+    with torch.device("meta"):
+        model, made = calculated(config)
+    assert made.parameters == bandwidth.SMOLLM2.parameters
+    assert model.init_memory(1).to(dtype=torch.bfloat16).nbytes == bandwidth.SMOLLM2.stream
+
+
+def test_table_of_the_document(capsys):
+    """What docs/cuda.md says is what its command prints."""
+    assert bandwidth.main() == 0
+    assert capsys.readouterr().out in (ROOT / "docs" / "cuda.md").read_text()
+
+
+def test_bandwidth_bound():
+    model = bandwidth.Model(1, 1, 2, 100, 8, 4, 4, 4)
+    assert model.pair == 8 and model.weights == 200 and model.read == 13 * 8
+    assert bandwidth.tokens_per_second(model, 1e-6, 1) == 1000 / 304
+    assert bandwidth.tokens_per_second(model, 1e-6, 10) == 10_000 / (200 + 1040)
+
+
 # --- the commands ---------------------------------------------------------------------------------
 
 # Acceptance items that each benchmark prints a ratio of, and the columns of its table.
@@ -211,12 +302,14 @@ SAYS = {
     "prefill": ({"3"}, {"what", "queries", "slots", "who", "time", "MiB"}),
     "train": ({"3"}, {"what", "queries", "slots", "who", "time", "MiB"}),
     "stream": ({"4"}, {"tokens", "time", "resident MiB"}),
+    "cuda": ({"3", "5"}, {"shape", "MB", "rows", "what", "time", "GB/s", "kernels", "tokens/s"}),
 }
+HERE = {"cuda": ["--device", "cpu"]}  # options that this machine needs
 
 
 @pytest.mark.parametrize("name", SAYS)
 def test_command(name, tmp_path, capsys):
-    written = run(name, tmp_path)
+    written = run(name, tmp_path, *HERE.get(name, ()))
     items, columns = SAYS[name]
     assert {ratio["item"] for ratio in written["ratios"]} == items
     assert columns <= {column for row in written["rows"] for column in row}

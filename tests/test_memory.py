@@ -463,3 +463,11 @@ def test_tokens_that_lie_in_the_memory_itself():
     assert torch.equal(memories[0].step(x[0, :, :, :3], k, v), expected)
     for name, part in memories[0].tensors.items():
         assert torch.equal(part, memories[1].tensors[name])
+
+
+def test_device_as_tensors_name_it():
+    """ "cpu:0" is where tensors of "cpu" are, as "cuda" is where those of the current GPU are."""
+    memory = ctx.KVMemory(
+        ctx.Schedule(4, 2, 2), 1, 1, 4, compressor="conv", compressed_bias=[0.5], device="cpu:0"
+    )
+    assert memory.seen.device == memory.to(device="cpu:0").seen.device == torch.device("cpu")

@@ -198,35 +198,59 @@ def test_functional_operators(name, grad, dtype):
     opcheck(getattr(torch.ops.ctx, operator).default, made(dtype, grad))
 
 
-@pytest.mark.parametrize("made", [attend, attend_tokens])
-def test_attend_backward(made):
-    """The backward is an operator, too."""
-    *arguments, _ = made(torch.float64, False)
-    out, logsumexp, region_weights = torch.ops.ctx.attend(*arguments, True)
-    assert_close(region_weights.sum(-1), torch.ones(B, H, T, dtype=torch.float64), 1e-12)
+def attend_backward(dtype, made=attend, memory_grads=False):
+    *arguments, _ = made(dtype, False)
+    out, logsumexp, _ = torch.ops.ctx.attend(*arguments, True)
     grads = torch.randn_like(out), torch.randn_like(logsumexp)
-    for memory_grads in (False, True):
-        given = (*grads, out, logsumexp, *arguments, memory_grads)
-        opcheck(torch.ops.ctx.attend_backward.default, given)
+    return (*grads, out, logsumexp, *arguments, memory_grads)
+
+
+@pytest.mark.parametrize("memory_grads", [False, True])
+@pytest.mark.parametrize("made", [attend, attend_tokens])
+def test_attend_backward(made, memory_grads):
+    """The backward is an operator, too."""
+    arguments = attend_backward(torch.float64, made, memory_grads)
+    opcheck(torch.ops.ctx.attend_backward.default, arguments)
+
+
+@pytest.mark.parametrize("made", [attend, attend_tokens])
+def test_region_weights(made):
+    *arguments, _ = made(torch.float64, False)
+    region_weights = torch.ops.ctx.attend(*arguments, True)[2]
+    assert_close(region_weights.sum(-1), torch.ones(B, H, T, dtype=torch.float64), 1e-12)
+
+
+def evicted_groups_backward(dtype, keys="plain"):
+    k, v, call, _, *packed = evicted_groups(dtype, False, keys)
+    groups = torch.ops.ctx.evicted_groups(k, v, call, [], *packed)
+    grads = [torch.randn_like(x) for x in groups]
+    return (*grads, call, T, dtype, *packed)
 
 
 @pytest.mark.parametrize("keys", ["plain", "rotated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_evicted_groups_backward(dtype, keys):
-    k, v, call, _, *packed = evicted_groups(dtype, False, keys)
-    groups = torch.ops.ctx.evicted_groups(k, v, call, [], *packed)
-    grads = [torch.randn_like(x) for x in groups]
-    arguments = (*grads, call, T, dtype, *packed)
-    opcheck(torch.ops.ctx.evicted_groups_backward.default, arguments)
+    operator = torch.ops.ctx.evicted_groups_backward.default
+    opcheck(operator, evicted_groups_backward(dtype, keys))
+
+
+def clock(carried):
+    """seen and rewindable."""
+    both = ([29, 3], [5, 3]) if carried else ([0, 0], [0, 0])
+    return tuple(map(torch.tensor, both))
+
+
+def planned(rows, carried):
+    """The arguments of ctx::plan."""
+    return (clock(carried)[0], *ROWS[rows], T, law().settings, carried)
 
 
 @pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("rows", ROWS)
 def test_plan(rows, carried):
     """One plan, whatever device makes it; and what advance_ makes of it."""
-    seen = torch.tensor([29, 3]) if carried else torch.tensor([0, 0])
-    rewindable = torch.tensor([5, 3]) if carried else torch.tensor([0, 0])
-    arguments = (seen, *ROWS[rows], T, law().settings, carried)
+    seen, rewindable = clock(carried)
+    arguments = planned(rows, carried)
     opcheck(torch.ops.ctx.plan.default, arguments)
     key = torch._C.DispatchKey.CompositeExplicitAutograd
     made = torch.ops.ctx.plan(*arguments)

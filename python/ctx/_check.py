@@ -108,7 +108,8 @@ def dtype(value: Any, where: str, name: str = "dtype") -> torch.dtype:
 
 
 def device(value: Any, where: str, name: str = "device") -> torch.device:
-    """A device that this torch can put tensors on.
+    """A device that this torch can put tensors on, as these name it: with the index of the current
+    one where none is given.
 
     Raises:
         TypeError, ValueError: it is none, or there is no such device here.
@@ -116,14 +117,12 @@ def device(value: Any, where: str, name: str = "device") -> torch.device:
     if isinstance(value, bool) or not isinstance(value, (torch.device, str, int)):
         raise TypeError(f"{where}: {name} must be a torch.device or its name, got {value!r}")
     try:
-        found = torch.device(value)
-        torch.empty(0, device=found)
+        return torch.empty(0, device=torch.device(value)).device
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(
             f"{where}: {name} must be one that torch has here, got {value!r} ({said})"
         ) from None
-    return found
 
 
 def path(value: Any, where: str) -> bytes:
