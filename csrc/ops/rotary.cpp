@@ -139,7 +139,8 @@ Tensor rotate(const Tensor& x, const Tensor& position, const Rotary& rotary) {
 Rotary on_device(const Rotary& rotary, at::Device device) {
   if (rotary.dim == 0 || kernels_for(device.type()).host_reads) return rotary;
   static std::mutex mutex;
-  static std::map<std::pair<int, std::vector<double>>, Tensor> all;
+  // Never destroyed: a device may be gone when the program ends.
+  static auto& all = *new std::map<std::pair<int, std::vector<double>>, Tensor>();
   const std::lock_guard<std::mutex> lock(mutex);
   const std::vector<double> numbers(rotary.inv_freq, rotary.inv_freq + rotary.dim / 2);
   Tensor& there = all[{device.index(), numbers}];
