@@ -85,6 +85,11 @@ def test_parity(program, name):
     assert_passes(run(program(name)))
 
 
+def test_bytes_of_a_decode_step(program):
+    """At most a twentieth more than every pair that the query sees, once."""
+    assert_passes(run(program("test_bytes")))
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_found(program, bug):
     number, name = BUGS[bug]

@@ -54,6 +54,9 @@ struct Settings {
 };
 inline Settings settings;
 
+// Bytes that asynchronous copies read.
+inline int64_t copied_bytes = 0;
+
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

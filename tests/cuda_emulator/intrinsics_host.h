@@ -125,6 +125,7 @@ inline void copy_async(void* to, const void* from, int filled = kBytes) {
   if (reinterpret_cast<uintptr_t>(to) % kBytes != 0 ||
       (filled > 0 && reinterpret_cast<uintptr_t>(from) % kBytes != 0))
     throw emulator::Error("an asynchronous copy between addresses that are not aligned");
+  emulator::copied_bytes += filled;
   emulator::machine().current().open.push_back({to, from, kBytes, filled});
 }
 inline void commit_copies() {
