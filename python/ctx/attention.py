@@ -202,7 +202,7 @@ class CompressiveAttention(AttentionParts):
         call = Call(plan, rings, update, in_place, return_region_weights)
         q = self._heads(apart(x, self.q_proj)[0], self.num_heads)
         dtype, hidden = q.dtype, self.memory_content == "hidden"
-        k, v = as_stored(x) if hidden else self.pairs(x.unsqueeze(1))
+        k, v = as_stored(x) if hidden else self._projected(x)
         if rings is not None and rings[0].dtype != k.dtype:
             k, v = k.to(rings[0].dtype), v.to(rings[0].dtype)
             q = q if hidden else q.to(rings[0].dtype)

@@ -49,11 +49,12 @@ def check(
 
 def _check_x(layer: CompressiveAttention, x: Any, where: str) -> None:
     _check.tensors(where, x=x)
-    if x.dim() != 3 or x.shape[2] != layer.embed_dim:
-        got = list(x.shape)
+    shape = x.shape
+    if len(shape) != 3 or shape[2] != layer.embed_dim:
+        got = list(shape)
         raise ValueError(f"{where}: x must be [B, T, E] = [B, T, {layer.embed_dim}], got {got}")
-    if x.shape[0] < 1:
-        raise ValueError(f"{where}: x must have at least one row, B >= 1, got {list(x.shape)}")
+    if shape[0] < 1:
+        raise ValueError(f"{where}: x must have at least one row, B >= 1, got {list(shape)}")
     if x.layout != torch.strided:
         raise ValueError(f"{where}: x must be a dense tensor, got {x.layout}")
     k_proj = layer.k_proj

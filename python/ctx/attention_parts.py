@@ -272,8 +272,12 @@ class AttentionParts(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
     def pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [B, 1, n, E] to un-rotated keys and values [B, Hkv, n, D]."""
-        k, v = apart(x[:, 0], self.k_proj, self.v_proj)
+        """Remembered inputs [B, 1, n, E] to un-rotated keys and values [B, Hkv, n, D]."""
+        return self._projected(x[:, 0])
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, n, E] to un-rotated keys and values [B, Hkv, n, D]."""
+        k, v = apart(x, self.k_proj, self.v_proj)
         return self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
 
     def constant_pairs(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
