@@ -309,9 +309,15 @@ struct CoreBlock : RowTile {
   }
 };
 
+// Blocks that a multiprocessor should hold: where the compiler aims at three by itself and spills for it,
+// two is what it is told.
+template <typename T, int R>
+constexpr int kCoreBlocks = R == 4 || sizeof(T) == 8 ? 2 : 1;
+
 // Grid [token tiles * head tiles, kv heads * batch, splits].
 template <typename T, int R>
-__global__ void __launch_bounds__(kCoreThreads) attend_core(const __grid_constant__ CoreLaunch l) {
+__global__ void __launch_bounds__(kCoreThreads, kCoreBlocks<T, R>)
+    attend_core(const __grid_constant__ CoreLaunch l) {
   CoreBlock<T, R> block(l, blockIdx.y, blockIdx.x);
   block.begin();
   for_parts(
