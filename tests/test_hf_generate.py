@@ -1,11 +1,12 @@
 """`generate` of Hugging Face models with ctx.hf: every way of decoding gives what the law says."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-import ctx.hf
 from hf_models import (
-    FAMILIES,
     exact_cache,
     full_cache,
     generated,
@@ -228,6 +229,8 @@ def test_decode_is_prefill(dtype):
     assert (got - whole).abs().max() <= error
 
 
-def test_families_are_covered():
-    assert set(SIX) <= set(FAMILIES)
-    assert ctx.hf.__all__ == ["CompressiveCache", "register"]
+def test_readme_runs(capsys):
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    section = text.split("## Existing models")[1].split("\n## ")[0]
+    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], {})
+    assert capsys.readouterr().out.startswith("3139 ")
