@@ -131,7 +131,7 @@ def test_assisted_decoding_is_greedy(family):
 def test_usage_cannot_be_taken_back():
     model = model_of("llama")
     cache = small_cache(model, compressor="most_used")
-    with pytest.raises(ValueError, match="can be cropped"):
+    with pytest.raises(ValueError, match=r"can be cropped|most_used"):
         generated(model, cache, tokens(1, 40), prompt_lookup_num_tokens=5)
     with pytest.raises(ValueError, match="most_used"):
         cache.crop(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from ctx import _check, memory_files
 from ctx.hf._transformers import cache_classes
 from ctx.hf.layer import CompressiveLayer
 from ctx.hf.layer_law import LayerLaw
-from ctx.hf.model import head_dim_of, is_interleaved, layer_types_of, rope_parameters_of
+from ctx.hf.model import head_dim_of, is_interleaved, layers_of, rope_parameters_of
 from ctx.hf.stream import Stream
 from ctx.memory import Memory
 from ctx.schedule import SIZES, Sizes, as_sizes, schedules_of
@@ -104,8 +105,8 @@ class CompressiveCache(Cache):
                 f"{_WHERE}: config must be the model's (model.config), got {type(config).__name__}"
             )
         config = config.get_text_config(decoder=True)
-        types, options = layer_types_of(config, _WHERE)
-        own = types.count("full_attention")
+        layers = layers_of(config, _WHERE)
+        own = layers.count(None)
         given = dict(zip(SIZES, (window, compressed, ratio, segment, sinks), strict=True))
         sizes = {name: as_sizes(size, name, own, _WHERE) for name, size in given.items()}
         schedules = schedules_of(own, sizes)
@@ -130,25 +131,18 @@ class CompressiveCache(Cache):
                 slot_mass=slot_mass,
             )
             laws.append(LayerLaw(settings, made, max_rewind))
-        self._types, self._options, self.config = types, options, config
-        self._set(Stream(laws, dtype, compressed_dtype))
+        self._set(config, Stream(laws, dtype, compressed_dtype), layers)
 
-    def _set(self, stream: Stream, others: Mapping[int, Any] | None = None) -> None:
-        """The layers of this stream; `others` are transformers' own, new ones by default."""
-        from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
-
-        self._stream = stream
-        layers: list[Any] = []
-        full = 0
-        for index, (kind, options) in enumerate(zip(self._types, self._options, strict=True)):
-            if kind == "full_attention":
-                layers.append(CompressiveLayer(stream, full, self.config))
-                full += 1
-            elif others is not None:
-                layers.append(others[index])
-            else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
-        super().__init__(layers=layers)
+    def _set(self, config: Any, stream: Stream, layers: list[Any]) -> None:
+        """The layers: transformers' own, and those of the stream where there is None."""
+        self.config, self._stream = config, stream
+        numbers = itertools.count()
+        super().__init__(
+            layers=[
+                CompressiveLayer(stream, next(numbers), config) if layer is None else layer
+                for layer in layers
+            ]
+        )
 
     @property
     def memory(self) -> Memory | None:
@@ -162,20 +156,19 @@ class CompressiveCache(Cache):
         """Bytes of the memory; constant from the first call on."""
         return 0 if self.memory is None else self.memory.nbytes
 
-    def _others(self) -> dict[int, Any]:
-        """transformers' own layers by their index."""
-        own = enumerate(self.layers)
-        return {i: layer for i, layer in own if not isinstance(layer, CompressiveLayer)}
+    def _others(self) -> list[Any]:
+        """transformers' own layers."""
+        return [layer for layer in self.layers if not isinstance(layer, CompressiveLayer)]
 
     # ---- rows, as generation asks for them
 
     def reset(self) -> None:
         """Begins new conversations in place."""
         self._stream.reset()
-        for layer in self._others().values():
+        for layer in self._others():
             layer.reset()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly, as if they had not come.
 
         Args:
@@ -187,6 +180,8 @@ class CompressiveCache(Cache):
                 ``"most_used"``. Nothing has been changed then.
         """
         where = f"{_WHERE}.crop"
+        if isinstance(tokens_to_remove, Tensor):  # as transformers 5.17 gives it
+            tokens_to_remove = int(tokens_to_remove)
         tokens = -_check.integer(tokens_to_remove, "tokens_to_remove", where)
         if tokens < 0:
             raise ValueError(
@@ -195,13 +190,13 @@ class CompressiveCache(Cache):
             )
         with self._stream.undone():
             self._stream.rewind(tokens)
-            for layer in self._others().values():
+            for layer in self._others():
                 layer.crop(-tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Goes on with these rows (beam search)."""
         self._stream.select(beam_idx)
-        for layer in self._others().values():
+        for layer in self._others():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -210,13 +205,13 @@ class CompressiveCache(Cache):
         if memory is not None:
             rows = torch.arange(memory.batch_size, device=memory.seen.device)
             self._stream.select(rows.repeat_interleave(repeats))
-        for layer in self._others().values():
+        for layer in self._others():
             layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Goes on with these rows."""
         self._stream.select(indices)
-        for layer in self._others().values():
+        for layer in self._others():
             layer.batch_select_indices(indices)
 
     # ---- copies and files
@@ -229,9 +224,11 @@ class CompressiveCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressiveCache:
         other = object.__new__(type(self))
-        for name in ("_types", "_options", "config"):
-            setattr(other, name, getattr(self, name))
-        other._set(self._stream.clone(), copy.deepcopy(self._others(), memo))
+        layers = [
+            None if isinstance(layer, CompressiveLayer) else copy.deepcopy(layer, memo)
+            for layer in self.layers
+        ]
+        other._set(self.config, self._stream.clone(), layers)
         return other
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,7 +239,7 @@ class CompressiveCache(Cache):
                 is not known here; ``fork`` copies these.
         """
         where = f"{_WHERE}.state_dict"
-        others = [type(layer).__name__ for layer in self._others().values()]
+        others = [type(layer).__name__ for layer in self._others()]
         if others:
             raise ValueError(f"{where}: layers must all be of full attention, got {others[0]}")
         if self.memory is None:

@@ -49,12 +49,14 @@ class Forward:
         #: Numbers of the tokens in their streams, int64 [B, T]; padding, which is on the right
         #: here, has numbers that mean nothing.
         self.number = seen[:, None] + torch.arange(tokens, device=seen.device)
-        #: What queries were rotated to, and how much further than their numbers keys were.
-        self.rotated_to = self.number
+        #: How much further keys and queries were rotated than to their numbers; None: no further.
         self.ahead: Tensor | None = None
         lengths = None if mask is None else mask.sum(1)
         if position_ids is not None:
             self._place(position_ids, lengths, where)
+        ahead = 0 if self.ahead is None else self.ahead
+        #: What takes the rotation of queries back, float64 [B, T].
+        self.back = (-self.number - ahead).to(torch.float64)
         self.plans: dict[tuple[int, ...], Plan] = engine.plans(
             laws, memory, self.number, lengths, None, True
         )
@@ -86,7 +88,7 @@ class Forward:
                 f"{where}: position_ids must go on by one per token in every row, "
                 f"got {position_ids.tolist()}"
             )
-        self.ahead, self.rotated_to = ahead, self.number + ahead
+        self.ahead = ahead
 
     def moved(self, x: Tensor) -> Tensor:
         """[B, H, T, D] with padding on the right."""
@@ -109,7 +111,7 @@ class Forward:
         """Queries [B, H, T, D] of right-padded rows without rotation."""
         if law.settings.position != "rotary":
             return q
-        return engine.rotary(q, -self.rotated_to, law.unrotating)
+        return engine.rotary(q, self.back, law.unrotating)
 
 
 def mask_of_call(mask: Any, memory: Memory, tokens: int, columns: int, where: str) -> Tensor | None:

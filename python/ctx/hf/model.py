@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["head_dim_of", "is_interleaved", "layer_types_of", "rope_parameters_of"]
+__all__ = ["head_dim_of", "is_interleaved", "layers_of", "rope_parameters_of"]
 
 #: Configuration entries of models whose keys are not what this library takes them for.
 _REFUSED = {
@@ -23,13 +23,13 @@ _REFUSED = {
 _UNROTATED = ("cohere2", "cohere2_moe", "exaone4")
 
 
-def layer_types_of(config: Any, where: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """The type of every layer by transformers' names, and what its own cache layer is made with.
+def layers_of(config: Any, where: str) -> list[Any]:
+    """transformers' own cache layers for the model, None in place of those of full attention.
 
     Raises:
         ValueError: the model is one whose keys are not plain rotated keys.
     """
-    from transformers.cache_utils import get_layer_types_and_kwargs
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
     for name, what in _REFUSED.items():
         if getattr(config, name, None):
@@ -40,12 +40,12 @@ def layer_types_of(config: Any, where: str) -> tuple[list[str], list[dict[str, A
             f"{where}: config must be of a model that rotates the keys of all its full-attention "
             f"layers, got {config.model_type!r}"
         )
-    types, options = get_layer_types_and_kwargs(config)
-    if "full_attention" not in types:
-        raise ValueError(
-            f"{where}: config must have full-attention layers, got {sorted(set(types))}"
-        )
-    return types, options
+    layers = DynamicCache(config=config).layers
+    found = [None if type(layer) is DynamicLayer else layer for layer in layers]
+    if None not in found:
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise ValueError(f"{where}: config must have full-attention layers, got only {kinds}")
+    return found
 
 
 def rope_parameters_of(config: Any, where: str) -> Mapping[str, Any]:
