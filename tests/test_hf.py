@@ -177,6 +177,28 @@ def test_frequencies_are_the_models():
         assert settings.attention_factor == pytest.approx(body.rotary_emb.attention_scaling)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotation_is_the_models(family, monkeypatch):
+    """Of a text that repeats one token all keys and queries are the same but for their rotation."""
+    model = model_of(family)
+    seen = []
+    attend = ctx.hf.stream.Stream.attend
+
+    def recording(self, layer, q, k, *rest):
+        seen.append((q, k))
+        return attend(self, layer, q, k, *rest)
+
+    monkeypatch.setattr(ctx.hf.stream.Stream, "attend", recording)
+    cache = small_cache(model)
+    logits_of(model, cache, torch.full((1, 40), 7))
+    positions = torch.arange(40.0)[None]
+    for law, rotated in zip(cache._stream.laws, seen, strict=True):
+        for x in rotated:
+            plain = ctx.engine.rotary(x, -positions, law.unrotating)
+            close(plain, plain[:, :, :1].expand_as(x))
+            assert (x - x[:, :, :1]).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("positions", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "phi"])
 def test_padded_rows_are_rows_alone(family, positions):
@@ -381,6 +403,23 @@ def test_interrupted_calls_have_not_happened(monkeypatch):
     close(logits_of(model, cache, x[:, 30:]), wanted)
 
 
+@pytest.mark.parametrize("attention", ["ctx", "sdpa"])
+def test_interrupted_calls_that_overwrite_are_refused_until_reset(attention):
+    model = model_of("llama", attention)
+    options = {"max_rewind": 4, "segment": 64, "slot_mass": False}
+    x = tokens(1, 40)
+    cache = small_cache(model, **options)
+    logits_of(model, cache, x)
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits_of(model, cache, tokens(1, 20, seed=9))
+    hook.remove()
+    with pytest.raises(ValueError, match="memory"):
+        logits_of(model, cache, x[:, :1])
+    cache.reset()
+    close(logits_of(model, cache, x), logits_of(model, small_cache(model, **options), x))
+
+
 # --- what is refused, by name ---------------------------------------------------------------------
 
 
@@ -459,6 +498,16 @@ def test_what_the_attention_refuses():
         attend(model, q, k, k, None, s_aux=torch.zeros(2))
     with pytest.raises(ValueError, match="output_attentions must be False"):
         attend(model, q, k, k, None, output_attentions=True)
+
+
+def test_padding_without_positions_is_refused():
+    cache = small_cache(model_of("llama"))
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    carrying, _ = cache.update(k, k, 0)
+    mask = left_padded(tokens(2, 5), 2, 0)[1]
+    with pytest.raises(ValueError, match="position_ids must reach the attention"):
+        ctx.hf.attention.attention(torch.nn.Module(), q, carrying, k, mask)
+    assert cache.get_seq_length() == 0
 
 
 def test_another_batch_is_refused_until_reset():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ctx.hf
 from hf_models import (
     exact_cache,
     full_cache,
@@ -131,6 +132,7 @@ def test_assisted_decoding_is_greedy(family):
 def test_usage_cannot_be_taken_back():
     model = model_of("llama")
     cache = small_cache(model, compressor="most_used")
+    assert not cache.is_croppable and small_cache(model).is_croppable
     with pytest.raises(ValueError, match=r"can be cropped|most_used"):
         generated(model, cache, tokens(1, 40), prompt_lookup_num_tokens=5)
     with pytest.raises(ValueError, match="most_used"):
@@ -151,16 +153,28 @@ def beams_of(model, x, beams, count, make):
     return kept[0][1]
 
 
-def test_beam_search_is_beam_search():
-    model = model_of("llama")
-    x = tokens(1, 30)
-    got = generated(model, small_cache(model), x, 9, num_beams=3)
-    assert torch.equal(got, beams_of(model, x, 3, 9, small_cache))
-    theirs = model_of("llama", "sdpa")
-    for attention in ATTENTIONS:
-        model.set_attn_implementation(attention)
-        got = generated(model, exact_cache(model), x, 9, num_beams=3)
-        assert torch.equal(got, generated(theirs, full_cache(theirs), x, 9, num_beams=3))
+def test_beam_search_is_beam_search(monkeypatch):
+    model, theirs = model_of("llama"), model_of("llama", "sdpa")
+    for one in (model, theirs):  # nearly uniform: beams overtake each other
+        one.lm_head.weight.data.mul_(0.05)
+    orders = []
+    reorder = ctx.hf.CompressiveCache.reorder_cache
+
+    def noting(self, beam_idx):
+        orders.append(beam_idx.tolist())
+        reorder(self, beam_idx)
+
+    monkeypatch.setattr(ctx.hf.CompressiveCache, "reorder_cache", noting)
+    for seed in range(3):
+        x = tokens(1, 30, seed)
+        got = generated(model, small_cache(model), x, 9, num_beams=3)
+        assert torch.equal(got, beams_of(model, x, 3, 9, small_cache))
+        for attention in ATTENTIONS:
+            model.set_attn_implementation(attention)
+            got = generated(model, exact_cache(model), x, 9, num_beams=3)
+            assert torch.equal(got, generated(theirs, full_cache(theirs), x, 9, num_beams=3))
+        model.set_attn_implementation("ctx")
+    assert sum(len(set(order)) > 1 and order != [0, 1, 2] for order in orders) > 10
 
 
 def test_rows_are_repeated_and_selected():

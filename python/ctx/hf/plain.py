@@ -31,7 +31,8 @@ def attend(
     """
     tokens, held = q.shape[2], k.shape[2]
     seen = mask
-    if mask is None or mask.dim() == 2:
+    square = mask is None and causal and tokens == held and not softcap
+    if not square and (mask is None or mask.dim() == 2):
         padding = None if mask is None else _fitting(mask, held)[:, None, None, :]
         seen = padding
         if causal and tokens > 1:
@@ -42,7 +43,14 @@ def attend(
         raise ValueError(f'ctx.hf attention "ctx": attention_mask must be bool, got {seen.dtype}')
     if not softcap:
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, dropout_p=dropout, scale=scale, enable_gqa=True
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            dropout_p=dropout,
+            scale=scale,
+            is_causal=square,
+            enable_gqa=True,
         )
         return out.transpose(1, 2).contiguous()
     repeats = q.shape[1] // k.shape[1]

@@ -103,6 +103,11 @@ class Stream:
         memory = self.memory
         assert memory is not None
         now = mask_of_call(mask, memory, tokens, self.columns, _WHERE)
+        if position_ids is None and (now is not None or self.unpadded < self.columns):
+            raise ValueError(
+                f"{_WHERE}: position_ids must reach the attention where rows are padded, got a "
+                "model that does not pass them on"
+            )
         self.forward = Forward(self.laws, memory, tokens, now, position_ids, _WHERE)
         return self.forward
 
