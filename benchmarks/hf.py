@@ -122,6 +122,9 @@ def _ours(
     state["seen"].fill_(tokens)
     state["ctx.hf.CompressiveCache"] = {"columns": tokens, "unpadded": tokens}
     cache.load_state_dict(state)
+    step()
+    if int(cache.memory.seen) != tokens + 1:
+        raise RuntimeError(f"the memory must have seen {tokens + 1} tokens, got {cache.memory}")
     return step, cache.nbytes
 
 

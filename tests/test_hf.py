@@ -331,6 +331,8 @@ def test_restored_state_is_the_state(tmp_path, compressed_dtype):
     restored.load(tmp_path / "cache")
     loaded = small_cache(model, **options)
     loaded.load_state_dict(cache.state_dict())
+    loaded.load_state_dict(loaded.state_dict())  # which aliases what is replaced
+    assert loaded.memory.seen.tolist() == [37, 40]
     late, full = x[:, 40:], mask
     outs = []
     for one in (cache, restored, forked, loaded):

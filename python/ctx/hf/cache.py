@@ -265,9 +265,9 @@ class CompressiveCache(Cache):
         columns, unpadded = (
             _check.integer(counts[name], name, where, 0) for name in ("columns", "unpadded")
         )
-        stream = self._stream
+        stream, held = self._stream, held.clone()  # before the reset: it may be this one's own
         stream.reset()
-        stream.memory = held.clone()
+        stream.memory = held
         stream.columns, stream.unpadded = columns, unpadded
 
     def save(self, path: str | os.PathLike[str]) -> None:
