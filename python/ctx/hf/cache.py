@@ -163,10 +163,11 @@ class CompressiveCache(Cache):
     # ---- rows, as generation asks for them
 
     def reset(self) -> None:
-        """Begins new conversations in place."""
+        """Begins new conversations, of as many rows as come."""
         self._stream.reset()
-        for layer in self._others():
-            layer.reset()
+        new = layers_of(self.config, _WHERE)  # transformers 5.17 keeps the length of its own
+        pairs = zip(self.layers, new, strict=True)
+        self.layers = [mine if other is None else other for mine, other in pairs]
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Takes back the last tokens, exactly, as if they had not come.
