@@ -83,6 +83,8 @@ class CompressiveCache(Cache):
             message names it.
     """
 
+    layers: list[Any]
+
     def __init__(
         self,
         config: Any,
