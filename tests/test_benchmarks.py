@@ -357,6 +357,17 @@ def test_peer_transformers(tmp_path, capsys):
     check_common("peers", written, tmp_path, capsys.readouterr().out)
 
 
+def test_hf(tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5.17", reason=_peer_transformers.INSTALL)
+    written = run("hf", tmp_path)
+    assert {(row["dtype"], row["tokens"]) for row in written["rows"]} == {
+        (dtype, tokens) for dtype in ("float32", "bfloat16") for tokens in (64, 200)
+    }
+    sizes = {row["MiB"] for row in written["rows"] if row["who"].startswith("ctx, 16")}
+    assert len(sizes) == 2  # one for each dtype, however many tokens were seen
+    check_common("hf", written, tmp_path, capsys.readouterr().out)
+
+
 def test_bad_options(capsys):
     for args in (["--repeat", "0"], ["--tokens", "10"]):
         with pytest.raises(SystemExit):

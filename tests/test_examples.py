@@ -54,3 +54,19 @@ def test_attention_pooling_starts_as_a_mean_and_has_gradients(example):
 
 def test_attention_pooling_is_known_by_its_name(example):
     assert COMPRESSORS["attention_pooling"] is example.AttentionPooling
+
+
+def test_endless_generation_is_bounded_and_exact():
+    pytest.importorskip("transformers", minversion="5.17", reason="needs transformers")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "endless_generation.py", "--turns", "4", "--tokens", "60"],
+        env=environment(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    turns = re.findall(r"(\d+) tokens seen, (\d+) bytes", done.stdout)
+    assert [int(seen) for seen, _ in turns] == [159, 269, 379, 489]
+    assert len({size for _, size in turns}) == 1
+    assert float(re.search(r"text at once: (\S+)", done.stdout)[1]) < 1e-4

@@ -1,0 +1,36 @@
+"""Existing models with a bounded memory: a cache for Hugging Face transformers, and the attention
+that reads it.
+
+    cache = ctx.hf.CompressiveCache(model.config, window=512, compressed=512, ratio=4)
+    ctx.hf.register()
+    model.set_attn_implementation("ctx")
+    model.generate(**inputs, past_key_values=cache)
+
+transformers (5.17 or later, below 6) is imported when the first of these names is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctx.hf.attention import register
+    from ctx.hf.cache import CompressiveCache
+
+__all__ = ["CompressiveCache", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CompressiveCache":
+        from ctx.hf.cache import CompressiveCache
+
+        return CompressiveCache
+    if name == "register":
+        from ctx.hf.attention import register
+
+        return register
+    raise AttributeError(f"module 'ctx.hf' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
