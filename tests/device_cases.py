@@ -193,20 +193,31 @@ def differences(case, want, got):
     return wrong
 
 
-def main():
-    device, *asked = sys.argv[1:]
+def asked_cases(asked):
+    """What a program is asked for: [cases] [first case], forty from the first on if nothing."""
     count, first = (int(x) for x in [*asked, *("40", "0")[len(asked) :]])
+    return [Case(seed) for seed in range(first, first + count)]
+
+
+def failures_of(name, cases, want, device="cpu"):
+    """How many cases on a device do not give what is wanted; each is printed."""
     failures = 0
-    for case in map(Case, range(first, first + count)):
+    for case, expected in zip(cases, want, strict=True):
         try:
-            wrong = differences(case, case.run(), case.run(device))
+            wrong = differences(case, expected, case.run(device))
         except Exception as error:  # one case must not hide the others
             wrong = [repr(error)]
         failures += bool(wrong)
         if wrong:
             print(case, *wrong, sep="\n  ")
-    print(f"{device}: {count} cases, {failures} failures")
-    return failures > 0
+    print(f"{name}: {len(cases)} cases, {failures} failures")
+    return failures
+
+
+def main():
+    device, *asked = sys.argv[1:]
+    cases = asked_cases(asked)
+    return failures_of(device, cases, [case.run() for case in cases], device) > 0
 
 
 if __name__ == "__main__":

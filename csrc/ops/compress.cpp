@@ -6,7 +6,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -223,11 +222,11 @@ Slots compress_autograd(const at::Tensor& keys,
                         OptionalList operands,
                         c10::string_view compressor,
                         int64_t mass_ratio) {
-  std::vector<at::Tensor> inputs = {keys, values};
   const at::TensorList parameters = or_empty(operands);
-  inputs.insert(inputs.end(), parameters.begin(), parameters.end());
   if (is_recorded(keys, values, parameters))
     return compress(keys, values, operands, compressor, mass_ratio);
+  std::vector<at::Tensor> inputs = {keys, values};
+  inputs.insert(inputs.end(), parameters.begin(), parameters.end());
   const auto made = CompressFunction::apply(at::TensorList(inputs), compressor, mass_ratio);
   return {made[0], made[1], made[2]};
 }

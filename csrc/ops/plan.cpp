@@ -56,12 +56,12 @@ struct PlanSizes {
         columns(plan_columns(tokens, groups) + int64_t{resets}) {}
 };
 
-Tensor plan_somewhere(const Tensor& seen,
-                      const OptionalTensor& lengths,
-                      const OptionalTensor& reset_at,
-                      SymInt tokens,
-                      at::IntArrayRef settings,
-                      bool carried) {
+Tensor make_plan(const Tensor& seen,
+                 const OptionalTensor& lengths,
+                 const OptionalTensor& reset_at,
+                 SymInt tokens,
+                 at::IntArrayRef settings,
+                 bool carried) {
   const Schedule s = check_plan(seen, lengths, reset_at, tokens, settings);
   if (!has_kernels(seen.device().type())) {  // a device without kernels waits for the host
     const auto host = [](const OptionalTensor& x) { return x ? OptionalTensor(x->cpu()) : x; };
@@ -98,10 +98,10 @@ Tensor plan_meta(const Tensor& seen,
   return seen.new_empty_symint({seen.sym_size(0), sizes.columns});
 }
 
-void advance_somewhere(const Tensor& seen,
-                       const Tensor& rewindable,
-                       const Tensor& plan,
-                       SymInt max_rewind) {
+void advance_clock(const Tensor& seen,
+                   const Tensor& rewindable,
+                   const Tensor& plan,
+                   SymInt max_rewind) {
   check_advance(seen, rewindable, plan);
   if (!has_kernels(seen.device().type())) {
     const Tensor tokens = seen.cpu(), back = rewindable.cpu();
@@ -184,9 +184,8 @@ Tensor plan(const Tensor& seen,
             const SymInt& tokens,
             at::IntArrayRef settings,
             bool carried) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("ctx::plan", "")
-                             .typed<decltype(plan_somewhere)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("ctx::plan", "").typed<decltype(make_plan)>();
   return op.call(seen, lengths, reset_at, tokens, settings, carried);
 }
 
@@ -196,7 +195,7 @@ void advance_(const Tensor& seen,
               const SymInt& max_rewind) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("ctx::advance_", "")
-                             .typed<decltype(advance_somewhere)>();
+                             .typed<decltype(advance_clock)>();
   op.call(seen, rewindable, plan, max_rewind);
 }
 
@@ -210,8 +209,8 @@ TORCH_LIBRARY_FRAGMENT(ctx, m) {
 }
 
 TORCH_LIBRARY_IMPL(ctx, CompositeExplicitAutograd, m) {
-  m.impl("plan", plan_somewhere);
-  m.impl("advance_", advance_somewhere);
+  m.impl("plan", make_plan);
+  m.impl("advance_", advance_clock);
 }
 
 TORCH_LIBRARY_IMPL(ctx, Meta, m) {

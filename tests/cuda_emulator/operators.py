@@ -12,26 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from device_cases import Case, differences
+from device_cases import asked_cases, failures_of
 
 
 def main():
     library, *asked = sys.argv[1:]
-    count, first = (int(x) for x in [*asked, *("40", "0")[len(asked) :]])
-    cases = [Case(seed) for seed in range(first, first + count)]
+    cases = asked_cases(asked)
     want = [case.run() for case in cases]
     ctypes.CDLL(library)
-    failures = 0
-    for case, expected in zip(cases, want, strict=True):
-        try:
-            wrong = differences(case, expected, case.run())
-        except Exception as error:  # one case must not hide the others
-            wrong = [repr(error)]
-        failures += bool(wrong)
-        if wrong:
-            print(case, *wrong, sep="\n  ")
-    print(f"operators: {count} cases, {failures} failures")
-    return failures > 0
+    return failures_of("operators", cases, want) > 0
 
 
 if __name__ == "__main__":

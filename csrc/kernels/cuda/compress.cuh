@@ -10,6 +10,7 @@
 namespace ctx::cuda {
 
 constexpr int kCompressThreads = 128;
+static_assert(kCompressThreads == kAppendThreads);  // a launch may hold blocks of both
 constexpr size_t kMostShared = 96 * 1024;  // of a block; what needs more lies in the workspace
 
 // How a block's memory is cut, in numbers of A.
