@@ -10,13 +10,13 @@ stream is cut into calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ctx import engine
-from ctx.schedule import first_token, groups_at
+from ctx.schedule import first_token, groups_at, slot_positions
 from ctx.state import TENSORS, dtype_of, ring_positions, slots_as
 
 if TYPE_CHECKING:
@@ -56,9 +56,7 @@ def pairs_of(
     sinks = torch.arange(schedule.sinks, device=seen.device).expand(len(seen), -1)
     first = first_token(schedule, begun)
     oldest = (due - schedule.compressed).clamp_min(0)
-    clock: Any = slots
-    if layer.distance == "token":
-        clock = first_token(schedule, slots.to(torch.float64)) + (schedule.ratio - 1) / 2
+    clock = slot_positions(schedule, layer.distance, slots)
     made: dict[str, Tensor] = {}
     for region, position, visible in (
         ("window", window, window >= first[:, None]),

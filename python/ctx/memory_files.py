@@ -21,7 +21,7 @@ from ctx.state import CLOCK, TENSORS
 if TYPE_CHECKING:
     from ctx.memory import Memory
 
-__all__ = ["load", "parts_of", "save", "state_of"]
+__all__ = ["load", "parts_of", "replaced", "save", "state_of"]
 
 #: Key of the specification in a state dict.
 _SPEC = "ctx.Memory"
@@ -52,11 +52,23 @@ def parts_of(state: Any, where: str) -> tuple[Spec, Tensor, Tensor, list[list[Te
 
 
 def save(state: dict[str, Any], path: Any, where: str) -> None:
+    replaced(path, state, where)
+
+
+def replaced(path: Any, content: Any, where: str) -> None:
+    """Puts a file in the place of another, whole or not at all.
+
+    Args:
+        content: bytes; anything else is written by torch.save.
+    """
     target = Path(os.fsdecode(_check.path(path, where)))
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, target)

@@ -12,8 +12,8 @@ from torch import Tensor
 from ctx import _C
 
 __all__ = [
-    "SIZES", "Schedule", "Sizes", "as_sizes", "boundaries_at", "first_token", "groups_at",
-    "schedules_of",
+    "SIZES", "Schedule", "Sizes", "as_sizes", "boundaries_at", "clocks_at", "first_token",
+    "groups_at", "schedules_of", "slot_positions",
 ]  # fmt: skip
 
 #: A size of every layer, or one for each.
@@ -163,3 +163,20 @@ def schedules_of(layers: int, sizes: dict[str, Any]) -> tuple[Schedule, ...]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} in layer {layer}") from None
     return tuple(schedules)
+
+
+def clocks_at(schedule: Schedule, distance: str, t: Tensor) -> tuple[Tensor, Tensor]:
+    """To what queries of tokens t are rotated for compressed slots, and for sinks; int64."""
+    if distance == "token":
+        return t, t
+    groups = groups_at(schedule, t)
+    held = groups.clamp_max(schedule.compressed)
+    since = t - first_token(schedule, groups)
+    return since + groups, since + held + schedule.sinks
+
+
+def slot_positions(schedule: Schedule, distance: str, groups: Tensor) -> Tensor:
+    """Where the slots of groups stand, int64, or float64 for the middle between two tokens."""
+    if distance == "slot":
+        return groups
+    return first_token(schedule, groups.to(torch.float64)) + (schedule.ratio - 1) / 2

@@ -11,24 +11,30 @@ transformers (5.17 or later, below 6) is imported when the first of these names 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctx.hf.attention import register
     from ctx.hf.cache import CompressiveCache
+    from ctx.hf.compressors import FittedCompressors, load_compressors
+    from ctx.hf.fitting import fit
 
-__all__ = ["CompressiveCache", "register"]
+__all__ = ["CompressiveCache", "FittedCompressors", "fit", "load_compressors", "register"]
+
+#: {name: the module that has it}.
+_MODULES = {
+    "CompressiveCache": "cache",
+    "FittedCompressors": "compressors",
+    "fit": "fitting",
+    "load_compressors": "compressors",
+    "register": "attention",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CompressiveCache":
-        from ctx.hf.cache import CompressiveCache
-
-        return CompressiveCache
-    if name == "register":
-        from ctx.hf.attention import register
-
-        return register
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"ctx.hf.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'ctx.hf' has no attribute {name!r}")
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ctx import _check, memory_files
 from ctx.hf._transformers import cache_classes
+from ctx.hf.compressors import FittedCompressors
 from ctx.hf.layer import CompressiveLayer
-from ctx.hf.layer_law import LayerLaw
-from ctx.hf.model import head_dim_of, is_interleaved, layers_of, rope_parameters_of
+from ctx.hf.layer_law import laws_of
+from ctx.hf.model import layers_of
 from ctx.hf.stream import Stream
 from ctx.memory import Memory
-from ctx.schedule import SIZES, Sizes, as_sizes, schedules_of
-from ctx.settings import AttentionSettings
+from ctx.schedule import SIZES, Schedule, Sizes, as_sizes, schedules_of
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -59,18 +59,22 @@ class CompressiveCache(Cache):
     Args:
         config: the model's own (``model.config``), of rotary positions: ``rope_type`` "default",
             "linear", "llama3" or "yarn". Its attention implementation is read in each call.
-        window: exact tokens that every query is guaranteed to see behind it.
+        window: exact tokens that every query is guaranteed to see behind it. This and
+            ``compressed`` must be given unless compressors were fitted.
         compressed: slots for older tokens; 0: a sliding window.
-        ratio: tokens per slot.
+        ratio: tokens per slot; default 4.
         segment: tokens leave the window only at multiples of it; default ``ratio``. These five
             sizes are one int, or one per full-attention layer.
-        sinks: first tokens that are kept exactly for ever.
+        sinks: first tokens that are kept exactly for ever; default 4.
         compressor: a name of :data:`ctx.compression.COMPRESSORS` or a module, or one of these per
             full-attention layer. Modules are shared by all caches that are given them.
-        distance: ``"slot"`` counts what stands between query and key: bounded, for streams far
-            beyond the trained length. ``"token"`` counts tokens, as the model was trained to.
+            A :class:`ctx.hf.FittedCompressors` says the five sizes, the distance and the mass
+            itself; they are left out then.
+        distance: ``"slot"`` (the default) counts what stands between query and key: bounded, for
+            streams far beyond the trained length. ``"token"`` counts tokens, as the model was
+            trained to.
         slot_mass: whether the scores of a slot get the mass that its compressor gives it, as it
-            stands for several tokens (:class:`ctx.AttentionSettings`).
+            stands for several tokens (:class:`ctx.AttentionSettings`); default True.
         max_rewind: tokens that :meth:`crop` can take back. Assisted decoding and prompt look-up
             need as many as they draft.
         rotary_interleaved: whether channels (0, 1), (2, 3), … of a key are rotated together; None:
@@ -89,14 +93,14 @@ class CompressiveCache(Cache):
         self,
         config: Any,
         *,
-        window: Sizes,
-        compressed: Sizes,
-        ratio: Sizes = 4,
+        window: Sizes | None = None,
+        compressed: Sizes | None = None,
+        ratio: Sizes | None = None,
         segment: Sizes | None = None,
-        sinks: Sizes = 4,
+        sinks: Sizes | None = None,
         compressor: str | nn.Module | Sequence[str | nn.Module] = "mean",
-        distance: str = "slot",
-        slot_mass: bool = True,
+        distance: str | None = None,
+        slot_mass: bool | None = None,
         max_rewind: int = 64,
         rotary_interleaved: bool | None = None,
         dtype: torch.dtype | None = None,
@@ -110,29 +114,30 @@ class CompressiveCache(Cache):
         layers = layers_of(config, _WHERE)
         own = layers.count(None)
         given = dict(zip(SIZES, (window, compressed, ratio, segment, sinks), strict=True))
-        sizes = {name: as_sizes(size, name, own, _WHERE) for name, size in given.items()}
-        schedules = schedules_of(own, sizes)
-        compressors = _each(compressor, own)
+        biases = None
+        if isinstance(compressor, FittedCompressors):
+            _check_fitted(compressor, config, own, {**given, "distance": distance,
+                                                    "slot_mass": slot_mass})  # fmt: skip
+            schedules, compressors = compressor.schedules, [*compressor.compressors]
+            biases, distance, slot_mass = compressor.bias.detach(), compressor.distance, True
+        else:
+            schedules, compressors = _schedules(given, own), _each(compressor, own)
         max_rewind = _check.integer(max_rewind, "max_rewind", _WHERE, 0)
         if dtype is not None:
             dtype = _check.dtype(dtype, _WHERE)
         if compressed_dtype is not None:
             compressed_dtype = _check.dtype(compressed_dtype, _WHERE, "compressed_dtype")
-        parameters, width = rope_parameters_of(config, _WHERE), head_dim_of(config)
-        interleaved = is_interleaved(config, rotary_interleaved, _WHERE)
-        laws = []
-        for schedule, made in zip(schedules, compressors, strict=True):
-            settings = AttentionSettings.from_rope_scaling(
-                parameters,
-                width,
-                max_position_embeddings=getattr(config, "max_position_embeddings", None),
-                schedule=schedule,
-                rotary_interleaved=interleaved,
-                keys="rotated",
-                distance=distance,
-                slot_mass=slot_mass,
-            )
-            laws.append(LayerLaw(settings, made, max_rewind))
+        laws = laws_of(
+            config,
+            schedules,
+            compressors,
+            _WHERE,
+            distance="slot" if distance is None else distance,
+            slot_mass=True if slot_mass is None else slot_mass,
+            max_rewind=max_rewind,
+            rotary_interleaved=rotary_interleaved,
+            biases=biases,
+        )
         self._set(config, Stream(laws, dtype, compressed_dtype), layers)
 
     def _set(self, config: Any, stream: Stream, layers: list[Any]) -> None:
@@ -288,6 +293,38 @@ class CompressiveCache(Cache):
 
     def __repr__(self) -> str:
         return f"CompressiveCache(layers={self.layers}, nbytes={self.nbytes})"
+
+
+def _schedules(given: dict[str, Any], layers: int) -> tuple[Schedule, ...]:
+    """The schedule of every layer, of sizes by name."""
+    for name in ("window", "compressed"):
+        if given[name] is None:
+            raise TypeError(
+                f"{_WHERE}: {name} must be given unless compressor is a "
+                "ctx.hf.FittedCompressors, got None"
+            )
+    given = {**given, "ratio": 4 if given["ratio"] is None else given["ratio"]}
+    given["sinks"] = 4 if given["sinks"] is None else given["sinks"]
+    sizes = {name: as_sizes(size, name, layers, _WHERE) for name, size in given.items()}
+    return schedules_of(layers, sizes)
+
+
+def _check_fitted(
+    fitted: FittedCompressors, config: Any, layers: int, given: dict[str, Any]
+) -> None:
+    """Raises unless compressors were fitted to such a model, and say alone what they say."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{_WHERE}: {name} must be left out where compressor is fitted, as it says it, "
+                f"got {value!r}"
+            )
+    fitted.check_config(config, _WHERE)
+    if len(fitted.schedules) != layers:
+        raise ValueError(
+            f"{_WHERE}: compressor must be fitted for {layers} full-attention layers, "
+            f"got {len(fitted.schedules)}"
+        )
 
 
 def _each(compressor: Any, layers: int) -> list[Any]:

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctx.compression import Compressor
 from ctx.compression.registry import compressor_of
 from ctx.engine import Law, Scores, law_of
+from ctx.hf.model import head_dim_of, is_interleaved, rope_parameters_of
 from ctx.schedule import Schedule
 from ctx.settings import AttentionSettings
 from ctx.spec import LayerSpec, layer_spec
+from ctx.state import arithmetic
 
-__all__ = ["Geometry", "LayerLaw"]
+__all__ = ["Geometry", "LayerLaw", "laws_of"]
 
 #: kv_heads, head_dim, value_dim of what is stored of a token.
 Geometry = tuple[int, int, int]
@@ -29,12 +31,20 @@ class LayerLaw:
         settings: what attention is, but for scale and soft cap, which the model says in each call.
         compressor: a name or a module.
         max_rewind: spare entries of the window's ring.
+        bias: [Hkv], added to the scores of slots; None: nothing is.
     """
 
-    def __init__(self, settings: AttentionSettings, compressor: Any, max_rewind: int) -> None:
+    def __init__(
+        self,
+        settings: AttentionSettings,
+        compressor: Any,
+        max_rewind: int,
+        bias: Tensor | None = None,
+    ) -> None:
         self.settings = settings
         self.given = compressor
         self.max_rewind = max_rewind
+        self.bias = bias
         self.geometry: Geometry | None = None
         self._laws: dict[tuple[float | None, float | None, bool], Law] = {}
 
@@ -107,11 +117,54 @@ class LayerLaw:
             self._laws[key] = law_of(settings, name, self._head_dim, overlap)
         return self._laws[key]
 
-    @property
-    def scores(self) -> Scores:
-        """What scores are made of besides queries and keys: nothing."""
-        return Scores(None, None, [])
+    def scores(self, q: Tensor) -> Scores:
+        """What scores of queries [B, H, T, D] are made of besides them and keys."""
+        if self.bias is None or not self.schedule.compressed:
+            return Scores(None, None, [])
+        bias = self.bias.to(q.device, arithmetic(q.dtype))
+        return Scores(bias.repeat_interleave(q.shape[1] // len(bias)), None, [])
 
     def operands(self) -> Sequence[Tensor]:
         """The compressor's parameters as the engine takes them."""
         return [x.detach() for x in self.compressor.operands()]
+
+
+def laws_of(
+    config: Any,
+    schedules: Sequence[Schedule],
+    compressors: Sequence[str | nn.Module],
+    where: str,
+    *,
+    distance: str,
+    slot_mass: bool,
+    max_rewind: int,
+    rotary_interleaved: bool | None = None,
+    biases: Sequence[Tensor] | None = None,
+) -> list[LayerLaw]:
+    """What the full-attention layers of a model are.
+
+    Args:
+        config: of the decoder.
+        schedules, compressors, biases: one for each of these layers.
+
+    Raises:
+        ValueError, TypeError: a setting is out of range, or the model has no rotary positions.
+    """
+    parameters, width = rope_parameters_of(config, where), head_dim_of(config)
+    interleaved = is_interleaved(config, rotary_interleaved, where)
+    laws = []
+    for layer, schedule in enumerate(schedules):
+        settings = AttentionSettings.from_rope_scaling(
+            parameters,
+            width,
+            max_position_embeddings=getattr(config, "max_position_embeddings", None),
+            schedule=schedule,
+            rotary_interleaved=interleaved,
+            keys="rotated",
+            distance=distance,
+            slot_mass=slot_mass,
+            compressed_bias="none" if biases is None else "learned",
+        )
+        bias = None if biases is None else biases[layer]
+        laws.append(LayerLaw(settings, compressors[layer], max_rewind, bias))
+    return laws

@@ -163,7 +163,8 @@ class Stream:
             operands = law.compressor.slots(*groups, mass=law.settings.slot_mass)
         if layer == 0:
             engine.begin(plan)
-        out = engine.step(q, k, v, plan, rings, numbers, operands, law.scores, False)[0]
+        scores = law.scores(q)
+        out = engine.step(q, k, v, plan, rings, numbers, operands, scores, False)[0]
         self._end(forward)
         return forward.moved_back(out.to(dtype))
 
