@@ -569,7 +569,7 @@ def test_scaling_that_changes_with_the_length_is_refused(kind):
         ({"compressor": "median"}, "compressor"),
         ({"compressor": ["mean"]}, "compressor must be one or 2"),
         ({"distance": "far"}, "distance must be one of"),
-        ({"max_rewind": -1}, "max_rewind must be at least 0"),
+        ({"max_rewind": 0}, "max_rewind must be at least 1"),
     ],
 )
 def test_settings_that_are_refused(options, match):

@@ -122,7 +122,7 @@ class CompressiveCache(Cache):
             biases, distance, slot_mass = compressor.bias.detach(), compressor.distance, True
         else:
             schedules, compressors = _schedules(given, own), _each(compressor, own)
-        max_rewind = _check.integer(max_rewind, "max_rewind", _WHERE, 0)
+        max_rewind = _check.integer(max_rewind, "max_rewind", _WHERE, 1)
         if dtype is not None:
             dtype = _check.dtype(dtype, _WHERE)
         if compressed_dtype is not None:

@@ -1,0 +1,7 @@
+"""Compressors fitted to a frozen model: see :func:`ctx.hf.fit`."""
+
+from __future__ import annotations
+
+from ctx.hf.fitting.fit import fit
+
+__all__ = ["fit"]

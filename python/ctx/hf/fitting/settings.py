@@ -1,0 +1,98 @@
+"""What a fit is asked for, as one validated value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ctx import _check
+from ctx.schedule import Schedule
+
+__all__ = ["FitSettings", "placements_of", "schedule_within"]
+
+_WHERE = "ctx.hf.fit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """The settings of :func:`ctx.hf.fit` by their names there."""
+
+    slots: int = 512
+    ratio: int = 4
+    sinks: int = 4
+    compressor: str = "gated"
+    distance: str = "slot"
+    excerpts: int = 6
+    validation: int = 2
+    excerpt_tokens: int = 4096
+    queries: int = 112
+    steps: int = 60
+    lr: float = 3e-2
+    end_to_end: bool = False
+    end_to_end_steps: int = 48
+    end_to_end_tokens: int = 2048
+    end_to_end_queries: int = 512
+    end_to_end_lr: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"ratio": 2, "sinks": 0, "end_to_end_steps": 1, "seed": 0, "steps": 0}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                whole = _check.integer(value, field.name, _WHERE, least.get(field.name, 1))
+                object.__setattr__(self, field.name, whole)
+            elif field.type == "bool":
+                _check.flag(value, field.name, _WHERE)
+            elif field.type == "float":
+                number = _check.number(value, field.name, _WHERE)
+                if not (math.isfinite(number) and number > 0):
+                    raise ValueError(f"{_WHERE}: {field.name} must be positive, got {value}")
+        if self.distance not in ("slot", "token"):
+            raise ValueError(f"{_WHERE}: distance must be 'slot' or 'token', got {self.distance!r}")
+        schedule_within(self.slots, 1, self.ratio, self.sinks)
+        for name in ("excerpt_tokens", "end_to_end_tokens"):
+            if getattr(self, name) <= self.first_query:
+                raise ValueError(
+                    f"{_WHERE}: {name} must be more than slots + 8 = {self.first_query}, so that "
+                    f"something is compressed, got {getattr(self, name)}"
+                )
+
+    @property
+    def first_query(self) -> int:
+        """The first token whose output counts: those before it see everything exactly."""
+        return self.slots + 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name."""
+        return dataclasses.asdict(self)
+
+
+def schedule_within(slots: int, compressed: int, ratio: int, sinks: int) -> Schedule:
+    """The memory of the largest window in which no query attends to more than so many entries:
+    sinks, slots, exact tokens and those that wait for their group to fill.
+
+    Raises:
+        ValueError: not one exact token is left.
+    """
+    if not compressed:
+        ratio = 1
+    window = slots - compressed - sinks - ratio
+    if window < 1:
+        raise ValueError(
+            f"{_WHERE}: slots must be more than sinks + compressed + ratio = "
+            f"{sinks + compressed + ratio}, got {slots}"
+        )
+    made = Schedule(window, compressed, ratio, segment=1, sinks=sinks)
+    assert made.max_slots == slots
+    return made
+
+
+def placements_of(settings: FitSettings) -> list[Schedule]:
+    """What a layer may hold, from no slots to half of all entries, all of one ratio."""
+    s = settings
+    sizes = {max(s.slots // part - s.sinks, 0) for part in (2, 4, 8)}
+    sizes = {0} | {c for c in sizes if s.slots - c - s.sinks - s.ratio >= 1}
+    return [schedule_within(s.slots, c, s.ratio, s.sinks) for c in sorted(sizes)]
