@@ -216,7 +216,7 @@ def test_the_end_to_end_fit_lowers_what_it_is_said_to():
     ]
     first = divergence(model, fits[0], x)
     assert fits[1].report["end_to_end"][0] == pytest.approx(first, rel=1e-3)
-    assert divergence(model, fits[1], x) < 0.8 * first
+    assert divergence(model, fits[1], x) < 0.9 * first
 
 
 def test_more_steps_give_a_smaller_error_on_what_is_fitted():

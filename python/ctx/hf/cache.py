@@ -119,7 +119,8 @@ class CompressiveCache(Cache):
             _check_fitted(compressor, config, own, {**given, "distance": distance,
                                                     "slot_mass": slot_mass})  # fmt: skip
             schedules, compressors = compressor.schedules, [*compressor.compressors]
-            biases, distance, slot_mass = compressor.bias.detach(), compressor.distance, True
+            biases = list(compressor.bias.detach())
+            distance, slot_mass = compressor.distance, True
         else:
             schedules, compressors = _schedules(given, own), _each(compressor, own)
         max_rewind = _check.integer(max_rewind, "max_rewind", _WHERE, 1)

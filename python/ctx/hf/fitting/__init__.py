@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ctx.hf.fitting.fit import fit
+from ctx.hf.fitting.run import fit
 
 __all__ = ["fit"]

@@ -167,5 +167,5 @@ def fit_layer(
             for group in optimizer.param_groups:
                 group["lr"] = lr + (min(last_lr, lr) - lr) * done
             optimizer.zero_grad()
-            problem.loss().backward()
+            torch.autograd.backward(problem.loss())
             optimizer.step()

@@ -128,7 +128,7 @@ class WholeFit:
         for group in optimizer.param_groups:
             group["lr"] = s.end_to_end_lr * warm * (1 - step / s.end_to_end_steps)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         optimizer.step()
         return float(loss.detach())

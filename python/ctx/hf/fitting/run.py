@@ -196,7 +196,8 @@ class _Fit:
 
     def _layer(self, layer: int, recorded: Recorded, excerpts: Excerpts) -> dict[str, Any]:
         """The best placement of a layer, and what was fitted for it."""
-        s, best, errors = self.settings, None, []
+        s, errors = self.settings, list[float]()
+        best: dict[str, Any] | None = None
         heads, device = recorded.keys.shape[1], recorded.keys.device
         geometry = (heads, recorded.keys.shape[3], recorded.values.shape[3])
         for placement, schedule in enumerate(self.placements):
