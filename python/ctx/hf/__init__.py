@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctx.hf.attention import register
     from ctx.hf.cache import CompressiveCache
+    from ctx.hf.loading import load_model
 
-__all__ = ["CompressiveCache", "register"]
+__all__ = ["CompressiveCache", "load_model", "register"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,6 +30,10 @@ def __getattr__(name: str) -> Any:
         from ctx.hf.attention import register
 
         return register
+    if name == "load_model":
+        from ctx.hf.loading import load_model
+
+        return load_model
     raise AttributeError(f"module 'ctx.hf' has no attribute {name!r}")
 
 
