@@ -73,9 +73,7 @@ def compressive(
     def make(model: Any) -> Any:
         from ctx.hf import CompressiveCache
 
-        return CompressiveCache(
-            model.config, **sizes, compressor=compressor, distance=distance, max_rewind=0
-        )
+        return CompressiveCache(model.config, **sizes, compressor=compressor, distance=distance)
 
     return Candidate(name, make, baseline=baseline)
 
@@ -87,6 +85,6 @@ def fitted(name: str, compressors: Any, *, baseline: str | None = None) -> Candi
         from ctx.hf import CompressiveCache
 
         make_cache: Any = CompressiveCache
-        return make_cache(model.config, compressor=compressors, max_rewind=0)
+        return make_cache(model.config, compressor=compressors)
 
     return Candidate(name, make, baseline=baseline)

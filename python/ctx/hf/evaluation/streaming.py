@@ -122,7 +122,10 @@ class _Running:
         self.candidate, self.ids, self.first = candidate, ids, first
         self.end = len(ids) if candidate.limit is None else min(len(ids), candidate.limit)
         self.cache = candidate.make(model)
-        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self.keeps = "logits_to_keep" in parameters
+        # As transformers calls it since 5.24, and before.
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.losses: list[Tensor] = []
         self.hits: list[Tensor] = []
         self.kl: list[Tensor] = []
@@ -134,11 +137,11 @@ class _Running:
             model.set_attn_implementation(self.candidate.attention)
         began = time.perf_counter()
         scored = range(max(begin, self.first - 1), min(end, self.end - 1))
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {self.cache_name: self.cache, "use_cache": True}
         if self.keeps:  # logits from the first scored token to the chunk's end, or of one token
             options["logits_to_keep"] = max(1, end - scored.start)
         part = self.ids[None, begin:end]
-        out = model(part, past_key_values=self.cache, use_cache=True, **options).logits[0]
+        out = model(part, **options).logits[0]
         logits: Tensor | None = None
         if scored:
             behind = end - scored.stop
