@@ -179,7 +179,7 @@ def test_refused(options, message):
 def test_largest_window_of_a_budget(slots, compressed, ratio, sinks, segment):
     least = ctx.Schedule(0, compressed, ratio, segment, sinks).max_slots
     if least > slots:
-        with pytest.raises(ValueError, match=f"= {least}, got {slots}"):
+        with pytest.raises(ValueError, match=f"at least {least}, .* got {slots}"):
             schedule_of(slots, compressed, ratio, sinks, segment)
         return
     made = schedule_of(slots, compressed, ratio, sinks, segment)

@@ -22,10 +22,11 @@ from ctx.recipes.progress import Progress
 
 __all__ = ["add_parser", "run"]
 
+PICTURES = (".png", ".pdf", ".svg")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Neighbouring tokens whose mean loss is one sample of an error bar.
 BLOCK = 512
-_SETTINGS = ("slots", "compressed", "ratio", "chunk", "sinks")
+_SETTINGS = ("slots", "compressed", "ratio", "chunk")
 _OF_THE_FILE = ("slots", "distance", "compressed", "ratio")
 
 
@@ -69,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
         raise _error(error) from error
     if len(ids) < 2:
         raise RecipeError(f"{args.text} must have at least 2 tokens, got {len(ids)}")
+    known = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= known:
+        raise RecipeError(
+            f"--model must have a tokenizer of the model's {known:,} tokens, got token {ids.max()}"
+        )
     full = _full_limit(args, model, len(ids))
     if full:
         name = "full cache" if full == len(ids) else f"full cache, first {full:,} tokens"
@@ -107,15 +113,21 @@ def _check(args: argparse.Namespace) -> None:
         raise RecipeError("--ratio must come with --compressed, which says how many slots")
     if args.full is not None and args.full == 1:
         raise RecipeError("--full must be 0 or at least 2, got 1")
-    if args.plot is not None and not args.plot.resolve().parent.is_dir():
-        raise RecipeError(f"cannot write {args.plot}: no such folder")
+    if args.plot is not None:
+        if args.plot.suffix not in PICTURES:
+            raise RecipeError(f"--plot must end with {', '.join(PICTURES)}, got {args.plot}")
+        if not args.plot.resolve().parent.is_dir():
+            raise RecipeError(f"cannot write {args.plot}: no such folder")
 
 
-def _error(error: Exception) -> RecipeError:
-    """An error of the library; those of sizes name the options."""
+def _error(error: Exception) -> Exception:
+    """An error of the library for the command line; those of sizes name the options."""
+    if not str(error).startswith("ctx."):
+        return error
     if isinstance(error, ImportError):
         return RecipeError(str(error).partition(": ")[2])
-    return setting_error(error, _SETTINGS)
+    made = setting_error(error, _SETTINGS)
+    return RecipeError(str(made).replace("folder must", "--model must", 1))
 
 
 def tokens_of(tokenizer: Any, text: str, limit: int | None) -> Tensor:
@@ -189,8 +201,8 @@ def _draw(path: Path, scores: list[Scores]) -> None:
     block = max(1, min(BLOCK, max(len(one.losses) for one in scores) // 8))
     try:
         drawn = picture.draw(path, scores, block)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"cannot write {path}: {error.strerror or error}") from None
     if drawn:
         print(f"written: {path}")
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,26 @@ def load_model(
     import transformers
 
     # First what is small: without it the model is of no use.
-    tokenizer = _read(transformers.AutoTokenizer, "tokenizer", path, options)
-    model = _read(transformers.AutoModelForCausalLM, "model", path, {**options, "dtype": dtype})
+    with _quiet(transformers):
+        tokenizer = _read(transformers.AutoTokenizer, "tokenizer", path, options)
+        options["dtype"] = dtype
+        model = _read(transformers.AutoModelForCausalLM, "model", path, options)
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """In it transformers shows no bars and no warnings: what is wrong is one line, the error's."""
+    logging = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _read(kind: Any, what: str, path: Path, options: dict[str, Any]) -> Any:

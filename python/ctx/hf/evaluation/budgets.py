@@ -30,7 +30,7 @@ def schedule_of(
     window = slots - least.max_slots
     if window < 0:
         raise ValueError(
-            f"{_WHERE}: slots must be at least sinks + compressed + segment + ratio - 1 = "
-            f"{least.max_slots}, got {slots}"
+            f"{_WHERE}: slots must be at least {least.max_slots}, which the other sizes need "
+            f"without a window, got {slots}"
         )
     return least.resized(window=window)

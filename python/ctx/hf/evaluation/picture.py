@@ -25,7 +25,8 @@ def draw(path: Path, scores: Sequence[Scores], block: int) -> bool:
         False where matplotlib is not installed.
 
     Raises:
-        OSError, ValueError: it cannot be written, or not in that format.
+        OSError: it cannot be written.
+        ValueError: matplotlib does not know the format.
     """
     try:
         from matplotlib.figure import Figure
