@@ -175,7 +175,7 @@ BESIDE = {"cli", "hf", "recipes", "reference"}
 MAY_IMPORT = {
     "__init__.py": {"reference"},
     "__main__.py": {"cli"},
-    "cli": {"cli", "recipes"},
+    "cli": {"cli", "hf", "recipes"},
     "hf": {"hf"},
     "recipes": {"recipes"},
 }

@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     from ctx.hf.cache import CompressiveCache
     from ctx.hf.compressors import FittedCompressors, load_compressors
     from ctx.hf.fitting import fit
+    from ctx.hf.loading import load_model
 
-__all__ = ["CompressiveCache", "FittedCompressors", "fit", "load_compressors", "register"]
+__all__ = [
+    "CompressiveCache",
+    "FittedCompressors",
+    "fit",
+    "load_compressors",
+    "load_model",
+    "register",
+]
 
 #: {name: the module that has it}.
 _MODULES = {
@@ -28,6 +36,7 @@ _MODULES = {
     "FittedCompressors": "compressors",
     "fit": "fitting",
     "load_compressors": "compressors",
+    "load_model": "loading",
     "register": "attention",
 }
 

@@ -89,7 +89,7 @@ def _starts(texts: Sequence[Tensor], number: int, length: int) -> list[tuple[int
     ]
     if len(places) < number:
         raise ValueError(
-            f"{_WHERE}: texts must have {number} disjoint excerpts of {length} tokens "
+            f"{_WHERE}: texts must have {number} disjoint parts of {length} tokens "
             f"(excerpts + validation, excerpt_tokens), got {len(places)}"
         )
     return [places[i * len(places) // number] for i in range(number)]

@@ -77,7 +77,9 @@ def record(
     for number in range(len(found)):
         parts = found.pop(number)
         names = ("keys", "values", "q", "out")
-        stacked: dict[str, Any] = {name: torch.stack([part[name] for part in parts]) for name in names}
+        stacked: dict[str, Any] = {
+            name: torch.stack([part[name] for part in parts]) for name in names
+        }
         every = torch.stack([part["every_q"] for part in parts]) if every_query else None
         last: dict[str, Any] = {name: parts[0][name] for name in ("weight", "scale", "softcap")}
         made.append(Recorded(**stacked, every_q=every, **last))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctx import _check
+from ctx.hf.budgets import schedule_of
 from ctx.schedule import Schedule
 
-__all__ = ["FitSettings", "placements_of", "schedule_within"]
+__all__ = ["FitSettings", "placements_of"]
 
 _WHERE = "ctx.hf.fit"
 
@@ -52,7 +53,7 @@ class FitSettings:
                     raise ValueError(f"{_WHERE}: {field.name} must be positive, got {value}")
         if self.distance not in ("slot", "token"):
             raise ValueError(f"{_WHERE}: distance must be 'slot' or 'token', got {self.distance!r}")
-        schedule_within(self.slots, 1, self.ratio, self.sinks)
+        schedule_of(self.slots, 1, self.ratio, self.sinks)
         for name in ("excerpt_tokens", "end_to_end_tokens"):
             if getattr(self, name) <= self.first_query:
                 raise ValueError(
@@ -70,29 +71,11 @@ class FitSettings:
         return dataclasses.asdict(self)
 
 
-def schedule_within(slots: int, compressed: int, ratio: int, sinks: int) -> Schedule:
-    """The memory of the largest window in which no query attends to more than so many entries:
-    sinks, slots, exact tokens and those that wait for their group to fill.
-
-    Raises:
-        ValueError: not one exact token is left.
-    """
-    if not compressed:
-        ratio = 1
-    window = slots - compressed - sinks - ratio
-    if window < 1:
-        raise ValueError(
-            f"{_WHERE}: slots must be more than sinks + compressed + ratio = "
-            f"{sinks + compressed + ratio}, got {slots}"
-        )
-    made = Schedule(window, compressed, ratio, segment=1, sinks=sinks)
-    assert made.max_slots == slots
-    return made
-
-
 def placements_of(settings: FitSettings) -> list[Schedule]:
     """What a layer may hold, from no slots to half of all entries, all of one ratio."""
-    s = settings
-    sizes = {max(s.slots // part - s.sinks, 0) for part in (2, 4, 8)}
-    sizes = {0} | {c for c in sizes if s.slots - c - s.sinks - s.ratio >= 1}
-    return [schedule_within(s.slots, c, s.ratio, s.sinks) for c in sorted(sizes)]
+    s, made = settings, [schedule_of(settings.slots, sinks=settings.sinks)]
+    for part in (8, 4, 2):
+        compressed = s.slots // part - s.sinks
+        if compressed > 0 and s.sinks + compressed + s.ratio <= s.slots:
+            made.append(schedule_of(s.slots, compressed, s.ratio, s.sinks))
+    return made
