@@ -22,7 +22,7 @@ from ctx import engine  # noqa: E402
 from ctx.hf.budgets import schedule_of  # noqa: E402
 from ctx.hf.compressors import config_hash, weights_hash  # noqa: E402
 from ctx.hf.fitting.excerpts import excerpts_of, random_excerpt  # noqa: E402
-from ctx.hf.fitting.layer import LayerProblem, fit_layer  # noqa: E402
+from ctx.hf.fitting.layer import error_of, fit_layer, problems_of  # noqa: E402
 from ctx.hf.fitting.recording import record  # noqa: E402
 from ctx.hf.fitting.settings import FitSettings, placements_of  # noqa: E402
 from ctx.hf.fitting.whole import compressed_attention, logits_at  # noqa: E402
@@ -68,7 +68,7 @@ def shaken(law):
 @pytest.mark.parametrize("compressor", ["mean", "conv", "dilated", "gated", "max", "most_used"])
 @pytest.mark.parametrize("family", ["llama", "phi", "cohere", "yarn", "gpt_neox"])
 def test_the_error_of_a_layer_is_that_of_its_attention(family, compressor, distance):
-    """LayerProblem against the operators, both on the model's own queries, keys and values."""
+    """What a layer is fitted by against the operators, on the model's own queries and pairs."""
     model, settings = model_of(family), FitSettings(**SMALL, compressor=compressor)
     excerpts = excerpts_of([text()], settings)
     recorded = record(model, excerpts, True, lambda: None)[1]
@@ -82,7 +82,7 @@ def test_the_error_of_a_layer_is_that_of_its_attention(family, compressor, dista
         law.bias = torch.zeros(heads)
     chosen = [0, 2]
     with torch.no_grad():
-        got = LayerProblem(law, recorded, excerpts.queries, chosen).loss()
+        got = [x.error() for x in problems_of(law, recorded, excerpts.queries, chosen)]
         q, k, v = (x[chosen] for x in (recorded.every_q, recorded.keys, recorded.values))
         place = torch.arange(q.shape[2]).expand(2, -1)
         plan = engine.plans([law], None, place, None, None, False)[law.plan_key]
@@ -91,9 +91,9 @@ def test_the_error_of_a_layer_is_that_of_its_attention(family, compressor, dista
         through = recorded.weight.T
         made = out.gather(1, at).flatten(2) @ through
         wanted = recorded.out[chosen].transpose(1, 2).flatten(2) @ through
-    error = (made - wanted).square().sum() / wanted.square().sum()
-    assert error > 1e-4
-    torch.testing.assert_close(got, error, rtol=2e-4, atol=1e-6)
+    error = (made - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
+    assert (error > 1e-4).all()
+    torch.testing.assert_close(torch.stack(got), error, rtol=2e-4, atol=1e-6)
 
 
 def test_the_error_of_capped_scores():
@@ -104,7 +104,7 @@ def test_the_error_of_capped_scores():
     laws = laws_with(model.config, "gated", "slot", schedule_of(20, 8, 2, 2), heads)
     laws[0].measure((heads, recorded.keys.shape[3], recorded.values.shape[3]), "cpu", "test")
     with torch.no_grad():
-        got = LayerProblem(laws[0], recorded, excerpts.queries, [0]).loss()
+        got = problems_of(laws[0], recorded, excerpts.queries, [0])[0].error()
         parts = (x[:1] for x in (recorded.every_q, recorded.keys, recorded.values))
         plan = engine.plans(laws[:1], None, torch.arange(64)[None], None, None, False)
         out = compressed_attention(
@@ -229,9 +229,9 @@ def test_more_steps_give_a_smaller_error_on_what_is_fitted():
         law = laws_with(model.config, "gated", "slot", schedule_of(20, 8, 2, 2), 2)[0]
         law.bias = torch.zeros(2, requires_grad=True)
         law.measure((2, 8, 8), torch.device("cpu"), "test")
-        problem = LayerProblem(law, recorded, excerpts.queries, excerpts.training)
-        fit_layer(law, problem, steps, 3e-2)
-        errors.append(problem.loss().item())
+        problems = problems_of(law, recorded, excerpts.queries, excerpts.training)
+        fit_layer(law, problems, steps, 3e-2)
+        errors.append(error_of(problems))
     assert errors[0] > errors[1] > errors[2]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+import ctx.hf
 from ctx.cli.options import add_options, set_threads
 from ctx.compression import COMPRESSORS
-from ctx.hf.fitting import fit
 from ctx.hf.fitting.settings import FitSettings
 from ctx.hf.loading import load_model
 from ctx.recipes.data import read_text
@@ -81,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         FitSettings(**settings)  # before the model is read
         model, tokenizer = load_model(args.model, DTYPES[args.dtype])
-        fitted = fit(model, texts, tokenizer=tokenizer, partial=partial, progress=bars, **settings)
+        fitted = ctx.hf.fit(
+            model, texts, tokenizer=tokenizer, partial=partial, progress=bars, **settings
+        )
     except ImportError as error:
         raise RecipeError(str(error).partition(": ")[2] or str(error)) from error
     except (ValueError, TypeError) as error:

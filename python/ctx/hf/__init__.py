@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ctx.hf.attention import register
     from ctx.hf.cache import CompressiveCache
     from ctx.hf.compressors import FittedCompressors, load_compressors
-    from ctx.hf.fitting import fit
+    from ctx.hf.fitting.run import fit
     from ctx.hf.loading import load_model
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 _MODULES = {
     "CompressiveCache": "cache",
     "FittedCompressors": "compressors",
-    "fit": "fitting",
+    "fit": "fitting.run",
     "load_compressors": "compressors",
     "load_model": "loading",
     "register": "attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,149 +16,186 @@ from ctx.memory import Memory
 from ctx.schedule import clocks_at, first_token, groups_at, slot_positions
 from ctx.spec import Spec
 
-__all__ = ["LayerProblem", "Part", "fit_layer"]
+__all__ = ["LayerProblem", "error_of", "fit_layer", "problems_of"]
+
+#: Added to the scores of what is not visible.
+_HIDDEN = -1e30
 
 
-class Part(NamedTuple):
-    """Attention of queries to some of what they see: its output [..., H, Q, Dv], and the logarithm
-    of the sum of exponentials [..., H, Q].
+class _Part(NamedTuple):
+    """Attention to some of what queries see: output [H, Q, Dv], and the logarithm of the sum of
+    exponentials [H, Q].
     """
 
     out: Tensor
     total: Tensor
 
-    def with_(self, other: Part) -> Tensor:
-        """The output of attention to both, in one softmax."""
+    def with_(self, other: _Part) -> _Part:
+        """Attention to both, in one softmax."""
         share = torch.sigmoid(other.total - self.total)[..., None]
-        return torch.lerp(self.out, other.out, share)
+        total = torch.logaddexp(self.total, other.total)
+        return _Part(torch.lerp(self.out, other.out, share), total)
 
 
 class LayerProblem:
-    """One layer under one law: everything about some excerpts that parameters do not change.
+    """One layer and one excerpt under one law: everything that parameters do not change.
 
     Args:
-        law: measured; its compressor and bias are what :meth:`loss` depends on.
+        law: measured; its compressor and bias are what :meth:`error` depends on.
         recorded: of the layer.
-        queries: int64 [excerpts, Q], their positions.
-        chosen: the excerpts to look at.
+        queries: int64 [Q], positions of the excerpt's queries.
+        excerpt: its number.
     """
 
-    def __init__(
-        self, law: LayerLaw, recorded: Recorded, queries: Tensor, chosen: list[int]
-    ) -> None:
+    def __init__(self, law: LayerLaw, recorded: Recorded, queries: Tensor, excerpt: int) -> None:
         self.law, self.recorded = law, recorded
-        device, schedule, distance = recorded.keys.device, law.schedule, law.settings.distance
-        self.keys, self.values = recorded.keys[chosen].float(), recorded.values[chosen].float()
-        self.t = queries[chosen].to(device)
-        q = engine.rotary(recorded.q[chosen].float(), -self.t.double(), law.unrotating)
-        to_slots, to_sinks = clocks_at(schedule, distance, self.t)
-        tokens = self.keys.shape[2]
-        place = torch.arange(tokens, device=device)
-        window = place >= first_token(schedule, groups_at(schedule, self.t))[..., None]
-        window &= place <= self.t[..., None]
-        sinks = place[: schedule.sinks].expand(*self.t.shape, -1) <= self.t[..., None]
-        window[..., : schedule.sinks] = False
-        exact = self._attended(self._at(q, self.t), self.keys, self.values, window)
-        if schedule.sinks:
-            first = [x[:, :, : schedule.sinks] for x in (self.keys, self.values)]
-            part = self._attended(self._at(q, to_sinks), first[0], first[1], sinks)
-            exact = Part(exact.with_(part), torch.logaddexp(exact.total, part.total))
-        self.exact = exact
-        out = recorded.out[chosen].float()
-        self.wanted = self._seen_through(out)
+        self.keys, self.values = (x[excerpt].float() for x in (recorded.keys, recorded.values))
+        device, schedule, distance = self.keys.device, law.schedule, law.settings.distance
+        self.t = queries.to(device)
+        self.weight = recorded.weight.float()
+        self.wanted = self._seen_through(recorded.out[excerpt].float())
         self.size = self.wanted.square().sum()
+        q = self._turned(recorded.q[excerpt].float(), -self.t, unrotate=True)
+        to_slots, to_sinks = clocks_at(schedule, distance, self.t)
+        self.exact = self._window(self._turned(q, self.t))
+        if schedule.sinks:
+            self.exact = self.exact.with_(self._sinks(self._turned(q, to_sinks)))
         if not schedule.compressed:
             return
-        self.q = self._at(q, to_slots)
-        place = place.expand(len(chosen), -1)
-        self.plan = engine.plans([law], None, place, None, None, False)[law.plan_key]
-        self.groups = engine.evicted_groups(self.keys, self.values, self.plan, (), law.law)
+        place = torch.arange(self.keys.shape[1], device=device)
+        self.plan = engine.plans([law], None, place[None], None, None, False)[law.plan_key]
+        pairs = (self.keys[None], self.values[None])
+        self.groups = engine.evicted_groups(*pairs, self.plan, (), law.law)
         number = torch.arange(self.groups[0].shape[2], device=device)
-        begun = groups_at(schedule, self.t)[..., None]
-        self.visible = (number < begun) & (number >= begun - schedule.compressed)
-        self.positions = slot_positions(schedule, distance, number).expand(len(chosen), -1)
+        self.positions = slot_positions(schedule, distance, number)
         self.taken: tuple[Tensor, Tensor] | None = None
         if law.by_usage:
             assert recorded.every_q is not None
-            self._take(
-                engine.rotary(recorded.every_q[chosen].float(), -place.double(), law.unrotating)
-            )
+            every = recorded.every_q[excerpt].float()
+            self._take(self._turned(every, -place, unrotate=True))
+        # A column for what is exact stands behind those of the slots.
+        begun = groups_at(schedule, self.t)[:, None]
+        visible = (number < begun) & (number >= begun - schedule.compressed)
+        hidden = torch.where(visible, 0.0, _HIDDEN).repeat(self._per_kv_head, 1)
+        exact = self._by_kv_head(self.exact.total[..., None])
+        self.offset = torch.cat([hidden.expand(len(exact), -1, -1), exact], 2)
+        self.exact_out = self._by_kv_head(self.exact.out)
+        self.q = self._by_kv_head(self._turned(q, to_slots))
 
-    def _at(self, q: Tensor, position: Tensor) -> Tensor:
-        return engine.rotary(q, position.double(), self.law.law)
+    @property
+    def _per_kv_head(self) -> int:
+        return self.recorded.q.shape[1] // len(self.keys)
+
+    def _by_kv_head(self, x: Tensor) -> Tensor:
+        """[H, Q, n] as [Hkv, H / Hkv * Q, n]."""
+        return x.reshape(len(self.keys), -1, x.shape[2])
+
+    def _turned(self, x: Tensor, position: Tensor, unrotate: bool = False) -> Tensor:
+        """[H, n, D] rotated to positions [n]."""
+        law = self.law.unrotating if unrotate else self.law.law
+        return engine.rotary(x[None], position.double()[None], law)[0]
+
+    def _window(self, q: Tensor) -> _Part:
+        begin = first_token(self.law.schedule, groups_at(self.law.schedule, self.t))[:, None]
+        place = torch.arange(self.keys.shape[1], device=self.keys.device)
+        visible = (place >= begin) & (place <= self.t[:, None])
+        visible[:, : self.law.schedule.sinks] = False
+        return self._attended(q, self.keys, self.values, visible)
+
+    def _sinks(self, q: Tensor) -> _Part:
+        count = self.law.schedule.sinks
+        place = torch.arange(count, device=self.keys.device)
+        return self._attended(
+            q, self.keys[:, :count], self.values[:, :count], place <= self.t[:, None]
+        )
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> _Part:
+        """Attention of [H, Q, D] to [Hkv, n, D], where visible [Q, n]."""
+        scores = self._scores(self._by_kv_head(q), k)
+        hidden = ~visible.repeat(self._per_kv_head, 1)
+        scores = scores.masked_fill(hidden, _HIDDEN)
+        total = scores.logsumexp(-1)
+        out = torch.exp(scores - total[..., None]) @ v
+        return _Part(out.reshape(*q.shape[:2], -1), total.reshape(q.shape[:2]))
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        scores = q @ k.mT * self.recorded.scale
+        cap = self.recorded.softcap
+        return cap * torch.tanh(scores / cap) if cap else scores
+
+    def _seen_through(self, out: Tensor) -> Tensor:
+        """[H, Q, Dv] as what goes on into the model, [Q, width]."""
+        return out.transpose(0, 1).flatten(1) @ self.weight.T
 
     @torch.no_grad()
     def _take(self, q: Tensor) -> None:
         """Slots that are tokens, by the attention that they receive where no bias is fitted.
 
         Args:
-            q: of all tokens, [E, H, T, D], without rotation.
+            q: of all tokens, [H, T, D], without rotation.
         """
         law = self.law
-        rings = Memory.empty(Spec((law.spec,)), len(q), q.dtype, q.device).rings[0]
+        rings = Memory.empty(Spec((law.spec,)), 1, q.dtype, q.device).rings[0]
         numbers = law.scored(self.recorded.scale, self.recorded.softcap)
+        pairs = (q[None], self.keys[None], self.values[None])
         *_, chosen, positions = engine.step(
-            q, self.keys, self.values, self.plan, rings, numbers, (), law.scores(q), False
+            *pairs, self.plan, rings, numbers, (), law.scores(q[None]), False
         )
-        keys, values = (MostUsed.take(x, chosen) for x in self.groups)
+        keys, values = (MostUsed.take(x, chosen)[0] for x in self.groups)
         if law.settings.distance == "token":  # each at its own place, which differs by head
-            apart = keys.flatten(0, 1)[:, None]
-            keys = engine.rotary(apart, positions.flatten(0, 1), law.law).reshape(keys.shape)
+            keys = engine.rotary(keys[:, None], positions[0].double(), law.law)[:, 0]
         else:
-            keys = engine.rotary(keys, self.positions, law.law)
+            keys = self._turned(keys, self.positions)
         self.taken = (keys, values)
 
-    def _attended(
-        self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, bias: Tensor | None = None
-    ) -> Part:
-        """Attention of [E, H, Q, D] to [E, Hkv, n, D].
-
-        Args:
-            visible: bool [E, Q, n].
-            bias: [E, Hkv, n], added to scores.
-        """
-        rows, heads, queries, width = q.shape
-        held = k.shape[1]
-        grouped = q.reshape(rows, held, heads // held * queries, width)
-        scores = grouped @ k.mT * self.recorded.scale
-        if self.recorded.softcap:
-            scores = self.recorded.softcap * torch.tanh(scores / self.recorded.softcap)
-        if bias is not None:
-            scores = scores + bias[:, :, None]
-        hidden = ~visible[:, None].repeat(1, 1, heads // held, 1)
-        scores = scores.masked_fill(hidden, -1e30)
-        total = scores.logsumexp(-1)
-        out = torch.exp(scores - total[..., None]) @ v
-        shape = (rows, heads, queries)
-        return Part(out.reshape(*shape, -1), total.reshape(shape))
-
-    def _seen_through(self, out: Tensor) -> Tensor:
-        """[E, H, Q, Dv] as what goes on into the model, [E, Q, width]."""
-        return out.transpose(1, 2).flatten(2) @ self.recorded.weight.float().T
-
-    def loss(self) -> Tensor:
-        """The squared error of what goes on into the model, of its square."""
+    def error(self) -> Tensor:
+        """The squared error of what goes on into the model, as a share of its square."""
         out = self.exact.out
         if self.law.schedule.compressed:
-            out = self.exact.with_(self._slots())
+            out = self._with_slots().reshape(out.shape)
         return (self._seen_through(out) - self.wanted).square().sum() / self.size
 
-    def _slots(self) -> Part:
+    def _with_slots(self) -> Tensor:
+        """Outputs [Hkv, H / Hkv * Q, Dv] of attention to what is exact and to slots."""
         law = self.law
         if self.taken is None:
-            keys, values, mass = law.compressor.slots(*self.groups, mass=True)
-            keys = engine.rotary(keys, self.positions, law.law)
+            keys, values, mass = (x[0] for x in law.compressor.slots(*self.groups, mass=True))
+            keys = self._turned(keys, self.positions)
         else:
             keys, values = self.taken
-            mass = keys.new_zeros(keys.shape[:3])
+            mass = keys.new_zeros(keys.shape[:2])
         bias = mass if law.bias is None else mass + law.bias[:, None]
-        return self._attended(self.q, keys, values, self.visible, bias)
+        scores = self._scores(self.q, keys) + bias[:, None]
+        scores = torch.nn.functional.pad(scores, (0, 1)) + self.offset
+        weights = torch.softmax(scores, -1)
+        return weights[..., :-1] @ values + weights[..., -1:] * self.exact_out
+
+
+def problems_of(
+    law: LayerLaw, recorded: Recorded, queries: Tensor, excerpts: Sequence[int]
+) -> list[LayerProblem]:
+    """The problems of some excerpts.
+
+    Args:
+        queries: int64 [excerpts, Q].
+    """
+    return [LayerProblem(law, recorded, queries[x], x) for x in excerpts]
+
+
+def error_of(problems: Sequence[LayerProblem]) -> float:
+    """The mean error of a law over excerpts."""
+    with torch.no_grad():
+        return sum(problem.error().item() for problem in problems) / len(problems)
 
 
 def fit_layer(
-    law: LayerLaw, problem: LayerProblem, steps: int, lr: float, last_lr: float = 1e-3
+    law: LayerLaw,
+    problems: Sequence[LayerProblem],
+    steps: int,
+    lr: float,
+    last_lr: float = 1e-3,
 ) -> None:
-    """Fits a law's compressor and bias: Adam, a rate that falls linearly."""
+    """Fits a law's compressor and bias: Adam, a rate that falls linearly, an excerpt per step."""
     assert law.bias is not None
     parameters = [*law.compressor.parameters(), law.bias]
     optimizer = torch.optim.Adam(parameters, lr=lr)
@@ -167,5 +205,5 @@ def fit_layer(
             for group in optimizer.param_groups:
                 group["lr"] = lr + (min(last_lr, lr) - lr) * done
             optimizer.zero_grad()
-            torch.autograd.backward(problem.loss())
+            torch.autograd.backward(problems[step % len(problems)].error())
             optimizer.step()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ctx.compression import COMPRESSORS, Compressor
 from ctx.hf.compressors import FittedCompressors, config_hash, weights_hash
 from ctx.hf.fitting.excerpts import Excerpts, excerpts_of, tokens_of
-from ctx.hf.fitting.layer import LayerProblem, fit_layer
+from ctx.hf.fitting.layer import error_of, fit_layer, problems_of
 from ctx.hf.fitting.partial import Partial, fit_hash
 from ctx.hf.fitting.recording import Recorded, record
 from ctx.hf.fitting.settings import FitSettings, placements_of
@@ -205,11 +205,10 @@ class _Fit:
             law = self.laws([schedule] * self.layers, [bias] * self.layers)[layer]
             law.measure(geometry, device, _WHERE)
             if schedule.compressed:
-                problem = LayerProblem(law, recorded, excerpts.queries, excerpts.training)
-                fit_layer(law, problem, s.steps, s.lr)
-                del problem
-            held = LayerProblem(law, recorded, excerpts.queries, excerpts.validating)
-            errors.append(float(held.loss()))
+                problems = problems_of(law, recorded, excerpts.queries, excerpts.training)
+                fit_layer(law, problems, s.steps, s.lr)
+            held = problems_of(law, recorded, excerpts.queries, excerpts.validating)
+            errors.append(error_of(held))
             if best is None or errors[-1] < best["error"]:
                 kept = {k: x.detach().clone() for k, x in law.compressor.state_dict().items()}
                 best = {
