@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks._harness import Timing
 from benchmarks._machine import describe, machine
+from ctx.hf.evaluation.statistics import Estimate
 
 __all__ = ["Ratio", "Report", "duration", "table"]
 
@@ -39,7 +40,8 @@ class Report:
     """Collects rows and ratios, then says and writes them.
 
     A row is a dict of plain values; its columns are the keys, in order of appearance. Seconds come
-    as a `Timing` under a key of their own and are written as median, spread and samples.
+    as a `Timing` under a key of their own and are written as median, spread and samples; means of
+    an evaluation come as `Estimate`, or None, and are written as value and error.
     """
 
     name: str
@@ -137,12 +139,14 @@ def duration(seconds: float) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Timing):
         return {"median": value.median, "spread": value.spread, "samples": value.samples}
-    return value
+    return asdict(value) if isinstance(value, Estimate) else value
 
 
 def _text(value: Any) -> str:
     if isinstance(value, Timing):
         return f"{duration(value.median)} ±{100 * value.spread:.0f}%"
+    if value is None:
+        return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

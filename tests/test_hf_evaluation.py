@@ -409,8 +409,10 @@ def test_answers_are_scored():
         close(samples.losses[0, number].float(), wanted.sum(), 1e-4)
         greedy = logits[0, one.answer.start - 1 : -1].argmax(-1)
         assert bool(samples.hits[0, number]) == torch.equal(greedy, one.ids[-len(one.answer) :])
+    assert [line.perplexity for line in compare(samples)] == [None, None]
     joined = evaluation.Samples.join([samples, samples])
-    assert joined.losses.shape == joined.hits.shape == (2, 4) and joined.kl is None
+    assert joined.losses.shape == joined.hits.shape == (2, 4)
+    assert joined.kl is None and joined.whole
 
 
 def test_an_answer_that_is_known_is_exact():

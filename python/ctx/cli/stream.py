@@ -14,6 +14,7 @@ from ctx.cli.options import set_threads
 from ctx.hf.evaluation import candidates, picture, statistics
 from ctx.hf.evaluation.budgets import schedule_of
 from ctx.hf.evaluation.candidates import Candidate
+from ctx.hf.evaluation.comparison import perplexity
 from ctx.hf.evaluation.streaming import Scores, stream
 from ctx.hf.loading import load_model
 from ctx.recipes.data import read_text
@@ -181,8 +182,8 @@ def table(scores: list[Scores], baseline: int) -> str:
         mine, others = (statistics.block_means(x.losses[:both], BLOCK) for x in (one, base))
         over = "" if one is base else _signed(statistics.difference(mine, others))
         speed = f"{one.tokens / one.seconds:,.0f}"
-        perplexity = f"{torch.tensor(loss).exp():,.3f}"
-        rows.append([one.name, perplexity, over, speed, f"{one.nbytes / 2**20:,.1f} MiB"])
+        size = f"{one.nbytes / 2**20:,.1f} MiB"
+        rows.append([one.name, f"{perplexity(loss):,.3f}", over, speed, size])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
