@@ -145,7 +145,7 @@ def _candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
 def _is_probed(one: Candidate, args: argparse.Namespace) -> bool:
     files = {path.stem for path in args.compressor}
     window = f"window + sinks, {args.probed}"
-    return one.attention == "sdpa" or one.name in files | {window} or one.baseline == window
+    return one.attention is None or one.name in files | {window} or one.baseline == window
 
 
 def _windows(

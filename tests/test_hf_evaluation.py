@@ -54,8 +54,7 @@ def test_losses_are_those_of_one_forward(family):
     attention = "eager" if family == "gemma2" else "sdpa"
     model, ids = model_of(family, attention), text()
     logits = logits_of(model, full_cache(model), ids[None])
-    full = evaluation.Candidate("full", FULL.make, attention)
-    (one,) = stream(model, ids, [full], chunk=19)
+    (one,) = stream(model, ids, [FULL], chunk=19)
     close(one.losses, losses_by_hand(logits, ids))
     assert torch.equal(one.hits, logits[0, :-1].argmax(-1) == ids[1:])
     assert (one.first, one.tokens, one.kl) == (1, len(ids), None)
@@ -234,8 +233,8 @@ def test_share_of_no_gap():
 
 
 def test_blocks():
-    made = statistics.block_means(torch.arange(10.0), 4)
-    assert made.tolist() == [1.5, 5.5]
+    assert statistics.block_means(torch.arange(12.0), 4).tolist() == [1.5, 5.5, 9.5]
+    assert statistics.block_means(torch.arange(9.0), 4).tolist() == [2.0, 6.5]
     assert statistics.block_means(torch.arange(3.0), 4).tolist() == [1.0]
 
 

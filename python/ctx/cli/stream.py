@@ -86,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
             scores = stream(model, ids, compared, chunk=args.chunk, advance=progress.advance)
         except ValueError as error:
             raise _error(error) from error
-    print(table(scores, next(i for i, one in enumerate(scores) if one.name.startswith("window"))))
+    print(table(scores, baseline=1 if full else 0))
     print(
         f"{len(ids):,} tokens, {args.chunk} per call, {args.dtype}, {torch.get_num_threads()} "
-        f"threads; differences: nats per token, ± the standard error over blocks of {BLOCK} tokens"
+        f"threads; differences: nats per token, ± the standard error over blocks of {BLOCK}"
     )
     if args.plot is not None:
         _draw(args.plot, scores)
