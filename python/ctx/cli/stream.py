@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     add("--text", type=Path, required=True, metavar="FILE", help="a UTF-8 text")
     add("--compressor", type=Path, metavar="FILE", help="what `ctx fit` wrote, with its sizes")
     add("--slots", type=int, metavar="N",
-        help="the most a query attends to (default: 512, or the compressor's)")  # fmt: skip
+        help="the most a query attends to (default: 512; a compressor has its own)")  # fmt: skip
     add("--compressed", type=int, metavar="N", help="also a memory with so many mean slots")
     add("--ratio", type=int, metavar="N", help="tokens per mean slot (default: 4)")
     add("--distance", choices=("slot", "token"), help="slot or token (default: slot)")
@@ -108,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
             raise RecipeError(
                 f"--compressor takes all sizes from its file: drop {', '.join(given)}"
             )
-        if not args.compressor.is_file():
+        if not args.compressor.is_file():  # before a model is read
             raise RecipeError(f"cannot read {args.compressor}: no such file")
     if args.ratio is not None and args.compressed is None:
         raise RecipeError("--ratio must come with --compressed, which says how many slots")
@@ -146,7 +146,11 @@ def _candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
     if args.compressor is not None:
         from ctx.hf import load_compressors
 
-        fitted = load_compressors(args.compressor, model)
+        try:
+            fitted = load_compressors(args.compressor, model)
+        except OSError as error:
+            message = f"cannot read {args.compressor}: {error.strerror or error}"
+            raise RecipeError(message) from None
         window = candidates.window_and_sinks(fitted.slots, distance=fitted.distance)
         return [window, candidates.fitted(args.compressor.name, fitted)]
     slots, distance = args.slots or 512, args.distance or "slot"
