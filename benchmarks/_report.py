@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks._harness import Timing
@@ -69,7 +70,8 @@ class Report:
         self.notes.append(text)
 
     def as_dict(self) -> dict[str, Any]:
-        options = {k: v for k, v in vars(self.args).items() if k not in ("out", "check")}
+        given = {k: v for k, v in vars(self.args).items() if k not in ("out", "check")}
+        options = {name: _plain(value) for name, value in given.items()}
         return {
             "benchmark": self.name,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -139,6 +141,10 @@ def duration(seconds: float) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Timing):
         return {"median": value.median, "spread": value.spread, "samples": value.samples}
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
+    if isinstance(value, Path):
+        return value.name  # folders are this machine's affair
     return asdict(value) if isinstance(value, Estimate) else value
 
 

@@ -370,7 +370,8 @@ def test_hf(tmp_path, capsys):
 
 def test_long_context(tmp_path, capsys):
     pytest.importorskip("transformers", minversion="5.17", reason=_peer_transformers.INSTALL)
-    written = run("long_context", tmp_path)
+    written = run("long_context", tmp_path, "--text", "a/b.txt")
+    assert written["options"]["text"] == "b.txt" and written["options"]["compressor"] == []
     kinds = {row["what"] for row in written["rows"]}
     assert {"windows", "passage again after 20", "needle at 0.1", "needles"} <= kinds
     rows = [row for row in written["rows"] if row["what"] == "windows"]
