@@ -7,10 +7,12 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks._harness import Timing
 from benchmarks._machine import describe, machine
+from ctx.hf.evaluation.statistics import Estimate
 
 __all__ = ["Ratio", "Report", "duration", "table"]
 
@@ -39,7 +41,8 @@ class Report:
     """Collects rows and ratios, then says and writes them.
 
     A row is a dict of plain values; its columns are the keys, in order of appearance. Seconds come
-    as a `Timing` under a key of their own and are written as median, spread and samples.
+    as a `Timing` under a key of their own and are written as median, spread and samples; means of
+    an evaluation come as `Estimate`, or None, and are written as value and error.
     """
 
     name: str
@@ -67,7 +70,8 @@ class Report:
         self.notes.append(text)
 
     def as_dict(self) -> dict[str, Any]:
-        options = {k: v for k, v in vars(self.args).items() if k not in ("out", "check")}
+        given = {k: v for k, v in vars(self.args).items() if k not in ("out", "check")}
+        options = {name: _plain(value) for name, value in given.items()}
         return {
             "benchmark": self.name,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -137,12 +141,18 @@ def duration(seconds: float) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Timing):
         return {"median": value.median, "spread": value.spread, "samples": value.samples}
-    return value
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
+    if isinstance(value, Path):
+        return value.name  # folders are this machine's affair
+    return asdict(value) if isinstance(value, Estimate) else value
 
 
 def _text(value: Any) -> str:
     if isinstance(value, Timing):
         return f"{duration(value.median)} ±{100 * value.spread:.0f}%"
+    if value is None:
+        return ""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -368,6 +368,22 @@ def test_hf(tmp_path, capsys):
     check_common("hf", written, tmp_path, capsys.readouterr().out)
 
 
+def test_long_context(tmp_path, capsys):
+    pytest.importorskip("transformers", minversion="5.17", reason=_peer_transformers.INSTALL)
+    written = run("long_context", tmp_path, "--text", "a/b.txt")
+    assert written["options"]["text"] == "b.txt" and written["options"]["compressor"] == []
+    kinds = {row["what"] for row in written["rows"]}
+    assert {"windows", "passage again after 20", "needle at 0.1", "needles"} <= kinds
+    rows = [row for row in written["rows"] if row["what"] == "windows"]
+    assert len(rows) == 1 + 2 * (1 + 2)  # full, and for each budget a window and two ratios
+    assert rows[0]["over_full"] is None and rows[2]["KL"].keys() == {"value", "error"}
+    probed = [row["who"] for row in written["rows"] if row["what"] == "needles"]
+    assert probed[:2] == ["full cache", "window + sinks, 24"] and len(probed) == 4
+    out = capsys.readouterr().out
+    assert "| slots | window + sinks | ratio 2 | ratio 4 |" in " ".join(out.split())
+    check_common("long_context", written, tmp_path, out)
+
+
 def test_bad_options(capsys):
     for args in (["--repeat", "0"], ["--tokens", "10"]):
         with pytest.raises(SystemExit):

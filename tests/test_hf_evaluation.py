@@ -53,8 +53,7 @@ def test_losses_are_those_of_one_forward(family):
     attention = "eager" if family == "gemma2" else "sdpa"
     model, ids = model_of(family, attention), text()
     logits = logits_of(model, full_cache(model), ids[None])
-    full = evaluation.Candidate("full", FULL.make, attention)
-    (one,) = stream(model, ids, [full], chunk=19)
+    (one,) = stream(model, ids, [FULL], chunk=19)
     close(one.losses, losses_by_hand(logits, ids))
     assert torch.equal(one.hits, logits[0, :-1].argmax(-1) == ids[1:])
     assert (one.first, one.tokens, one.kl) == (1, len(ids), None)
@@ -233,8 +232,8 @@ def test_share_of_no_gap():
 
 
 def test_blocks():
-    made = statistics.block_means(torch.arange(10.0), 4)
-    assert made.tolist() == [1.5, 5.5]
+    assert statistics.block_means(torch.arange(12.0), 4).tolist() == [1.5, 5.5, 9.5]
+    assert statistics.block_means(torch.arange(9.0), 4).tolist() == [2.0, 6.5]
     assert statistics.block_means(torch.arange(3.0), 4).tolist() == [1.0]
 
 
@@ -408,8 +407,10 @@ def test_answers_are_scored():
         close(samples.losses[0, number].float(), wanted.sum(), 1e-4)
         greedy = logits[0, one.answer.start - 1 : -1].argmax(-1)
         assert bool(samples.hits[0, number]) == torch.equal(greedy, one.ids[-len(one.answer) :])
+    assert [line.perplexity for line in compare(samples)] == [None, None]
     joined = evaluation.Samples.join([samples, samples])
-    assert joined.losses.shape == joined.hits.shape == (2, 4) and joined.kl is None
+    assert joined.losses.shape == joined.hits.shape == (2, 4)
+    assert joined.kl is None and joined.whole
 
 
 def test_an_answer_that_is_known_is_exact():

@@ -168,7 +168,7 @@ def test_arrows_allow_what_is_meant():
     assert against_the_arrows({**MADE_UP, **good}) == []
 
 
-# --- Python: cli -> recipes -> the library; hf -> the library; reference -> torch -----------------
+# --- Python: cli -> recipes, hf -> the library; reference -> torch --------------------------------
 
 # Packages beside the library, and which of them each folder may import; the library imports none.
 BESIDE = {"cli", "hf", "recipes", "reference"}
@@ -260,6 +260,7 @@ def test_imports_allow_what_is_meant():
         "__init__.py": "from ctx import _load, reference\n",
         "__main__.py": "from ctx.cli.main import main\n",
         "cli/train.py": "from ctx.recipes import checkpoint\n",
+        "cli/stream.py": "from ctx.hf.loading import load_model\n",
         "recipes/curves.py": "def draw():\n    from matplotlib.figure import Figure\n",
         "recipes/trainer.py": "from ctx.transformer import CompressiveTransformer\n",
         "memory.py": "from ctx import _C\ntorch.ops.ctx.step_(q)\n",

@@ -14,6 +14,7 @@ from ctx.cli.options import set_threads
 from ctx.hf.budgets import schedule_of
 from ctx.hf.evaluation import candidates, picture, statistics
 from ctx.hf.evaluation.candidates import Candidate
+from ctx.hf.evaluation.comparison import perplexity
 from ctx.hf.evaluation.streaming import Scores, stream
 from ctx.hf.loading import load_model
 from ctx.recipes.data import read_text
@@ -44,7 +45,7 @@ def add_parser(commands: Any) -> None:
     add("--text", type=Path, required=True, metavar="FILE", help="a UTF-8 text")
     add("--compressor", type=Path, metavar="FILE", help="what `ctx fit` wrote, with its sizes")
     add("--slots", type=int, metavar="N",
-        help="the most a query attends to (default: 512, or the compressor's)")  # fmt: skip
+        help="the most a query attends to (default: 512; a compressor has its own)")  # fmt: skip
     add("--compressed", type=int, metavar="N", help="also a memory with so many mean slots")
     add("--ratio", type=int, metavar="N", help="tokens per mean slot (default: 4)")
     add("--distance", choices=("slot", "token"), help="slot or token (default: slot)")
@@ -85,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
             scores = stream(model, ids, compared, chunk=args.chunk, advance=progress.advance)
         except ValueError as error:
             raise _error(error) from error
-    print(table(scores, next(i for i, one in enumerate(scores) if one.name.startswith("window"))))
+    print(table(scores, baseline=1 if full else 0))
     print(
         f"{len(ids):,} tokens, {args.chunk} per call, {args.dtype}, {torch.get_num_threads()} "
-        f"threads; differences: nats per token, ± the standard error over blocks of {BLOCK} tokens"
+        f"threads; differences: nats per token, ± the standard error over blocks of {BLOCK}"
     )
     if args.plot is not None:
         _draw(args.plot, scores)
@@ -107,7 +108,7 @@ def _check(args: argparse.Namespace) -> None:
             raise RecipeError(
                 f"--compressor takes all sizes from its file: drop {', '.join(given)}"
             )
-        if not args.compressor.is_file():
+        if not args.compressor.is_file():  # before a model is read
             raise RecipeError(f"cannot read {args.compressor}: no such file")
     if args.ratio is not None and args.compressed is None:
         raise RecipeError("--ratio must come with --compressed, which says how many slots")
@@ -145,7 +146,11 @@ def _candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
     if args.compressor is not None:
         from ctx.hf import load_compressors
 
-        fitted = load_compressors(args.compressor, model)
+        try:
+            fitted = load_compressors(args.compressor, model)
+        except OSError as error:
+            message = f"cannot read {args.compressor}: {error.strerror or error}"
+            raise RecipeError(message) from None
         window = candidates.window_and_sinks(fitted.slots, distance=fitted.distance)
         return [window, candidates.fitted(args.compressor.name, fitted)]
     slots, distance = args.slots or 512, args.distance or "slot"
@@ -181,8 +186,8 @@ def table(scores: list[Scores], baseline: int) -> str:
         mine, others = (statistics.block_means(x.losses[:both], BLOCK) for x in (one, base))
         over = "" if one is base else _signed(statistics.difference(mine, others))
         speed = f"{one.tokens / one.seconds:,.0f}"
-        perplexity = f"{torch.tensor(loss).exp():,.3f}"
-        rows.append([one.name, perplexity, over, speed, f"{one.nbytes / 2**20:,.1f} MiB"])
+        size = f"{one.nbytes / 2**20:,.1f} MiB"
+        rows.append([one.name, f"{perplexity(loss):,.3f}", over, speed, size])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()

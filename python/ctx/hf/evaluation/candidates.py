@@ -21,27 +21,35 @@ class Candidate:
     Args:
         name: in tables; candidates of one evaluation have different ones.
         make: gives a new, empty cache for a model.
-        attention: the implementation that reads it.
+        attention: the implementation that reads it; None: transformers' own, "sdpa", or "eager"
+            for models whose scores are capped, which their "sdpa" leaves out.
         baseline: name of the candidate whose distance to the full cache it should make smaller.
         limit: tokens of a text that it reads at most; None: all.
     """
 
     name: str
     make: Callable[[Any], Any]
-    attention: str = "ctx"
+    attention: str | None = "ctx"
     baseline: str | None = None
     limit: int | None = None
 
+    def attention_for(self, model: Any) -> str:
+        """The implementation's name."""
+        if self.attention is not None:
+            return self.attention
+        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        return "eager" if capped else "sdpa"
+
 
 def full_cache(name: str = "full cache", limit: int | None = None) -> Candidate:
-    """All tokens exactly: transformers' DynamicCache under "sdpa"."""
+    """All tokens exactly: transformers' DynamicCache under their own attention."""
 
     def make(model: Any) -> Any:
         from transformers import DynamicCache
 
         return DynamicCache(config=model.config)
 
-    return Candidate(name, make, "sdpa", limit=limit)
+    return Candidate(name, make, None, limit=limit)
 
 
 def window_and_sinks(

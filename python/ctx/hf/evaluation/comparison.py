@@ -13,7 +13,7 @@ from ctx.hf.evaluation import statistics
 from ctx.hf.evaluation.candidates import Candidate
 from ctx.hf.evaluation.statistics import Estimate
 
-__all__ = ["Comparison", "Samples", "compare"]
+__all__ = ["Comparison", "Samples", "compare", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Samples:
         kl: mean KL(full || candidate) of each, in nats, float64 [K, N], or None.
         hits: share of its tokens, or whether its answer, was the likeliest, float64 [K, N], or
             None.
+        whole: whether losses are sums over answers instead of means over tokens, and have no
+            perplexity.
     """
 
     candidates: tuple[Candidate, ...]
     losses: Tensor
     kl: Tensor | None = None
     hits: Tensor | None = None
+    whole: bool = False
 
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
@@ -43,7 +46,8 @@ class Samples:
             return None if any(x is None for x in given) else torch.cat(given, 1)
 
         losses = torch.cat([part.losses for part in parts], 1)
-        return Samples(parts[0].candidates, losses, joined("kl"), joined("hits"))
+        first = parts[0]
+        return Samples(first.candidates, losses, joined("kl"), joined("hits"), first.whole)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Comparison:
         name: the candidate's.
         samples: their number N.
         loss: mean over samples, nats.
-        perplexity: exp of it.
+        perplexity: exp of it; None for whole answers.
         over_full: paired difference of losses, candidate minus full; None of the full cache.
         share: of the gap between baseline and full that is closed, with a jackknife's error; None
             without a baseline, or where there is no gap.
@@ -66,7 +70,7 @@ class Comparison:
     name: str
     samples: int
     loss: Estimate
-    perplexity: float
+    perplexity: float | None
     over_full: Estimate | None
     share: Estimate | None
     kl: Estimate | None
@@ -97,7 +101,7 @@ def compare(samples: Samples) -> list[Comparison]:
                 name=one.name,
                 samples=losses.shape[1],
                 loss=loss,
-                perplexity=math.exp(loss.value),
+                perplexity=None if samples.whole else perplexity(loss.value),
                 over_full=statistics.difference(losses[row], losses[0]) if row else None,
                 share=_share(losses, base, row),
                 kl=statistics.mean(kl[row]) if kl is not None and measured else None,
@@ -106,6 +110,11 @@ def compare(samples: Samples) -> list[Comparison]:
             )
         )
     return lines
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats, infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _share(values: Tensor, base: int | None, row: int) -> Estimate | None:

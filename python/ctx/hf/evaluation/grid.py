@@ -16,7 +16,7 @@ from ctx.hf.evaluation.candidates import (
     window_and_sinks,
 )
 from ctx.hf.evaluation.comparison import Comparison, compare
-from ctx.hf.evaluation.tables import aligned, percent
+from ctx.hf.evaluation.tables import aligned, cells, percent
 from ctx.hf.evaluation.windows import score
 
 __all__ = ["Grid", "candidates_of", "score_grid", "table"]
@@ -113,14 +113,13 @@ def table(lines: Sequence[Comparison], compressors: Grid) -> str:
     """
     by_name = {line.name: line for line in lines}
     ratios = sorted({ratio for _, ratio in compressors})
-    full = by_name[full_cache().name].perplexity
     rows = [["slots", "window + sinks", *(f"ratio {ratio}" for ratio in ratios)]]
     for slots in sorted({slots for slots, _ in compressors}):
-        row = [f"{slots}", f"{by_name[window_and_sinks(slots).name].perplexity:.3f}"]
+        row = [f"{slots}", cells(by_name[window_and_sinks(slots).name])["perplexity"]]
         for ratio in ratios:
             line = by_name.get(_name(slots, ratio))
-            closed = "" if line is None else percent(line.share)
-            cell = "" if line is None else f"{line.perplexity:.3f}"
-            row.append(f"{cell}, {closed}" if closed else cell)
+            parts = [] if line is None else [cells(line)["perplexity"], percent(line.share)]
+            row.append(", ".join(filter(None, parts)))
         rows.append(row)
-    return f"{aligned(rows)}\n\nfull cache: {full:.3f}; with the share of the gap closed"
+    full = cells(by_name[full_cache().name])["perplexity"]
+    return f"{aligned(rows)}\n\nfull cache: {full}; perplexity, share of the gap closed"

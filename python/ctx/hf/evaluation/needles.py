@@ -127,4 +127,4 @@ def score_probes(
         for row, one in enumerate(scores):
             losses[row, number] = one.losses.double().sum()
             hits[row, number] = float(one.hits.all())
-    return Samples(tuple(candidates), losses, None, hits)
+    return Samples(tuple(candidates), losses, None, hits, whole=True)

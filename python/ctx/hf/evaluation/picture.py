@@ -36,7 +36,8 @@ def draw(path: Path, scores: Sequence[Scores], block: int) -> bool:
     axes = figure.subplots()
     for number, one in enumerate(scores):
         losses = block_means(one.losses, block).tolist()
-        places = [one.first + block * (index + 0.5) for index in range(len(losses))]
+        width = len(one.losses) / len(losses)
+        places = [one.first + width * (index + 0.5) for index in range(len(losses))]
         axes.plot(
             places, losses, "." if len(losses) == 1 else "-", linewidth=1.2,
             color=_COLOURS[number % len(_COLOURS)], label=one.name,

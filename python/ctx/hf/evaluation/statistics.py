@@ -68,10 +68,14 @@ def _share(full: Tensor, window: Tensor, candidate: Tensor) -> float | None:
 
 
 def block_means(losses: Tensor, size: int) -> Tensor:
-    """Means of neighbouring losses [N] in blocks of `size`: samples that depend little on each
-    other. [N // size]; the rest at the end is left out, unless it is all there is.
+    """Means of neighbouring losses in blocks, which as samples depend little on each other.
+
+    Args:
+        losses: [N], N >= 1.
+        size: about how many are in a block; blocks differ by one at most.
+
+    Returns:
+        float64 [blocks], at least one.
     """
-    blocks = len(losses) // size
-    if blocks == 0:
-        return losses.double().mean()[None]
-    return losses[: blocks * size].double().view(blocks, size).mean(1)
+    blocks = max(1, round(len(losses) / size))
+    return torch.stack([part.mean() for part in losses.double().tensor_split(blocks)])

@@ -122,6 +122,7 @@ class _Running:
         self.candidate, self.ids, self.first = candidate, ids, first
         self.end = len(ids) if candidate.limit is None else min(len(ids), candidate.limit)
         self.cache = candidate.make(model)
+        self.attention = candidate.attention_for(model)
         parameters = inspect.signature(model.forward).parameters
         self.keeps = "logits_to_keep" in parameters
         # As transformers calls it since 5.24, and before.
@@ -133,8 +134,8 @@ class _Running:
 
     def read(self, model: Any, begin: int, end: int) -> Tensor | None:
         """Reads tokens begin to end; logits [n, V] of those whose next token is scored, if any."""
-        if model.config._attn_implementation != self.candidate.attention:
-            model.set_attn_implementation(self.candidate.attention)
+        if model.config._attn_implementation != self.attention:
+            model.set_attn_implementation(self.attention)
         began = time.perf_counter()
         scored = range(max(begin, self.first - 1), min(end, self.end - 1))
         options: dict[str, Any] = {self.cache_name: self.cache, "use_cache": True}

@@ -26,7 +26,7 @@ def cells(line: Comparison) -> dict[str, str]:
 
     return {
         "cache": line.name,
-        "perplexity": f"{line.perplexity:.3f}",
+        "perplexity": _number(line.perplexity),
         "loss": text(line.loss),
         "loss over full": text(line.over_full),
         "gap closed": percent(line.share),
@@ -34,6 +34,10 @@ def cells(line: Comparison) -> dict[str, str]:
         "KL gap closed": percent(line.kl_share),
         "likeliest": percent(line.hits),
     }
+
+
+def _number(perplexity: float | None) -> str:
+    return "" if perplexity is None else f"{perplexity:,.3f}"
 
 
 def markdown(lines: Sequence[Comparison]) -> str:
