@@ -612,3 +612,85 @@ def test_without_transformers_the_message_says_what_to_install():
         [sys.executable, "-c", lines], env=environment(), capture_output=True, text=True
     )
     assert 'pip install "transformers>=5.17,<6"' in done.stdout, done.stderr
+
+
+# --- rings that grow ------------------------------------------------------------------------------
+
+
+def exact_of(model, window=900):
+    return ctx.hf.CompressiveCache(model.config, window=window, compressed=0)
+
+
+def long_llama(attention="ctx"):
+    model = model_of("llama", attention)
+    model.config.max_position_embeddings = 2048
+    return model
+
+
+@pytest.mark.parametrize("attention", ["ctx", "sdpa"])
+@pytest.mark.parametrize("cut", [1, 50, 333, 700])
+def test_exact_rings_grow_by_doubling(attention, cut):
+    model, plain = long_llama(attention), long_llama("sdpa")
+    x = tokens(2, 700)
+    cache, sizes = exact_of(model), []
+    parts = [x[:, :250], *x[:, 250:].split(cut, 1)] if cut < 700 else [x]
+    got = []
+    for part in parts:
+        got.append(logits_of(model, cache, part))
+        if not sizes or cache.nbytes != sizes[-1]:
+            sizes.append(cache.nbytes)
+    wanted = logits_of(plain, full_cache(plain), x)
+    torch.testing.assert_close(torch.cat(got, 1), wanted, rtol=0, atol=1e-4)
+    assert cache.memory.spec.layers[0].window in (512, 583, 700, 900)
+    assert len(sizes) <= 4 and sizes == sorted(sizes)
+    largest = exact_of(model)
+    logits_of(model, largest, tokens(2, 900))
+    assert cache.nbytes <= largest.nbytes
+
+
+def test_window_ends_where_it_was_asked_to():
+    """Beyond the window that was asked for nothing grows, and the law is the window's."""
+    model = long_llama()
+    x = tokens(1, 800)
+    grown = ctx.hf.CompressiveCache(model.config, window=600, compressed=0, sinks=2)
+    whole = ctx.hf.CompressiveCache(model.config, window=600, compressed=0, sinks=2)
+    torch.testing.assert_close(
+        logits_of(model, grown, x, 37), logits_of(model, whole, x), rtol=0, atol=2e-5
+    )
+    assert grown.memory.spec == whole.memory.spec and grown.nbytes == whole.nbytes
+    assert grown.memory.spec.layers[0].window == 600
+
+
+def test_grown_caches_fork_save_load_and_crop(tmp_path):
+    model = long_llama()
+    x = tokens(1, 600)
+    cache = exact_of(model)
+    logits_of(model, cache, x[:, :240])
+    fork, small = cache.fork(), cache.nbytes
+    logits_of(model, cache, x[:, 240:500])
+    assert fork.nbytes == small < cache.nbytes
+    cache.save(tmp_path / "cache")
+    wanted = logits_of(model, cache, x[:, 500:])
+    loaded = exact_of(model)
+    loaded.load(tmp_path / "cache")
+    assert torch.equal(logits_of(model, loaded, x[:, 500:]), wanted)
+    with pytest.raises(ValueError, match="window"):  # of a smaller one
+        exact_of(model, 300).load(tmp_path / "cache")
+    logits_of(model, fork, x[:, 240:500])
+    loaded.load_state_dict(fork.state_dict())
+    assert torch.equal(logits_of(model, loaded, x[:, 500:]), wanted)
+    cache.crop(-50)  # and what was taken back may come again
+    cache.crop(-14)
+    again = logits_of(model, cache, x[:, 536:])
+    torch.testing.assert_close(again, wanted[:, 36:], rtol=0, atol=2e-5)
+    cache.reset()
+    torch.testing.assert_close(logits_of(model, cache, x)[:, 500:], wanted, rtol=0, atol=2e-5)
+
+
+def test_padded_rows_grow():
+    model, plain = long_llama(), long_llama("sdpa")
+    x, mask = left_padded(tokens(2, 400), 0, 150)
+    got = logits_of(model, exact_of(model), x, 180, mask)
+    wanted = logits_of(plain, full_cache(plain), x, None, mask)
+    seen = mask.bool()
+    torch.testing.assert_close(got[seen], wanted[seen], rtol=0, atol=1e-4)

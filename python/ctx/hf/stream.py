@@ -20,6 +20,8 @@ from ctx.state import writing
 __all__ = ["Stream"]
 
 _WHERE = "ctx.hf.CompressiveCache"
+#: Tokens that growing rings are made for at first.
+_FIRST = 256
 
 
 class Stream:
@@ -36,7 +38,7 @@ class Stream:
         dtype: torch.dtype | None,
         compressed_dtype: torch.dtype | None,
     ) -> None:
-        self.laws = laws
+        self.laws = [law.sized(min(law.most, _FIRST)) if law.grows else law for law in laws]
         self.dtype, self.compressed_dtype = dtype, compressed_dtype
         self.memory: Memory | None = None
         #: Tokens and padding that have come, the length of a 2-D mask.
@@ -74,6 +76,7 @@ class Stream:
             )
         if layer == 0:
             self.forward = None
+            self._grow(self.columns + k.shape[2])
             self._fit(k, v)
         elif layer != (0 if self.forward is None else self.forward.next):
             raise RuntimeError(
@@ -81,6 +84,31 @@ class Stream:
                 f"got full-attention layer {layer}"
             )
         self.laws[layer].measure((k.shape[1], k.shape[3], v.shape[3]), k.device, _WHERE)
+
+    def _grow(self, tokens: int) -> None:
+        """Makes rings that hold all of a stream so far large enough for so many tokens, at least
+        twice as large as they were, up to what was asked for.
+        """
+        if all(
+            law.schedule.groups(max(tokens - 1, 0)) == 0 or law.schedule.window == law.most
+            for law in self.laws
+            if law.grows
+        ):
+            return
+        self.resize([
+            min(law.most, max(tokens, 2 * law.schedule.window)) if law.grows else law.most
+            for law in self.laws
+        ])  # fmt: skip
+
+    def resize(self, windows: list[int]) -> None:
+        """Goes on over windows of these sizes; the laws of forks stay as they are."""
+        laws = [law.sized(window) for law, window in zip(self.laws, windows, strict=True)]
+        if self.memory is not None:
+            self.memory = self.memory.resized([law.schedule for law in laws])
+            for law, held in zip(laws, self.laws, strict=True):
+                if held.geometry is not None:
+                    law.measure(held.geometry, self.memory.seen.device, _WHERE)
+        self.laws = laws
 
     def _fit(self, k: Tensor, v: Tensor) -> None:
         """Makes a memory where there is none, or only an empty one of another batch."""
@@ -247,9 +275,21 @@ class Stream:
         self.columns = self.unpadded = 0
         self.forward = self.pending = None
 
+    def like(self, spec: Spec) -> Stream:
+        """An empty stream whose rings, where they grow, are as large as those of a memory."""
+        other = Stream(self.laws, self.dtype, self.compressed_dtype)
+        if len(spec.layers) == len(self.laws):
+            pairs = zip(self.laws, spec.layers, strict=True)
+            other.laws = [
+                law.sized(held.window) if law.grows and held.window <= law.most else law
+                for law, held in pairs
+            ]
+        return other
+
     def clone(self) -> Stream:
         """Another stream that holds the same; laws and compressors are shared."""
         other = Stream(self.laws, self.dtype, self.compressed_dtype)
+        other.laws = self.laws
         other.memory = None if self.memory is None else self.memory.clone()
         other.columns, other.unpadded = self.columns, self.unpadded
         return other
