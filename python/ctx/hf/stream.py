@@ -15,7 +15,7 @@ from ctx.hf.forward import Forward, mask_of_call
 from ctx.hf.layer_law import Geometry, LayerLaw
 from ctx.memory import Memory
 from ctx.spec import Spec
-from ctx.state import writing
+from ctx.state import PLACE, writing
 
 __all__ = ["Stream"]
 
@@ -162,6 +162,7 @@ class Stream:
         position_ids: Tensor | None,
         scale: float | None,
         softcap: float | None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """Writes a layer's pairs and attends, on the library's own kernels.
 
@@ -169,6 +170,7 @@ class Stream:
             q, k, v: [B, H, T, D], [B, Hkv, T, D] and [B, Hkv, T, Dv]; q and k as the model rotated
                 them.
             mask: of the whole stream, see :func:`ctx.hf.forward.mask_of_call`.
+            sink_logits: [H], scores of nothing, which take their share of the softmax.
 
         Returns:
             [B, T, H, Dv]; zero at padding.
@@ -183,18 +185,40 @@ class Stream:
         q, k, v = (forward.moved(x) for x in (q, k, v))
         q, k = forward.queries(q, law).to(stored), forward.keys(k, law).to(stored)
         v = v.to(stored)
-        custom = not law.compressor.in_engine
+        if sink_logits is not None:
+            self._check_sink_logits(law, rings)
+        custom = sink_logits is not None or not law.compressor.in_engine
         numbers = law.scored(scale, softcap, custom)
-        operands = law.operands()
+        operands, scores = law.operands(), law.scores(q)
         if custom:
             groups = engine.evicted_groups(k, v, plan, rings, numbers)
             operands = law.compressor.slots(*groups, mass=law.settings.slot_mass)
         if layer == 0:
             engine.begin(plan)
-        scores = law.scores(q)
-        out = engine.step(q, k, v, plan, rings, numbers, operands, scores, False)[0]
+        if sink_logits is None:
+            out = engine.step(q, k, v, plan, rings, numbers, operands, scores, False)[0]
+        else:
+            pairs, read = (q, k, v), law.scored(scale, softcap)
+            out, total = engine.attend_with_total(*pairs, plan, rings, read, operands, scores)
+            share = torch.sigmoid(total - sink_logits.to(total)[:, None])
+            out = out * share[..., None].to(out.dtype)
+            engine.append(k, v, plan, rings, numbers, operands)
         self._end(forward)
         return forward.moved_back(out.to(dtype))
+
+    @staticmethod
+    def _check_sink_logits(law: LayerLaw, rings: list[Tensor]) -> None:
+        """Raises where attention would not be the same however a text is cut."""
+        if law.by_usage:
+            raise ValueError(
+                f"{_WHERE}: compressor must not be 'most_used' for a model with sink logits "
+                "(s_aux), which take a share of the attention, got 'most_used'"
+            )
+        if rings[PLACE["compressed_keys"]].dtype != rings[0].dtype:
+            raise ValueError(
+                f"{_WHERE}: compressed_dtype must be that of the pairs for a model with sink "
+                f"logits (s_aux), got {rings[PLACE['compressed_keys']].dtype}"
+            )
 
     @torch.no_grad()
     def laid_out(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
