@@ -115,7 +115,8 @@ def _ours(
     cache = ctx.hf.CompressiveCache(model.config, window=window, compressed=compressed, ratio=RATIO)
     step = _step(model, "ctx", cache)
     step()
-    state = cache.state_dict()
+    schedules = [layer.schedule.resized(window=window) for layer in cache.memory.spec.layers]
+    state = cache.memory.resized(schedules).state_dict()  # rings grow where nothing is compressed
     for name, part in state.items():
         if isinstance(part, Tensor) and part.is_floating_point() and not name.endswith("mass"):
             part.normal_()

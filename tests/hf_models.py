@@ -42,6 +42,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", _GEMMA),
     "gemma2": ("Gemma2", {**_GEMMA, "sliding_window": 8, "attn_logit_softcapping": 0.5,
                           "query_pre_attn_scalar": 3}),
+    "gpt_oss": ("GptOss", {
+        **_GEMMA, "sliding_window": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {**_YARN, "original_max_position_embeddings": 64}}),
     "phi": ("Phi", {**_GROUPED, "partial_rotary_factor": 0.5}),
     "cohere": ("Cohere", _GROUPED),  # interleaved
     "linear": ("Llama", {**_GROUPED, "rope_parameters": {

@@ -39,14 +39,16 @@ def close(a, b, atol=1e-4):
 
 def reference_attention(family, attention):
     """transformers' own that computes what is asked for."""
-    return "eager" if family == "gemma2" else "sdpa" if attention == "ctx" else attention
+    return (
+        "eager" if family in ("gemma2", "gpt_oss") else "sdpa" if attention == "ctx" else attention
+    )
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exact_as_dynamic_cache(family, attention):
-    if family == "gemma2" and attention == "sdpa":
-        pytest.skip("transformers' sdpa has no soft cap")
+    if family in ("gemma2", "gpt_oss") and attention == "sdpa":
+        pytest.skip("transformers' sdpa has no soft cap and no sink logits")
     ours = model_of(family, attention)
     theirs = model_of(family, reference_attention(family, attention))
     for mask in (None, left_padded(tokens(2, 24), 0, 9)[1]):
@@ -141,8 +143,8 @@ def test_equals_the_reference_fed_with_the_models_own_pairs(family, distance, mo
     seen = {}
     attend = ctx.hf.stream.Stream.attend
 
-    def recording(self, layer, q, k, v, mask, position_ids, scale, softcap):
-        out = attend(self, layer, q, k, v, mask, position_ids, scale, softcap)
+    def recording(self, layer, q, k, v, mask, position_ids, scale, softcap, *sinks):
+        out = attend(self, layer, q, k, v, mask, position_ids, scale, softcap, *sinks)
         seen.setdefault(layer, []).append((q, k, v, out.transpose(1, 2), scale, softcap))
         return out
 
@@ -496,8 +498,8 @@ def test_what_the_attention_refuses():
             model(x, past_key_values=small_cache(model))
     q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
     attend = ctx.hf.attention.attention
-    with pytest.raises(ValueError, match="s_aux must be None"):
-        attend(model, q, k, k, None, s_aux=torch.zeros(2))
+    with pytest.raises(ValueError, match="position_bias must be None"):
+        attend(model, q, k, k, None, position_bias=torch.zeros(2))
     with pytest.raises(ValueError, match="output_attentions must be False"):
         attend(model, q, k, k, None, output_attentions=True)
 
@@ -612,3 +614,141 @@ def test_without_transformers_the_message_says_what_to_install():
         [sys.executable, "-c", lines], env=environment(), capture_output=True, text=True
     )
     assert 'pip install "transformers>=5.17,<6"' in done.stdout, done.stderr
+
+
+# --- rings that grow ------------------------------------------------------------------------------
+
+
+def exact_of(model, window=900):
+    return ctx.hf.CompressiveCache(model.config, window=window, compressed=0)
+
+
+def long_llama(attention="ctx"):
+    model = model_of("llama", attention)
+    model.config.max_position_embeddings = 2048
+    return model
+
+
+@pytest.mark.parametrize("attention", ["ctx", "sdpa"])
+@pytest.mark.parametrize("cut", [1, 50, 333, 700])
+def test_exact_rings_grow_by_doubling(attention, cut):
+    model, plain = long_llama(attention), long_llama("sdpa")
+    x = tokens(2, 700)
+    cache, sizes = exact_of(model), []
+    parts = [x[:, :250], *x[:, 250:].split(cut, 1)] if cut < 700 else [x]
+    got = []
+    for part in parts:
+        got.append(logits_of(model, cache, part))
+        if not sizes or cache.nbytes != sizes[-1]:
+            sizes.append(cache.nbytes)
+    wanted = logits_of(plain, full_cache(plain), x)
+    torch.testing.assert_close(torch.cat(got, 1), wanted, rtol=0, atol=1e-4)
+    assert cache.memory.spec.layers[0].window in (512, 583, 700, 900)
+    assert len(sizes) <= 4 and sizes == sorted(sizes)
+    largest = exact_of(model)
+    logits_of(model, largest, tokens(2, 900))
+    assert cache.nbytes <= largest.nbytes
+
+
+def test_window_ends_where_it_was_asked_to():
+    """Beyond the window that was asked for nothing grows, and the law is the window's."""
+    model = long_llama()
+    x = tokens(1, 800)
+    grown = ctx.hf.CompressiveCache(model.config, window=600, compressed=0, sinks=2)
+    whole = ctx.hf.CompressiveCache(model.config, window=600, compressed=0, sinks=2)
+    torch.testing.assert_close(
+        logits_of(model, grown, x, 37), logits_of(model, whole, x), rtol=0, atol=2e-5
+    )
+    assert grown.memory.spec == whole.memory.spec and grown.nbytes == whole.nbytes
+    assert grown.memory.spec.layers[0].window == 600
+
+
+def test_grown_caches_fork_save_load_and_crop(tmp_path):
+    model = long_llama()
+    x = tokens(1, 600)
+    cache = exact_of(model)
+    logits_of(model, cache, x[:, :240])
+    fork, small = cache.fork(), cache.nbytes
+    logits_of(model, cache, x[:, 240:500])
+    assert fork.nbytes == small < cache.nbytes
+    cache.save(tmp_path / "cache")
+    wanted = logits_of(model, cache, x[:, 500:])
+    loaded = exact_of(model)
+    loaded.load(tmp_path / "cache")
+    assert torch.equal(logits_of(model, loaded, x[:, 500:]), wanted)
+    with pytest.raises(ValueError, match="window"):  # of a smaller one
+        exact_of(model, 300).load(tmp_path / "cache")
+    logits_of(model, fork, x[:, 240:500])
+    loaded.load_state_dict(fork.state_dict())
+    assert torch.equal(logits_of(model, loaded, x[:, 500:]), wanted)
+    cache.crop(-50)  # and what was taken back may come again
+    cache.crop(-14)
+    again = logits_of(model, cache, x[:, 536:])
+    torch.testing.assert_close(again, wanted[:, 36:], rtol=0, atol=2e-5)
+    cache.reset()
+    torch.testing.assert_close(logits_of(model, cache, x)[:, 500:], wanted, rtol=0, atol=2e-5)
+
+
+def test_padded_rows_grow():
+    model, plain = long_llama(), long_llama("sdpa")
+    x, mask = left_padded(tokens(2, 400), 0, 150)
+    got = logits_of(model, exact_of(model), x, 180, mask)
+    wanted = logits_of(plain, full_cache(plain), x, None, mask)
+    seen = mask.bool()
+    torch.testing.assert_close(got[seen], wanted[seen], rtol=0, atol=1e-4)
+
+
+# --- sink logits (gpt-oss) ------------------------------------------------------------------------
+
+
+def test_sink_logits_take_their_share():
+    """Full and sliding layers, in one call and in pieces, padded rows: as transformers' eager."""
+    ours, theirs = (model_of("gpt_oss", attention) for attention in ("ctx", "eager"))
+    x, mask = left_padded(tokens(2, 40), 0, 9)
+    wanted = logits_of(theirs, full_cache(theirs), x, None, mask)
+    for cut in (None, 7, 1):
+        got = logits_of(ours, exact_cache(ours), x, cut, mask)
+        torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], rtol=0, atol=1e-4)
+    assert (
+        logits_of(ours, exact_cache(ours), x[:1])
+        - logits_of(without_sinks(ours), exact_cache(ours), x[:1])
+    ).abs().max() > 1e-2  # they matter
+
+
+def without_sinks(model):
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(-1e9)
+    return model
+
+
+@pytest.mark.parametrize("compressor", ["mean", "gated", "conv"])
+@pytest.mark.parametrize("distance", ["slot", "token"])
+def test_sink_logits_over_slots(compressor, distance):
+    """Any cutting gives the same; logits of minus infinity are none at all."""
+    model = model_of("gpt_oss")
+    x = tokens(1, 70)
+
+    def made():
+        return small_cache(model, compressor=compressor, distance=distance)
+
+    wanted = logits_of(model, made(), x)
+    for cut in (1, 6, 33):
+        torch.testing.assert_close(logits_of(model, made(), x, cut), wanted, rtol=0, atol=2e-5)
+    silent = without_sinks(model)
+    with_them = logits_of(silent, made(), x)
+    for layer in silent.model.layers:
+        layer.self_attn.sinks = None
+    torch.testing.assert_close(logits_of(silent, made(), x), with_them, rtol=0, atol=2e-5)
+
+
+def test_sink_logits_refuse_what_depends_on_the_cutting():
+    model = model_of("gpt_oss")
+    for options, said in (
+        ({"compressor": "most_used"}, "compressor must not be 'most_used'"),
+        ({"compressed_dtype": torch.int8}, "compressed_dtype must be that of the pairs"),
+    ):
+        cache = small_cache(model, **options)
+        with pytest.raises(ValueError, match=said):
+            logits_of(model, cache, tokens(1, 9))
+        assert int(cache.memory.seen) == 0

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ctx.memory import Memory
 
 __all__ = [
-    "Law", "Plan", "Scores", "Slots", "advance", "append", "attend", "begin", "evicted_groups",
-    "law_of", "native_settings", "plans", "rotary", "step",
+    "Law", "Plan", "Scores", "Slots", "advance", "append", "attend", "attend_with_total", "begin",
+    "evicted_groups", "law_of", "native_settings", "plans", "rotary", "step",
 ]  # fmt: skip
 
 
@@ -275,6 +275,21 @@ def attend(
         q, k, v, call.tensor, rings, slots, *scores, *law, region_weights
     )
     return out, weights
+
+
+def attend_with_total(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Plan,
+    rings: Sequence[Tensor],
+    law: Law,
+    slots: Slots,
+    scores: Scores,
+) -> tuple[Tensor, Tensor]:
+    """The same with the log-sum-exp of every query's scores, [B, H, T]."""
+    out, total, _ = torch.ops.ctx.attend(q, k, v, call.tensor, rings, slots, *scores, *law, False)
+    return out, total
 
 
 def rotary(x: Tensor, position: Tensor, law: Law) -> Tensor:

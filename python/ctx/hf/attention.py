@@ -20,7 +20,7 @@ NAME = "ctx"
 _WHERE = 'ctx.hf attention "ctx"'
 
 #: Arguments of attention functions that change scores in ways that the law does not have.
-_REFUSED = ("s_aux", "position_bias", "head_mask", "sinks")
+_REFUSED = ("position_bias", "head_mask", "sinks")
 
 
 def register() -> None:
@@ -79,10 +79,11 @@ def attention(
     causal = arguments.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
+    sinks = arguments.get("s_aux")  # [H], of gpt-oss
     layer = getattr(key, CARRIED, None)
     if layer is None:
         out = plain.attend(
-            query, key, value, attention_mask, dropout, scaling, softcap, bool(causal)
+            query, key, value, attention_mask, dropout, scaling, softcap, bool(causal), sinks
         )
         return out, None
     if not causal:
@@ -93,6 +94,6 @@ def attention(
         scaling = query.shape[-1] ** -0.5
     positions = arguments.get("position_ids")
     made = layer.stream.attend(
-        layer.index, query, key, value, attention_mask, positions, float(scaling), softcap
+        layer.index, query, key, value, attention_mask, positions, float(scaling), softcap, sinks
     )
     return made, None

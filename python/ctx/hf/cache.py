@@ -40,7 +40,7 @@ class CompressiveCache(Cache):
     slot for every ``ratio`` older ones, and the first tokens. Sliding-window and linear-attention
     layers keep transformers' own cache layers. Any cutting of a text into calls gives the same
     numbers. With ``compressed=0`` and a window as large as the context it is exact attention,
-    whose rings are allocated whole by the first call.
+    whose rings grow by doubling, up to that window.
 
     With ``ctx.hf.register(); model.set_attn_implementation("ctx")`` attention runs over the rings,
     whatever the calls, padding (any; left is usual) and sizes are. Under "sdpa" and "eager" the
@@ -161,7 +161,7 @@ class CompressiveCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory; constant from the first call on."""
+        """Bytes of the memory; constant from the first call on, where there are slots."""
         return 0 if self.memory is None else self.memory.nbytes
 
     def _others(self) -> list[Any]:
@@ -270,13 +270,14 @@ class CompressiveCache(Cache):
         held = Memory.from_state_dict({k: x for k, x in state.items() if k != _STATE}, where)
         first = held.spec.layers[0]
         geometry = (first.kv_heads, first.head_dim, first.value_dim)
-        self._stream.spec(geometry, held.seen.device).check(held.spec, where)
+        stream = self._stream.like(held.spec)
+        stream.spec(geometry, held.seen.device).check(held.spec, where)
         columns, unpadded = (
             _check.integer(counts[name], name, where, 0) for name in ("columns", "unpadded")
         )
-        stream, held = self._stream, held.clone()  # before the reset: it may be this one's own
+        laws, stream, held = stream.laws, self._stream, held.clone()  # it may be this one's own
         stream.reset()
-        stream.memory = held
+        stream.laws, stream.memory = laws, held
         stream.columns, stream.unpadded = columns, unpadded
 
     def save(self, path: str | os.PathLike[str]) -> None:

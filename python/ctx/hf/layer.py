@@ -83,7 +83,7 @@ class CompressiveLayer(CacheLayerMixin):
         begins, so all are visible, and new ones causally.
         """
         seen = self.stream.columns
-        held = columns.count(self.stream.laws[self.index].schedule, seen)
+        held = columns.count(self.stream.laws[self.index].asked, seen)
         return held + int(query_length), seen - held
 
     def get_seq_length(self) -> int:

@@ -42,6 +42,8 @@ class LayerLaw:
         bias: Tensor | None = None,
     ) -> None:
         self.settings = settings
+        #: The window that is asked for; without slots, rings may be made for fewer tokens first.
+        self.most = settings.schedule.window
         self.given = compressor
         self.max_rewind = max_rewind
         self.bias = bias
@@ -60,6 +62,24 @@ class LayerLaw:
     def schedule(self) -> Schedule:
         """Sizes of the memory."""
         return self.settings.schedule
+
+    @property
+    def grows(self) -> bool:
+        """Whether rings may be smaller than asked for while nothing leaves the window."""
+        return self.schedule.compressed == 0
+
+    @property
+    def asked(self) -> Schedule:
+        """The schedule that was asked for."""
+        return self.schedule.resized(window=self.most)
+
+    def sized(self, window: int) -> LayerLaw:
+        """The same law over a window of so many tokens."""
+        schedule = self.schedule.resized(window=window)
+        settings = dataclasses.replace(self.settings, schedule=schedule)
+        made = LayerLaw(settings, self.given, self.max_rewind, self.bias)
+        made.most = self.most
+        return made
 
     @property
     def by_usage(self) -> bool:

@@ -22,6 +22,9 @@ _REFUSED = {
 #: Model types whose full-attention layers do not rotate at all, though others do.
 _UNROTATED = ("cohere2", "cohere2_moe", "exaone4")
 
+#: Model types that rotate channels (0, n / 2), … together in code of another name.
+_HALVES = ("gpt_oss",)
+
 
 def layers_of(config: Any, where: str) -> list[Any]:
     """transformers' own cache layers for the model, None in place of those of full attention.
@@ -85,6 +88,8 @@ def is_interleaved(config: Any, given: bool | None, where: str) -> bool:
     """
     if given is not None:
         return given
+    if config.model_type in _HALVES:
+        return False
     module = type(config).__module__.replace(".configuration_", ".modeling_")
     try:
         rotate_half = importlib.import_module(module).rotate_half

@@ -17,6 +17,7 @@ def attend(
     scale: float | None,
     softcap: float | None,
     causal: bool,
+    sink_logits: Tensor | None = None,  # [H]
 ) -> Tensor:
     """Attention of the last T of S tokens.
 
@@ -25,13 +26,15 @@ def attend(
             None.
         softcap: a score x becomes ``softcap * tanh(x / softcap)``.
         causal: whether tokens see none behind them.
+        sink_logits: scores of nothing, which take their share of the softmax.
 
     Returns:
         [B, T, H, Dv].
     """
     tokens, held = q.shape[2], k.shape[2]
     seen = mask
-    square = mask is None and causal and tokens == held and not softcap
+    manual = bool(softcap) or sink_logits is not None
+    square = mask is None and causal and tokens == held and not manual
     if not square and (mask is None or mask.dim() == 2):
         padding = None if mask is None else _fitting(mask, held)[:, None, None, :]
         seen = padding
@@ -41,7 +44,7 @@ def attend(
             seen = seen[None, None] if padding is None else seen & padding
     if seen is not None and seen.dtype != torch.bool:
         raise ValueError(f'ctx.hf attention "ctx": attention_mask must be bool, got {seen.dtype}')
-    if not softcap:
+    if not manual:
         out = torch.nn.functional.scaled_dot_product_attention(
             q,
             k,
@@ -56,10 +59,14 @@ def attend(
     repeats = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if seen is not None:
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+    if sink_logits is not None:
+        sinks = sink_logits.to(scores)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32)[..., :held].to(q.dtype)
     weights = torch.nn.functional.dropout(weights, dropout)
     return (weights @ v).transpose(1, 2).contiguous()
 

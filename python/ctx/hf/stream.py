@@ -15,11 +15,13 @@ from ctx.hf.forward import Forward, mask_of_call
 from ctx.hf.layer_law import Geometry, LayerLaw
 from ctx.memory import Memory
 from ctx.spec import Spec
-from ctx.state import writing
+from ctx.state import PLACE, writing
 
 __all__ = ["Stream"]
 
 _WHERE = "ctx.hf.CompressiveCache"
+#: Tokens that growing rings are made for at first.
+_FIRST = 256
 
 
 class Stream:
@@ -36,7 +38,7 @@ class Stream:
         dtype: torch.dtype | None,
         compressed_dtype: torch.dtype | None,
     ) -> None:
-        self.laws = laws
+        self.laws = [law.sized(min(law.most, _FIRST)) if law.grows else law for law in laws]
         self.dtype, self.compressed_dtype = dtype, compressed_dtype
         self.memory: Memory | None = None
         #: Tokens and padding that have come, the length of a 2-D mask.
@@ -74,6 +76,7 @@ class Stream:
             )
         if layer == 0:
             self.forward = None
+            self._grow(self.columns + k.shape[2])
             self._fit(k, v)
         elif layer != (0 if self.forward is None else self.forward.next):
             raise RuntimeError(
@@ -81,6 +84,31 @@ class Stream:
                 f"got full-attention layer {layer}"
             )
         self.laws[layer].measure((k.shape[1], k.shape[3], v.shape[3]), k.device, _WHERE)
+
+    def _grow(self, tokens: int) -> None:
+        """Makes rings that hold all of a stream so far large enough for so many tokens, at least
+        twice as large as they were, up to what was asked for.
+        """
+        if all(
+            law.schedule.groups(max(tokens - 1, 0)) == 0 or law.schedule.window == law.most
+            for law in self.laws
+            if law.grows
+        ):
+            return
+        self.resize([
+            min(law.most, max(tokens, 2 * law.schedule.window)) if law.grows else law.most
+            for law in self.laws
+        ])  # fmt: skip
+
+    def resize(self, windows: list[int]) -> None:
+        """Goes on over windows of these sizes; the laws of forks stay as they are."""
+        laws = [law.sized(window) for law, window in zip(self.laws, windows, strict=True)]
+        if self.memory is not None:
+            self.memory = self.memory.resized([law.schedule for law in laws])
+            for law, held in zip(laws, self.laws, strict=True):
+                if held.geometry is not None:
+                    law.measure(held.geometry, self.memory.seen.device, _WHERE)
+        self.laws = laws
 
     def _fit(self, k: Tensor, v: Tensor) -> None:
         """Makes a memory where there is none, or only an empty one of another batch."""
@@ -134,6 +162,7 @@ class Stream:
         position_ids: Tensor | None,
         scale: float | None,
         softcap: float | None,
+        sink_logits: Tensor | None = None,
     ) -> Tensor:
         """Writes a layer's pairs and attends, on the library's own kernels.
 
@@ -141,6 +170,7 @@ class Stream:
             q, k, v: [B, H, T, D], [B, Hkv, T, D] and [B, Hkv, T, Dv]; q and k as the model rotated
                 them.
             mask: of the whole stream, see :func:`ctx.hf.forward.mask_of_call`.
+            sink_logits: [H], scores of nothing, which take their share of the softmax.
 
         Returns:
             [B, T, H, Dv]; zero at padding.
@@ -155,18 +185,40 @@ class Stream:
         q, k, v = (forward.moved(x) for x in (q, k, v))
         q, k = forward.queries(q, law).to(stored), forward.keys(k, law).to(stored)
         v = v.to(stored)
-        custom = not law.compressor.in_engine
+        if sink_logits is not None:
+            self._check_sink_logits(law, rings)
+        custom = sink_logits is not None or not law.compressor.in_engine
         numbers = law.scored(scale, softcap, custom)
-        operands = law.operands()
+        operands, scores = law.operands(), law.scores(q)
         if custom:
             groups = engine.evicted_groups(k, v, plan, rings, numbers)
             operands = law.compressor.slots(*groups, mass=law.settings.slot_mass)
         if layer == 0:
             engine.begin(plan)
-        scores = law.scores(q)
-        out = engine.step(q, k, v, plan, rings, numbers, operands, scores, False)[0]
+        if sink_logits is None:
+            out = engine.step(q, k, v, plan, rings, numbers, operands, scores, False)[0]
+        else:
+            pairs, read = (q, k, v), law.scored(scale, softcap)
+            out, total = engine.attend_with_total(*pairs, plan, rings, read, operands, scores)
+            share = torch.sigmoid(total - sink_logits.to(total)[:, None])
+            out = out * share[..., None].to(out.dtype)
+            engine.append(k, v, plan, rings, numbers, operands)
         self._end(forward)
         return forward.moved_back(out.to(dtype))
+
+    @staticmethod
+    def _check_sink_logits(law: LayerLaw, rings: list[Tensor]) -> None:
+        """Raises where attention would not be the same however a text is cut."""
+        if law.by_usage:
+            raise ValueError(
+                f"{_WHERE}: compressor must not be 'most_used' for a model with sink logits "
+                "(s_aux), which take a share of the attention, got 'most_used'"
+            )
+        if rings[PLACE["compressed_keys"]].dtype != rings[0].dtype:
+            raise ValueError(
+                f"{_WHERE}: compressed_dtype must be that of the pairs for a model with sink "
+                f"logits (s_aux), got {rings[PLACE['compressed_keys']].dtype}"
+            )
 
     @torch.no_grad()
     def laid_out(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,9 +299,21 @@ class Stream:
         self.columns = self.unpadded = 0
         self.forward = self.pending = None
 
+    def like(self, spec: Spec) -> Stream:
+        """An empty stream whose rings, where they grow, are as large as those of a memory."""
+        other = Stream(self.laws, self.dtype, self.compressed_dtype)
+        if len(spec.layers) == len(self.laws):
+            pairs = zip(self.laws, spec.layers, strict=True)
+            other.laws = [
+                law.sized(held.window) if law.grows and held.window <= law.most else law
+                for law, held in pairs
+            ]
+        return other
+
     def clone(self) -> Stream:
         """Another stream that holds the same; laws and compressors are shared."""
         other = Stream(self.laws, self.dtype, self.compressed_dtype)
+        other.laws = self.laws
         other.memory = None if self.memory is None else self.memory.clone()
         other.columns, other.unpadded = self.columns, self.unpadded
         return other

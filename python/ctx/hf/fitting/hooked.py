@@ -65,6 +65,8 @@ def _taken_over(
         return attention.attention(
             module, query, key, value, attention_mask, dropout, scaling, softcap, **arguments
         )
+    if arguments.get("s_aux") is not None:
+        raise ValueError(f"{_WHERE}: model must be one without sink logits (s_aux), got them")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return attend(number, module, query, key, value, scale, softcap), None
 
