@@ -8,6 +8,7 @@
 A test asks for its own number of cases with `strategies.cases(n)`; the profile multiplies it.
 """
 
+import gc
 from typing import Any
 
 import pytest
@@ -32,6 +33,12 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test draws the same numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay to the end: the garbage collector need not search them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,33 +45,37 @@ def run(*command, **environment):
     )
 
 
-def build(folder, name, *flags):
-    if COMPILER is None or not (SOURCES / f"{name}.cpp").is_file():
+def compiled(to, source, *flags):
+    if COMPILER is None or not (SOURCES / source).is_file():
         pytest.skip("needs the sources and a C++ compiler")
-    program = folder / name
     include = ("-I", SOURCES, "-I", ROOT / "csrc", "-I", ROOT / "csrc" / "include")
     done = run(
         COMPILER,
         *("-std=c++20", "-O1", "-DCTX_PLANTED_BUGS"),
         *("-include", SOURCES / "emulator.h"),
         *include,
-        *(SOURCES / f"{name}.cpp", "-o", program),
+        *(SOURCES / source, "-o", to),
         *flags,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    return program
+    return to
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """Builds a program, once."""
-    folder = tmp_path_factory.mktemp("emulator")
-    built = {}
+def build(tmp_path_factory):
+    """Builds a program, once. The attention kernels, most of the work, are compiled once."""
 
-    def get(name):
-        if name not in built:
-            built[name] = build(folder, name)
-        return built[name]
+    @cache
+    def kernels(sanitize):
+        to = tmp_path_factory.mktemp("kernels") / "attend_kernels.o"
+        return compiled(to, "attend_kernels.cpp", "-fPIC", "-c", *sanitize)
+
+    @cache
+    def get(name, *flags, sanitize=()):
+        if name in ("test_attend", "test_spans", "test_bytes", "table"):
+            flags = (kernels(sanitize), "-include", SOURCES / "attend_kernels.h", *flags)
+        to = tmp_path_factory.mktemp("emulator") / name
+        return compiled(to, f"{name}.cpp", *sanitize, *flags)
 
     return get
 
@@ -81,29 +86,28 @@ def assert_passes(done):
 
 
 @pytest.mark.parametrize("name", ["test_emulator", "test_memory", "test_attend", "test_spans"])
-def test_parity(program, name):
-    assert_passes(run(program(name)))
+def test_parity(build, name):
+    assert_passes(run(build(name)))
 
 
-def test_bytes_of_a_decode_step(program):
+def test_bytes_of_a_decode_step(build):
     """At most a twentieth more than every pair that the query sees, once."""
-    assert_passes(run(program("test_bytes")))
+    assert_passes(run(build("test_bytes")))
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_are_found(program, bug):
+def test_planted_bugs_are_found(build, bug):
     number, name = BUGS[bug]
-    done = run(program(name), 40, 0, number)
+    done = run(build(name), 40, 0, number)
     assert done.returncode != 0, done.stdout[-6000:]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(build):
     """The kernels as a library that takes the place of the CPU's."""
     torch_root = Path(torch.__file__).parent
     engine = Path(_C.__file__).parent / "lib"
     return build(
-        tmp_path_factory.mktemp("operators"),
         "table",
         *("-fPIC", "-shared", "-I", torch_root / "include"),
         *("-L", engine, "-lctx", "-L", torch_root / "lib", "-lc10"),
@@ -127,9 +131,9 @@ def test_operators_in_many_cases(library):
 @pytest.mark.parametrize(
     "name, cases", [("test_memory", 3500), ("test_attend", 1500), ("test_spans", 2000)]
 )
-def test_many_cases(program, name, cases):
+def test_many_cases(build, name, cases):
     """At least 500 for each kernel and compressor."""
-    assert_passes(run(program(name), cases, 1000))
+    assert_passes(run(build(name), cases, 1000))
 
 
 @pytest.mark.slow
@@ -137,10 +141,10 @@ def test_many_cases(program, name, cases):
     "name, cases",
     [("test_emulator", 1), ("test_memory", 140), ("test_attend", 100), ("test_spans", 100)],
 )
-def test_sanitized(tmp_path, name, cases):
+def test_sanitized(build, name, cases):
     """Nothing is read or written out of bounds, whatever the memory's counters say."""
     done = run(
-        build(tmp_path, name, *SANITIZE),
+        build(name, sanitize=SANITIZE),
         *(cases, 5000),
         ASAN_OPTIONS="detect_stack_use_after_return=0",
     )
