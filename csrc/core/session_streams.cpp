@@ -13,8 +13,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kFormat = "ctx.Session";
-constexpr int64_t kVersion = 1;
+constexpr const char* kStreamFormat = "ctx.Session";
+constexpr int64_t kStreamVersion = 1;
 
 std::string prefix(int64_t layer) { return "layer." + std::to_string(layer) + "."; }
 
@@ -185,7 +185,7 @@ Snapshot Session::state_of(int64_t id, const char* where) const {
   const int64_t row = whole_row_of(id, where);
   const at::NoGradGuard no_grad;
   const Tensor index = at::full({1}, row, layers_[0].seen().options());
-  Snapshot all = {{"format", std::string(kFormat)}, {"version", kVersion}, {"layers", layers()}};
+  Snapshot all = {{"format", std::string(kStreamFormat)}, {"version", kStreamVersion}, {"layers", layers()}};
   for (int64_t layer = 0; layer < layers(); ++layer) {
     for (auto& [name, part] : layers_[layer].select(index).state_dict())
       all[prefix(layer) + name] = part;
@@ -215,13 +215,13 @@ int64_t Session::load(const std::string& path) {
 }
 
 int64_t Session::take(const Snapshot& snapshot, const std::string& where) {
-  CTX_CHECK_VALUE(holds(snapshot, "format", std::string(kFormat)),
+  CTX_CHECK_VALUE(holds(snapshot, "format", std::string(kStreamFormat)),
                   where,
                   "format must be ",
-                  kFormat,
+                  kStreamFormat,
                   ", got another");
   CTX_CHECK_VALUE(
-      holds(snapshot, "version", kVersion), where, "version must be ", kVersion, ", got another");
+      holds(snapshot, "version", kStreamVersion), where, "version must be ", kStreamVersion, ", got another");
   CTX_CHECK_VALUE(holds(snapshot, "layers", layers()),
                   where,
                   "layers must be as many as the session's = ",
@@ -257,7 +257,7 @@ int64_t Session::take(const Snapshot& snapshot, const std::string& where) {
   CTX_CHECK_VALUE(known == snapshot.size(),
                   where,
                   "snapshot must hold what version ",
-                  kVersion,
+                  kStreamVersion,
                   " holds, got ",
                   snapshot.size() - known,
                   " other parts");
