@@ -185,7 +185,8 @@ Snapshot Session::state_of(int64_t id, const char* where) const {
   const int64_t row = whole_row_of(id, where);
   const at::NoGradGuard no_grad;
   const Tensor index = at::full({1}, row, layers_[0].seen().options());
-  Snapshot all = {{"format", std::string(kStreamFormat)}, {"version", kStreamVersion}, {"layers", layers()}};
+  Snapshot all = {
+      {"format", std::string(kStreamFormat)}, {"version", kStreamVersion}, {"layers", layers()}};
   for (int64_t layer = 0; layer < layers(); ++layer) {
     for (auto& [name, part] : layers_[layer].select(index).state_dict())
       all[prefix(layer) + name] = part;
@@ -220,8 +221,11 @@ int64_t Session::take(const Snapshot& snapshot, const std::string& where) {
                   "format must be ",
                   kStreamFormat,
                   ", got another");
-  CTX_CHECK_VALUE(
-      holds(snapshot, "version", kStreamVersion), where, "version must be ", kStreamVersion, ", got another");
+  CTX_CHECK_VALUE(holds(snapshot, "version", kStreamVersion),
+                  where,
+                  "version must be ",
+                  kStreamVersion,
+                  ", got another");
   CTX_CHECK_VALUE(holds(snapshot, "layers", layers()),
                   where,
                   "layers must be as many as the session's = ",
