@@ -5,6 +5,7 @@
 //
 //   cmake -S examples/cpp/many_streams -B build/many_streams -DCMAKE_PREFIX_PATH="$(python -m ctx --cmake-prefix-path)" && cmake --build build/many_streams && build/many_streams/many_streams --seconds 10
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <ctx/ctx.h>
 #include <unistd.h>
 
