@@ -11,6 +11,8 @@ set(CTX_SOURCES
     csrc/core/rows_check.cpp
     csrc/core/rows_resize.cpp
     csrc/core/schedule.cpp
+    csrc/core/session.cpp
+    csrc/core/session_streams.cpp
     csrc/core/settings.cpp
     csrc/core/snapshot.cpp
     csrc/kernels/cpu/capability.cpp
@@ -69,7 +71,7 @@ set(CTX_CUDA_SOURCES
     csrc/kernels/cuda/table.cu
     csrc/kernels/cuda/write.cu)
 
-set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp)
+set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp csrc/bindings/session.cpp)
 
 # These include kernels, whose pragmas the compiler would warn of.
 set(CTX_KERNEL_TEST_SOURCES tests/cpp/test_kernels.cpp tests/cpp/test_kernels_spans.cpp)
@@ -78,7 +80,7 @@ set_source_files_properties(${CTX_KERNEL_TEST_SOURCES} PROPERTIES COMPILE_OPTION
 # One program each, named after the file.
 set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/test_attention.cpp
                      tests/cpp/test_memory.cpp tests/cpp/test_rows.cpp
-                     tests/cpp/test_schedule.cpp
+                     tests/cpp/test_schedule.cpp tests/cpp/test_session.cpp
                      tests/cpp/test_snapshot.cpp)
 
 set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>

@@ -5,9 +5,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <cerrno>
-#include <system_error>
-
+#include "bindings/session.h"
 #include "ctx/ctx.h"
 
 namespace py = pybind11;
@@ -91,6 +89,7 @@ std::shared_ptr<ctx::KVMemory> make_memory(const ctx::AttentionSettings& setting
                                                             compressed_dtype});
 }
 
+using ctx::bindings::with_os_errors;
 using Memory = std::shared_ptr<ctx::KVMemory>;
 
 Memory share(ctx::KVMemory memory) { return std::make_shared<ctx::KVMemory>(std::move(memory)); }
@@ -158,22 +157,6 @@ std::vector<at::Tensor> first_values(const std::string& name,
   const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
   return ctx::Compressor::make(name, kv_heads, ratio, head_dim, value_dim, options, kernel)
       .parameters;
-}
-
-// What the system refuses becomes the OSError that Python's own open() would raise.
-template <typename F>
-void with_os_errors(const std::string& path, const F& run) {
-  int code = 0;
-  try {
-    py::gil_scoped_release released;
-    run();
-  } catch (const std::system_error& error) {
-    code = error.code().value();
-  }
-  if (code == 0) return;
-  errno = code;
-  PyErr_SetFromErrnoWithFilename(PyExc_OSError, path.c_str());
-  throw python_error();
 }
 
 void save(const ctx::KVMemory& memory, const std::string& path) {
@@ -291,6 +274,8 @@ PYBIND11_MODULE(_C, m) {
                              [](const KVMemory& memory) { return memory.rewindable(); })
       .def_property_readonly("tensors", [](const KVMemory& memory) { return memory.tensors(); })
       .def_property_readonly("nbytes", &KVMemory::nbytes);
+
+  ctx::bindings::bind_session(m);
 
   using ctx::LayerShape;
   namespace rows = ctx::rows;

@@ -211,7 +211,10 @@ Snapshot KVMemory::state_dict() const {
 }
 
 void KVMemory::load_state_dict(const Snapshot& snapshot) {
-  constexpr const char* where = "ctx.KVMemory.load_state_dict";
+  take_state(snapshot, "ctx.KVMemory.load_state_dict");
+}
+
+void KVMemory::take_state(const Snapshot& snapshot, const char* where) {
   const auto found = snapshot.find("format");
   CTX_CHECK_VALUE(found != snapshot.end() && equal(found->second, std::string(kFormat)),
                   where,

@@ -180,8 +180,22 @@ Snapshot decode(const std::vector<char>& bytes) {
 
 }  // namespace
 
-void write_snapshot(const Snapshot& snapshot, const std::string& path) {
-  check_path(path, "ctx.KVMemory.save");
+std::vector<char> snapshot_bytes(const Snapshot& snapshot) { return encode(snapshot); }
+
+Snapshot snapshot_of_bytes(const std::vector<char>& bytes, const char* where) {
+  try {
+    return decode(bytes);
+  } catch (const std::exception&) {  // torch has many words for what is wrong with them
+    CTX_CHECK_VALUE(false,
+                    where,
+                    "bytes must be a snapshot, got ",
+                    bytes.size(),
+                    " that are damaged or of another kind");
+  }
+}
+
+void write_snapshot(const Snapshot& snapshot, const std::string& path, const char* where) {
+  check_path(path, where);
   const std::vector<char> bytes = encode(snapshot);
   const fs::path target(path);
   const fs::path part = create_part(path);
@@ -200,16 +214,13 @@ void write_snapshot(const Snapshot& snapshot, const std::string& path) {
   sync_folder(target.has_parent_path() ? target.parent_path() : fs::path("."));
 }
 
-Snapshot read_snapshot(const std::string& path) {
-  check_path(path, "ctx.KVMemory.load");
+Snapshot read_snapshot(const std::string& path, const char* where) {
+  check_path(path, where);
   const std::vector<char> bytes = File(path, O_RDONLY).read();
   try {
     return decode(bytes);
   } catch (const std::exception&) {  // torch has many words for what is wrong with a file
-    CTX_CHECK_VALUE(false,
-                    "ctx.KVMemory.load",
-                    "path must be a snapshot, got a damaged or foreign file: ",
-                    path);
+    CTX_CHECK_VALUE(false, where, "path must be a snapshot, got a damaged or foreign file: ", path);
   }
 }
 

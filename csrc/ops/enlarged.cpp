@@ -13,13 +13,17 @@ constexpr int64_t kBlockTokens = 256;
 bool is_window(int ring) {
   return ring == kWindowKeys || ring == kWindowValues || ring == kAttentionReceived;
 }
-bool is_compressed(int ring) {
-  return ring == kCompressedKeys || ring == kCompressedValues || ring == kSlotPositions ||
-         ring == kSlotMass;
-}
+bool is_sinks(int ring) { return ring == kSinkKeys || ring == kSinkValues; }
 
-// Copies the entries of row b with the given numbers from one ring [B, Hkv, capacity, ...] to another.
-void copy_entries(const Tensor& from, const Tensor& to, int64_t b, Range numbers) {
+// A row of a ring [rows, Hkv, capacity, ...].
+struct RingRow {
+  const Tensor& ring;
+  int64_t row;
+};
+
+// Copies the entries with the given numbers from one to another.
+void copy_entries(const RingRow& source_row, const RingRow& target_row, Range numbers) {
+  const Tensor &from = source_row.ring, &to = target_row.ring;
   const int64_t heads = from.size(1), sizes[] = {from.size(2), to.size(2)};
   if (sizes[0] == 0 || sizes[1] == 0) return;
   const int64_t bytes = from.stride(2) * static_cast<int64_t>(from.element_size());
@@ -29,8 +33,8 @@ void copy_entries(const Tensor& from, const Tensor& to, int64_t b, Range numbers
     for (int64_t h = 0; h < heads; ++h) {
       const auto* const x = static_cast<const char*>(from.const_data_ptr());
       auto* const y = static_cast<char*>(to.data_ptr());
-      std::memcpy(y + ((b * heads + h) * sizes[1] + target) * bytes,
-                  x + ((b * heads + h) * sizes[0] + source) * bytes,
+      std::memcpy(y + ((target_row.row * heads + h) * sizes[1] + target) * bytes,
+                  x + ((source_row.row * heads + h) * sizes[0] + source) * bytes,
                   run * bytes);
     }
   }
@@ -60,17 +64,18 @@ Enlarged::Enlarged(const Memory& memory, const PlanRows& plan, const char* where
   const auto sizes = shape.sizes();
   std::vector<Tensor> rings = memory.rings;
   for (int i = 0; i < kRings; ++i) {
-    if (!is_window(i) && !is_compressed(i)) continue;  // sinks stand where they always do
+    const bool sinks = is_sinks(i);
     rings[i] = at::zeros_symint(sizes[i], memory.rings[i].options());
     for (int64_t b = 0; b < view.batch; ++b) {
       const int64_t seen = plan.header(b, kPlanSeen), made = s.groups(seen - 1);
       const Range numbers =
-          is_window(i) ? Range{std::max<int64_t>(0, seen - s.max_window() - s.overlap), seen}
-                       : Range{std::max<int64_t>(0, made - s.compressed), made};
-      copy_entries(memory.rings[i], rings[i], b, numbers);
+          sinks          ? Range{0, std::min(seen, s.sinks)}
+          : is_window(i) ? Range{std::max<int64_t>(0, seen - s.max_window() - s.overlap), seen}
+                         : Range{std::max<int64_t>(0, made - s.compressed), made};
+      copy_entries({memory.rings[i], plan.memory_row(b)}, {rings[i], b}, numbers);
     }
   }
-  large_.emplace(rings, memory.settings, where);
+  large_.emplace(rings, memory.settings, where);  // has the call's rows
 }
 
 void Enlarged::finish(const PlanRows& plan) const {
@@ -83,14 +88,14 @@ void Enlarged::finish(const PlanRows& plan) const {
     const int64_t first_token = carried ? before : 0;
     const int64_t first_group = carried ? s.groups(before - 1) : 0;
     for (int i = 0; i < kRings; ++i) {
-      if (!is_window(i) && !is_compressed(i)) continue;
       const Tensor& ring = memory_.rings[i];
-      Range numbers =
-          is_window(i) ? Range{first_token, seen} : Range{first_group, s.groups(seen - 1)};
+      Range numbers = is_sinks(i) ? Range{std::min(first_token, s.sinks), std::min(seen, s.sinks)}
+                      : is_window(i) ? Range{first_token, seen}
+                                     : Range{first_group, s.groups(seen - 1)};
       if (i == kAttentionReceived && carried)  // of older tokens, too
         numbers.begin = std::max<int64_t>(0, before - s.max_window() - s.overlap);
       numbers.begin = std::max(numbers.begin, numbers.end - ring.size(2));
-      copy_entries(large_->rings[i], ring, b, numbers);
+      copy_entries({large_->rings[i], b}, {ring, plan.memory_row(b)}, numbers);
     }
   }
 }

@@ -19,7 +19,7 @@ Pairs groups_meta(const Tensor& k,
                   OptionalList list,
                   at::IntArrayRef packed,
                   at::ArrayRef<double> numbers) {
-  const Settings settings = check_groups(k, v, or_empty(list), packed, numbers);
+  const Settings settings = check_groups(k, v, or_empty(list), packed, numbers, plan);
   const PlanTensors tensors(plan, k.sym_size(0), k.sym_size(2), kGroups);
   const auto made = [&](const Tensor& x) {
     return x.new_empty_symint({x.sym_size(0),
@@ -131,7 +131,8 @@ Settings check_groups(const Tensor& k,
                       const Tensor& v,
                       at::TensorList memory,
                       at::IntArrayRef settings,
-                      at::ArrayRef<double> numbers) {
+                      at::ArrayRef<double> numbers,
+                      const Tensor& plan) {
   const Settings x = unpack(settings, numbers, kGroups);
   check_shape(kGroups, "k", k, {{"B"}, {"Hkv"}, {"T"}, {"D"}});
   check_shape(kGroups,
@@ -143,7 +144,8 @@ Settings check_groups(const Tensor& k,
   check_head_dim(x, k.sym_size(3), kGroups);
   if (memory.empty()) return x;
   check_rings(memory, x.schedule(), kGroups);
-  check_pairs(memory, k, v, kGroups);
+  const SymInt rows = memory[kWindowKeys].sym_size(0);
+  check_pairs(memory, k, v, kGroups, plan.defined() ? call_rows(plan, rows) : rows);
   return x;
 }
 

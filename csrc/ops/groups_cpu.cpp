@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "ops/check.h"
 #include "ops/groups_ways.h"
 #include "ops/layout.h"
 #include "ops/registry.h"
@@ -59,7 +60,8 @@ std::vector<Read> reads_of(const PlanRows& plan,
 Tensor gather(const Tensor& x,
               const Tensor& ring,
               const Tensor& sinks,
-              const std::vector<Read>& reads) {
+              const std::vector<Read>& reads,
+              const PlanRows& plan) {
   const auto type = arithmetic_type(x.scalar_type());
   const int64_t batch = x.size(0), heads = x.size(1), width = x.size(3);
   const int64_t count = static_cast<int64_t>(reads.size()) / std::max<int64_t>(batch, 1);
@@ -73,8 +75,9 @@ Tensor gather(const Tensor& x,
     at::parallel_for(0, batch * heads, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / heads, h = task % heads;
-        const auto row = [&](const Tensor& from, int64_t i) {
-          return from.const_data_ptr<scalar_t>() + b * from.stride(0) + h * from.stride(1) +
+        const int64_t held = plan.memory_row(b);
+        const auto row = [&](const Tensor& from, int64_t i, int64_t r) {
+          return from.const_data_ptr<scalar_t>() + r * from.stride(0) + h * from.stride(1) +
                  i * from.stride(2);
         };
         for (int64_t i = 0; i < count; ++i) {
@@ -84,9 +87,9 @@ Tensor gather(const Tensor& x,
             std::fill_n(to, width, Wide(0));
             continue;
           }
-          const scalar_t* const from = r.source == Source::kCall   ? row(call, r.index)
-                                       : r.source == Source::kRing ? row(ring, r.index)
-                                                                   : row(sinks, r.index);
+          const scalar_t* const from = r.source == Source::kCall   ? row(call, r.index, b)
+                                       : r.source == Source::kRing ? row(ring, r.index, held)
+                                                                   : row(sinks, r.index, held);
           for (int64_t d = 0; d < width; ++d) to[d] = static_cast<Wide>(from[d]);
         }
       }
@@ -145,10 +148,18 @@ Pairs groups_cpu(const Tensor& k,
                  at::IntArrayRef packed,
                  at::ArrayRef<double> numbers) {
   const at::TensorList memory = or_empty(list);
-  const Settings settings = check_groups(k, v, memory, packed, numbers);
+  const Settings settings = check_groups(k, v, memory, packed, numbers, plan);
   const Schedule& s = settings.schedule();
   const PlanRows rows(plan, k.size(0), k.size(2), kGroups);
   const bool carried = !memory.empty();
+  for (int64_t b = 0; carried && b < rows.batch(); ++b) {
+    CTX_CHECK_VALUE(rows.memory_row(b) < memory[kWindowKeys].size(0),
+                    kGroups,
+                    "plan must be one of this memory's rows, 0 to ",
+                    memory[kWindowKeys].size(0) - 1,
+                    ", got ",
+                    rows.memory_row(b));
+  }
   const auto reads = reads_of(rows, s, carried, carried ? memory[kWindowKeys].size(2) : 1);
   const auto held = [&](StateIndex index) { return carried ? memory[index] : Tensor(); };
   // As the memory stores them, so that slots do not depend on which call brought a token.
@@ -158,9 +169,9 @@ Pairs groups_cpu(const Tensor& k,
           : rotated(k,
                     PlanTensors(plan, k.size(0), k.size(2), kGroups).token(kPlanPosition),
                     settings.rotary);
-  const Tensor keys = gather(stored, held(kWindowKeys), held(kSinkKeys), reads);
+  const Tensor keys = gather(stored, held(kWindowKeys), held(kSinkKeys), reads, rows);
   rotate_back(keys, reads, settings.rotary);
-  const Tensor values = gather(v, held(kWindowValues), held(kSinkValues), reads);
+  const Tensor values = gather(v, held(kWindowValues), held(kSinkValues), reads, rows);
   const auto grouped = [&](const Tensor& x) {
     return x.view({x.size(0), x.size(1), rows.groups(), tokens_read(s), x.size(3)});
   };

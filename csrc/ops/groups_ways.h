@@ -10,12 +10,14 @@ inline constexpr const char* kGroups = "ctx.evicted_groups";
 
 inline int64_t tokens_read(const Schedule& s) { return s.ratio + s.overlap; }
 
-// Raises unless pairs, memory and settings belong together.
+// Raises unless pairs, memory and settings belong together. A plan may name rows of the memory
+// where it is given; else the call has all of them.
 Settings check_groups(const at::Tensor& k,
                       const at::Tensor& v,
                       at::TensorList memory,
                       at::IntArrayRef settings,
-                      at::ArrayRef<double> numbers);
+                      at::ArrayRef<double> numbers,
+                      const at::Tensor& plan = {});
 
 // Out of torch's own operators, for every device; and by the CPU's kernels.
 Pairs groups_composite(const at::Tensor& k,

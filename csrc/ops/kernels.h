@@ -76,15 +76,15 @@ struct RelativeQueries {
   Strided compressed;  // for compressed slots
 };
 
-// The rings of one memory, all contiguous: keys [B, Hkv, capacity, D], values [B, Hkv, capacity,
-// Dv].
+// The rings of one memory, all contiguous: keys [rows, Hkv, capacity, D], values [rows, Hkv, capacity,
+// Dv]. A call has B rows, of which Block::row says which of the memory's each is.
 struct MemoryView {
   Clock clock;
   Rotary rotary;
   Storage storage = Storage::kFloat32;
   Storage compressed_storage = Storage::kFloat32;  // arithmetic is that of `storage`
   int device = 0;                                  // index among devices of its kind
-  int64_t batch = 0;
+  int64_t batch = 0;                               // B, of the call
   int64_t kv_heads = 0;
   int64_t head_dim = 0;
   int64_t value_dim = 0;
@@ -106,6 +106,14 @@ struct MemoryView {
   int64_t* slot_positions = nullptr;
 };
 
+// The memory's row that row b of a call is, given its entry: negative where they are one. A damaged
+// entry stays inside the memory.
+CTX_HOST_DEVICE constexpr int64_t row_in_memory(int64_t entry, int64_t b, int64_t memory_rows) {
+  const int64_t row = entry < 0 ? b : entry;
+  return row < memory_rows ? row : memory_rows - 1;
+}
+static_assert(row_in_memory(-1, 2, 8) == 2 && row_in_memory(9, 2, 8) == 7);
+
 // A piece of a call: tokens offset ... offset + tokens - 1 of it, in each row that has them.
 struct Block {
   const int64_t* origin = nullptr;   // number, in each row's stream, of the call's token origin_at;
@@ -114,8 +122,13 @@ struct Block {
   int64_t offset = 0;
   int64_t tokens = 0;
   int64_t origin_at = 0;
-  int64_t row_stride = 1;  // from one row's entry of origin and lengths to the next
-
+  int64_t row_stride = 1;         // from one row's entry of origin, lengths and rows to the next
+  const int64_t* rows = nullptr;  // the memory's row that each row is; negative, or null: the same
+  int64_t memory_rows = 0;        // rows of the memory, where `rows` is given
+  // The row of the memory that row b of the call reads and writes.
+  CTX_HOST_DEVICE int64_t row(int64_t b) const {
+    return rows == nullptr ? b : row_in_memory(rows[b * row_stride], b, memory_rows);
+  }
   CTX_HOST_DEVICE int64_t first(int64_t b) const {
     return origin[b * row_stride] + (offset - origin_at);
   }
@@ -215,8 +228,8 @@ struct RotateArgs {
   Strided out;
 };
 
-// Keys that a memory holds before those of a call: the entries of its ring [B, Hkv, capacity, width],
-// contiguous, from number first[b] on. Numbers below zero are nothing, and no query sees them.
+// Keys that a memory holds before those of a call: the entries of its ring [rows, Hkv, capacity,
+// width] from number first[b] on, of row rows[b]. Numbers below zero are nothing that a query sees.
 struct PastSpan {
   int64_t size = 0;
   int64_t capacity = 0;
@@ -224,7 +237,10 @@ struct PastSpan {
   void* keys = nullptr;
   void* values = nullptr;
   const int64_t* first = nullptr;  // [B]
-  const void* mass = nullptr;      // [B, Hkv, capacity] in the arithmetic's type; null: none
+  const void* mass = nullptr;      // [rows, Hkv, capacity] in the arithmetic's type; null: none
+  const int64_t* rows = nullptr;   // [B]; null: the same
+
+  CTX_HOST_DEVICE int64_t row(int64_t b) const { return rows == nullptr ? b : rows[b]; }
 };
 
 // One of the three spans of the differentiable path: keys and values already rotated to their

@@ -8,7 +8,7 @@
 
 namespace ctx::ops {
 
-Memory::Memory(at::TensorList tensors, const Settings& given, const char* where)
+Memory::Memory(at::TensorList tensors, const Settings& given, const char* where, int64_t batch)
     : rings(tensors.vec()), settings(given) {
   const Schedule& schedule = settings.schedule();
   max_rewind = check_rings(rings, schedule, where).expect_int();
@@ -33,7 +33,7 @@ Memory::Memory(at::TensorList tensors, const Settings& given, const char* where)
   view.compressed_storage = slot_storage_of(
       rings[kCompressedKeys].scalar_type(), keys.scalar_type(), where, "compressed_keys");
   view.device = device_index(keys);
-  view.batch = keys.size(0), view.kv_heads = keys.size(1);
+  view.batch = batch < 0 ? rows() : batch, view.kv_heads = keys.size(1);
   view.head_dim = keys.size(3), view.value_dim = rings[kWindowValues].size(3);
   view.window_capacity = keys.size(2);
   view.compressed_capacity = rings[kCompressedKeys].size(2);

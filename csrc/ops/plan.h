@@ -62,6 +62,11 @@ class PlanRows {
   bool resets() const { return width_ > plan_columns(tokens_, groups_); }
   // Row 0's entry; the next row's is row_stride() behind it.
   const int64_t* column(PlanColumn column) const { return data_ + column; }
+  // The memory's row that row b is; -1: the row of the same number.
+  int64_t memory_row(int64_t b) const {
+    const int64_t row = header(b, kPlanRow);
+    return row < 0 ? b : row;
+  }
   const int64_t* position(int64_t token) const { return data_ + kPlanHeader + token; }
   int64_t row_stride() const { return width_; }
 
@@ -86,19 +91,26 @@ class PlanRows {
 
 // Dispatches ctx::plan.
 //
-//   seen       int64 [B]
+//   seen       int64 [rows of the memory]
 //   lengths    int64 [B], 0 <= length <= T; absent: all T
 //   reset_at   bool [B, T]: true where a token is the first of a new stream; absent: nowhere
 //   settings   packed; the schedule is read
 //   carried    whether there is a memory; without one `seen` is zero
+//   rows       int64 [B], the memory's row that each row of the call is, all different; absent: the
+//              call has the memory's rows, and seen is [B]
 at::Tensor plan(const at::Tensor& seen,
                 const std::optional<at::Tensor>& lengths,
                 const std::optional<at::Tensor>& reset_at,
                 const c10::SymInt& tokens,
                 at::IntArrayRef settings,
-                bool carried);
+                bool carried,
+                const std::optional<at::Tensor>& rows = std::nullopt);
 
-// Dispatches ctx::advance_: `seen` and `rewindable` after the call.
+// Rows of a call into a memory whose rings have `memory_rows` rows: as many, or those that the plan
+// names.
+c10::SymInt call_rows(const at::Tensor& plan, const c10::SymInt& memory_rows);
+
+// Dispatches ctx::advance_: `seen` and `rewindable` of the plan's rows after the call.
 void advance_(const at::Tensor& seen,
               const at::Tensor& rewindable,
               const at::Tensor& plan,

@@ -18,6 +18,7 @@ enum PlanColumn : int64_t {
   kPlanFirstSink,
   kPlanOldestToken,  // the first that the next token of the carried stream can see
   kPlanOldestSlot,
+  kPlanRow,  // the memory's row that the row is; -1: the row of the same number
   kPlanHeader
 };
 enum PlanToken : int64_t {
@@ -46,7 +47,9 @@ struct PlanArgs {
   int64_t batch = 0;
   int64_t tokens = 0;
   int64_t groups = 0;
-  const int64_t* seen = nullptr;     // [B]
+  int64_t memory_rows = 0;           // entries of `seen`
+  const int64_t* seen = nullptr;     // of the rows of the memory
+  const int64_t* rows = nullptr;     // [B]: the memory's row that each row is; null: the same
   const int64_t* lengths = nullptr;  // [B]; null: all are as long as the call
   const bool* reset_at = nullptr;    // [B, T]; null: no row begins anew
   int64_t* plan = nullptr;           // [B, columns], contiguous; written
@@ -57,10 +60,11 @@ struct AdvanceArgs {
   int64_t batch = 0;
   int64_t columns = 0;
   int64_t max_rewind = 0;
+  int64_t memory_rows = 0;        // entries of `seen` and `rewindable`
   const int64_t* plan = nullptr;  // [B, columns], contiguous
-  int64_t* seen = nullptr;        // [B]; written
+  int64_t* seen = nullptr;        // written where the plan has a row
   int64_t seen_stride = 1;
-  int64_t* rewindable = nullptr;  // [B]; written
+  int64_t* rewindable = nullptr;  // written where the plan has a row
   int64_t rewindable_stride = 1;
 };
 
@@ -71,7 +75,8 @@ class PlanRow {
       : s_(args.schedule),
         tokens_(args.tokens),
         groups_(args.groups),
-        seen_(args.seen[b]),
+        memory_row_(args.rows == nullptr ? -1 : args.rows[b]),
+        seen_(args.seen[row_in_memory(memory_row_, b, args.memory_rows)]),
         count_(args.lengths == nullptr ? args.tokens : args.lengths[b]),
         reset_at_(args.reset_at == nullptr ? nullptr : args.reset_at + b * args.tokens),
         behind_tokens_(args.carried ? s_.max_window() : 0),
@@ -96,6 +101,7 @@ class PlanRow {
     row_[kPlanOldestToken] = s_.first_token(begun_);
     const int64_t oldest = s_.groups(seen_) - s_.compressed;
     row_[kPlanOldestSlot] = oldest < 0 ? 0 : oldest;
+    row_[kPlanRow] = memory_row_;
     if (resets_) row_[plan_columns(tokens_, groups_)] = 0;
   }
 
@@ -163,6 +169,7 @@ class PlanRow {
   Schedule s_;
   int64_t tokens_;
   int64_t groups_;
+  int64_t memory_row_;
   int64_t seen_;
   int64_t count_;
   const bool* reset_at_;
@@ -173,11 +180,12 @@ class PlanRow {
   bool resets_ = false;
 };
 
-// Counts the tokens of row b: the last one's position says how long the row's stream is now.
+// Counts the tokens of row b of a plan: the last one's position says how long the row's stream is now.
 CTX_HOST_DEVICE inline void advance_row(const AdvanceArgs& args, int64_t b) {
   const int64_t* const row = args.plan + b * args.columns;
-  int64_t& tokens = args.seen[b * args.seen_stride];
-  int64_t& back = args.rewindable[b * args.rewindable_stride];
+  const int64_t held = row_in_memory(row[kPlanRow], b, args.memory_rows);
+  int64_t& tokens = args.seen[held * args.seen_stride];
+  int64_t& back = args.rewindable[held * args.rewindable_stride];
   const int64_t count = row[kPlanCount];
   if (count > 0 && count <= args.columns - kPlanHeader) {
     tokens = row[kPlanHeader + count - 1] + 1;

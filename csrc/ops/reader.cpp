@@ -72,11 +72,13 @@ void Reader::attend_spans(const Block& block) {
   const int64_t all = m.batch * block.tokens;
   std::vector<int64_t> position(all, -1), sink(all, 0), slot(all), token(all);
   std::vector<int64_t> no_sink(m.batch, 0), first_slot(m.batch), first_token(m.batch);
+  std::vector<int64_t> held(m.batch);
   for (int64_t b = 0; b < m.batch; ++b) {
     const int64_t t = block.first(b);
     const int64_t begin = std::max<int64_t>(0, t);
     first_slot[b] = s.groups(begin) - s.compressed;
     first_token[b] = s.window_begin(begin);
+    held[b] = block.row(b);
     for (int64_t i = 0; i < block.tokens; ++i) {
       const int64_t place = b * block.tokens + i;
       if (i < block.count(b) && t + i >= 0) position[place] = t + i;
@@ -100,15 +102,15 @@ void Reader::attend_spans(const Block& block) {
   if (args_.relative.dim > 0)
     a.relative = {
         args_.relative.dim, from(args_.relative.queries), from(args_.relative.compressed)};
-  const auto set = [](Span& span,
-                      int64_t size,
-                      Storage storage,
-                      void* keys,
-                      void* values,
-                      const std::vector<int64_t>& first,
-                      const std::vector<int64_t>& numbers) {
+  const auto set = [&](Span& span,
+                       int64_t size,
+                       Storage storage,
+                       void* keys,
+                       void* values,
+                       const std::vector<int64_t>& first,
+                       const std::vector<int64_t>& numbers) {
     span.size = size;
-    span.past = {size, size, storage, keys, values, first.data()};
+    span.past = {size, size, storage, keys, values, first.data(), nullptr, held.data()};
     span.first = numbers.data();
   };
   set(a.spans[kSinks], s.sinks, m.storage, m.sink_keys, m.sink_values, no_sink, sink);

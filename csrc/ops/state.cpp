@@ -166,9 +166,10 @@ SymInt check_rings(at::TensorList rings, const Schedule& schedule, const char* w
   return max_rewind;
 }
 
-void check_pairs(at::TensorList rings, const Tensor& k, const Tensor& v, const char* where) {
+void check_pairs(
+    at::TensorList rings, const Tensor& k, const Tensor& v, const char* where, const SymInt& rows) {
   const Tensor& keys = rings[kWindowKeys];
-  const SymInt batch = keys.sym_size(0), kv_heads = keys.sym_size(1);
+  const SymInt batch = rows < 0 ? keys.sym_size(0) : rows, kv_heads = keys.sym_size(1);
   check_shape(where, "k", k, {{"B", batch}, {"Hkv", kv_heads}, {"T"}, {"D", keys.sym_size(3)}});
   check_like_memory(k, keys, "k", where);
   const SymInt width = rings[kWindowValues].sym_size(3);
@@ -233,10 +234,11 @@ void check_queries(at::TensorList rings,
                    const Tensor& q,
                    const SymInt& tokens,
                    const ScoreOperands& operands,
-                   const char* where) {
+                   const char* where,
+                   const SymInt& rows) {
   const Tensor& keys = rings[kWindowKeys];
-  const SymInt kv_heads = keys.sym_size(1);
-  check_shape(where, "q", q, {{"B", keys.sym_size(0)}, {"H"}, {"T"}, {"D", keys.sym_size(3)}});
+  const SymInt batch = rows < 0 ? keys.sym_size(0) : rows, kv_heads = keys.sym_size(1);
+  check_shape(where, "q", q, {{"B", batch}, {"H"}, {"T"}, {"D", keys.sym_size(3)}});
   CTX_CHECK_VALUE(q.sym_size(1) > 0 && q.sym_size(1) % kv_heads == 0,
                   where,
                   "q must have a multiple of Hkv = ",

@@ -75,8 +75,12 @@ bool has_mass(at::TensorList rings);
 // below, it reads sizes as symbols, so that it holds while a graph is traced.
 c10::SymInt check_rings(at::TensorList rings, const Schedule& schedule, const char* where);
 
-// Checks pairs against a memory: k [B, Hkv, T, D], v [B, Hkv, T, Dv].
-void check_pairs(at::TensorList rings, const at::Tensor& k, const at::Tensor& v, const char* where);
+// Checks pairs against a memory: k [B, Hkv, T, D], v [B, Hkv, T, Dv]; B as given (-1: the memory's).
+void check_pairs(at::TensorList rings,
+                 const at::Tensor& k,
+                 const at::Tensor& v,
+                 const char* where,
+                 const c10::SymInt& batch = -1);
 
 // What scores are made of besides queries and keys (AttentionSettings says what they are): bias and
 // slopes [H] or [1], relative none or five.
@@ -94,12 +98,14 @@ void check_relative(at::TensorList relative,
                     at::Device device,
                     const char* where);
 
-// Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any).
+// Checks queries against a memory: q [B, H, T, D], H a multiple of Hkv, T as given (-1: any), B as
+// given (-1: the memory's).
 void check_queries(at::TensorList rings,
                    const at::Tensor& q,
                    const c10::SymInt& tokens,
                    const ScoreOperands& operands,
-                   const char* where);
+                   const char* where,
+                   const c10::SymInt& batch = -1);
 
 // What a call of T tokens says about its rows: lengths int64 [B], reset_at bool [B, T]; `like` has B
 // rows and the device.

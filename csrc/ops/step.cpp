@@ -23,10 +23,25 @@ void bump_versions(at::TensorList rings) {
   for (const Tensor& ring : rings) ring.unsafeGetTensorImpl()->bump_version();
 }
 
+int64_t call_rows(const Tensor& plan, at::TensorList rings) {
+  return rings.empty() || rings[0].dim() == 0
+             ? -1
+             : ops::call_rows(plan, rings[kWindowKeys].size(0)).expect_int();
+}
+
 void check_carried(const Memory& memory, const PlanRows& plan, const char* where) {
   if (!memory.kernels().host_reads) return;
   const Schedule& schedule = memory.settings.schedule();
   for (int64_t b = 0; b < plan.batch(); ++b) {
+    const int64_t row = plan.header(b, kPlanRow);
+    CTX_CHECK_VALUE(row < memory.rows() && (row >= 0 || plan.batch() == memory.rows()),
+                    where,
+                    "plan must be one of this memory's rows, 0 to ",
+                    memory.rows() - 1,
+                    ", got ",
+                    row,
+                    " in row ",
+                    b);
     const int64_t seen = plan.header(b, kPlanSeen);
     CTX_CHECK_VALUE(seen >= 0 && seen <= Schedule::kLastPosition &&
                         plan.header(b, kPlanOldestToken) == schedule.window_begin(seen - 1),
@@ -43,7 +58,14 @@ std::tuple<Tensor, Tensor> read(const Memory& memory,
                                 const ScoreOperands& scores,
                                 bool with_region_weights) {
   Reader reader(memory, q, scores, with_region_weights, /*counts=*/false);
-  const Block block{plan.column(kPlanSeen), nullptr, 0, q.size(2), 0, plan.row_stride()};
+  const Block block{plan.column(kPlanSeen),
+                    nullptr,
+                    0,
+                    q.size(2),
+                    0,
+                    plan.row_stride(),
+                    plan.column(kPlanRow),
+                    memory.rows()};
   if (block.tokens > 0) reader.attend(block);
   return reader.result();
 }
@@ -62,11 +84,12 @@ Stepped step(const Tensor& q,
              bool with_region_weights) {
   constexpr const char* where = "ctx.step_";
   const auto precision = own_precision();
-  const Memory memory(list, unpack(settings, numbers, where), where);
-  check_pairs(memory.rings, k, v, where);
+  const int64_t batch = call_rows(plan, list);
+  const Memory memory(list, unpack(settings, numbers, where), where, batch);
+  check_pairs(memory.rings, k, v, where, batch);
   const ScoreOperands scores{bias, slopes, or_empty(relative)};
   const bool reads = k.size(2) == 0;
-  check_queries(memory.rings, q, reads ? -1 : k.size(2), scores, where);
+  check_queries(memory.rings, q, reads ? -1 : k.size(2), scores, where, batch);
   const PlanRows rows(plan, q.size(0), q.size(2), where);
   if (reads) {
     const auto [out, weights] = read(memory, q, rows, scores, with_region_weights);
@@ -84,7 +107,7 @@ Stepped step(const Tensor& q,
   // A view of the memory's own rings would change while it is read.
   Writer writer(written, rows, memory.apart(k), memory.apart(v), or_empty(operands), where);
   Reader reader(written, memory.apart(q), scores, with_region_weights, /*counts=*/true);
-  Walk(written, rows).for_each_block([&](const Block& block) {
+  Walk(written, rows, enlarged.has_value()).for_each_block([&](const Block& block) {
     writer.write(block);  // before its first query attends
     reader.attend(block);
   });
@@ -106,8 +129,9 @@ void append(const Tensor& k,
   CTX_CHECK_VALUE(unpacked.compressor != CompressorKind::kMostUsed,
                   where,
                   "compressor must be one that needs no queries, got \"most_used\": use ctx.step_");
-  const Memory memory(list, unpacked, where);
-  check_pairs(memory.rings, k, v, where);
+  const int64_t batch = call_rows(plan, list);
+  const Memory memory(list, unpacked, where, batch);
+  check_pairs(memory.rings, k, v, where, batch);
   const PlanRows rows(plan, k.size(0), k.size(2), where);
   check_carried(memory, rows, where);
   Writer writer(memory, rows, k, v, or_empty(operands), where);

@@ -13,7 +13,9 @@ namespace ctx::ops {
 
 class Walk {
  public:
-  Walk(const Memory& memory, const PlanRows& plan) : memory_(memory), plan_(plan) {}
+  // `whole`: the memory has the call's rows, whatever the plan says.
+  Walk(const Memory& memory, const PlanRows& plan, bool whole = false)
+      : memory_(memory), plan_(plan), whole_(whole) {}
 
   // Runs over the call in blocks that the rings have spare entries for, and in which no row begins
   // anew but at the first token; nor a segment, where what leaves then depends on the queries so far.
@@ -29,7 +31,9 @@ class Walk {
       const int64_t origin_at = by_token ? offset : 0;
       const int64_t* const origin = by_token ? plan_.position(offset) : plan_.column(kPlanSeen);
       const int64_t* const lengths = plan_.column(kPlanCount);
-      run(Block{origin, lengths, offset, size, origin_at, plan_.row_stride()});
+      const int64_t* const rows = whole_ ? nullptr : plan_.column(kPlanRow);
+      run(Block{
+          origin, lengths, offset, size, origin_at, plan_.row_stride(), rows, memory_.rows()});
     }
   }
 
@@ -39,6 +43,7 @@ class Walk {
     for (int64_t b = 0; b < plan_.batch(); ++b) {
       origin_.push_back(plan_.header(b, kPlanSeen));
       lengths_.push_back(plan_.header(b, kPlanCount));
+      rows_.push_back(whole_ ? b : plan_.memory_row(b));
     }
     for (int64_t begin = 0, end; begin < plan_.tokens(); begin = end) {
       end = next_reset(begin);
@@ -46,7 +51,8 @@ class Walk {
       for (int64_t offset = begin, tokens; offset < end; offset += tokens) {
         tokens = std::min(memory_.max_rewind, end - offset);
         if (counts_attention(memory_.rings)) tokens = std::min(tokens, segment_left(offset));
-        run(Block{origin_.data(), lengths_.data(), offset, tokens});
+        run(Block{
+            origin_.data(), lengths_.data(), offset, tokens, 0, 1, rows_.data(), memory_.rows()});
       }
     }
   }
@@ -83,8 +89,10 @@ class Walk {
 
   const Memory& memory_;
   const PlanRows& plan_;
+  const bool whole_;
   std::vector<int64_t> origin_;  // position of the call's first token
   std::vector<int64_t> lengths_;
+  std::vector<int64_t> rows_;  // of the memory
 };
 
 }  // namespace ctx::ops

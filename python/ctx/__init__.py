@@ -2,6 +2,7 @@
 
 :class:`Schedule` decides what a memory holds, and :class:`AttentionSettings` how queries attend to
 it. :class:`Memory` is what it holds. :class:`KVMemory` streams keys and values through it,
+:class:`Session` those of many streams that come and go;
 :class:`CompressiveAttention` and :class:`CompressiveTransformer` train and stream with it, and
 :mod:`ctx.reference` is the same function in plain PyTorch.
 """
@@ -20,6 +21,7 @@ from ctx.attention import CompressiveAttention
 from ctx.kv_memory import KVMemory
 from ctx.memory import Memory
 from ctx.schedule import Schedule
+from ctx.session import Session
 from ctx.settings import AttentionSettings
 from ctx.spec import Spec
 from ctx.transformer import CompressiveTransformer, CompressiveTransformerConfig
@@ -34,6 +36,7 @@ __all__ = [
     "KVMemory",
     "Memory",
     "Schedule",
+    "Session",
     "Spec",
     "__version__",
     "cmake_prefix_path",

@@ -128,13 +128,13 @@ class AttendTest {
     alone.make(random_, w_.storage, 1, w_.heads(), w_.tokens, w_.value_dim);
     const auto ring = [&](void*& data, int region, int side) {
       const Ring& r = w_.ring(region, side);
-      data = static_cast<char*>(data) + b * r.heads * r.capacity * r.row_bytes();
+      data = static_cast<char*>(data) + w_.held[b] * r.heads * r.capacity * r.row_bytes();
     };
     MemoryView& m = args.memory;
     ring(m.sink_keys, kSinks, 0), ring(m.sink_values, kSinks, 1);
     ring(m.compressed_keys, kCompressed, 0), ring(m.compressed_values, kCompressed, 1);
     ring(m.window_keys, kWindow, 0), ring(m.window_values, kWindow, 1);
-    const int64_t slots = b * m.kv_heads * m.compressed_capacity;
+    const int64_t slots = w_.held[b] * m.kv_heads * m.compressed_capacity;
     if (m.slot_mass != nullptr)
       m.slot_mass = static_cast<char*>(m.slot_mass) + slots * cuda::size_of(w_.arithmetic);
     if (m.slot_positions != nullptr) m.slot_positions += slots;
@@ -148,7 +148,7 @@ class AttendTest {
       args.block.tokens = 1;
     }
     m.batch = 1;
-    args.block.origin += b;
+    args.block.origin += b, args.block.rows = nullptr;
     if (args.block.lengths != nullptr) args.block.lengths += b;
     args.out = alone.strided(), args.region_weights = nullptr, args.count_usage = false;
     Buffer<char> workspace(cuda::attend_workspace(args, length), char(-1));
@@ -180,7 +180,7 @@ class AttendTest {
       made.value.push_back(w_.ring(region, 1).get(b, kv, e, d));
     made.distance = double(query_clock(w_.clock, region, t)) - key_clock(w_.clock, region, n);
     if (region != kCompressed) return made;
-    const int64_t slot = (b * w_.kv_heads + kv) * w_.ring(kCompressed, 0).capacity + e;
+    const int64_t slot = (w_.held[b] * w_.kv_heads + kv) * w_.ring(kCompressed, 0).capacity + e;
     if (w_.has_mass) made.mass = w_.mass[slot];
     if (w_.kind == CompressorKind::kMostUsed && w_.clock.token_distance)
       made.distance = double(t - w_.slot_positions[slot]);
@@ -217,13 +217,13 @@ class AttendTest {
         if (usage.empty() || t < 0) continue;
         const int64_t first = visible(w_.clock.schedule, t)[kWindow].begin;
         for (size_t j = 0; j < expected.window.size(); ++j)
-          usage[(b * w_.kv_heads + kv) * w_.ring(kWindow, 0).capacity +
+          usage[(w_.held[b] * w_.kv_heads + kv) * w_.ring(kWindow, 0).capacity +
                 w_.entry(kWindow, first + int64_t(j))] += expected.window[j] / double(w_.q_per_kv);
       }
     }
     const auto got = usage_numbers();
-    const size_t row = usage.size() / w_.batch;
-    for (size_t j = b * row; j < (b + 1) * row; ++j)
+    const size_t row = usage.size() / w_.memory_rows;
+    for (size_t j = w_.held[b] * row; j < (w_.held[b] + 1) * row; ++j)
       EXPECT(std::abs(got[j] - usage[j]) <= error * double(block.tokens) || usage[j] != usage[j]);
   }
 

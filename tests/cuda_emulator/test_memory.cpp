@@ -65,7 +65,7 @@ class MemoryTest {
     for (size_t i = 0; i < w_.mass.size(); ++i) mass_before_.push_back(w_.mass[i]);
     touched_.assign(6, {});
     for (int i = 0; i < 6; ++i)
-      touched_[i].assign(w_.batch * w_.kv_heads * w_.rings[i].capacity, false);
+      touched_[i].assign(w_.memory_rows * w_.kv_heads * w_.rings[i].capacity, false);
   }
 
   // Row `entry` of head h of a ring must be `expected`, and is accounted for.
@@ -77,7 +77,7 @@ class MemoryTest {
                   const std::vector<double>& expected,
                   double error) {
     const Ring& ring = w_.ring(region, side);
-    touched_[2 * region + side][(b * w_.kv_heads + h) * ring.capacity + entry] = true;
+    touched_[2 * region + side][(w_.held[b] * w_.kv_heads + h) * ring.capacity + entry] = true;
     double largest = 0;
     for (const double x : expected) largest = std::max(largest, std::abs(x));
     if (ring.storage == Storage::kInt8) {
@@ -124,7 +124,7 @@ class MemoryTest {
   }
 
   char* usage(int64_t b, int64_t h, int64_t entry) {
-    return &w_.usage[((b * w_.kv_heads + h) * w_.ring(kWindow, 0).capacity + entry) *
+    return &w_.usage[((w_.held[b] * w_.kv_heads + h) * w_.ring(kWindow, 0).capacity + entry) *
                      cuda::size_of(w_.arithmetic)];
   }
   double used(int64_t b, int64_t h, int64_t entry) {
@@ -205,7 +205,8 @@ class MemoryTest {
     expect_row(kCompressed, 0, b, h, entry, w_.rotated(slot.key, w_.clock.group_key(g)), error);
     expect_row(kCompressed, 1, b, h, entry, slot.value, error);
     if (!w_.has_mass) return;
-    const double mass = w_.mass[(b * w_.kv_heads + h) * w_.ring(kCompressed, 0).capacity + entry];
+    const double mass =
+        w_.mass[(w_.held[b] * w_.kv_heads + h) * w_.ring(kCompressed, 0).capacity + entry];
     EXPECT(std::abs(mass - slot.mass) < error);
   }
 
@@ -236,7 +237,7 @@ class MemoryTest {
       const double error = 4 * arithmetic_error(w_.storage);
       expect_row(kCompressed, 0, b, h, entry, slot.key, error);
       expect_row(kCompressed, 1, b, h, entry, slot.value, error);
-      const int64_t place = (b * w_.kv_heads + h) * capacity + entry;
+      const int64_t place = (w_.held[b] * w_.kv_heads + h) * capacity + entry;
       EXPECT(w_.slot_positions[place] == t);
       EXPECT(!w_.has_mass || w_.mass[place] == 0.0);
     }

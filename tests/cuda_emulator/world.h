@@ -27,15 +27,17 @@ struct Ring {
   Storage storage;
   int64_t capacity = 0, heads = 0, width = 0;
   Buffer<char> bytes;
+  std::vector<int64_t> held;  // the ring's row of each row of a call; empty: the same
   int64_t row_bytes() const {
     return width * cuda::size_of(storage) + (storage == Storage::kInt8 ? kScaleBytes : 0);
   }
-  void make(Storage s, int64_t batch, int64_t h, int64_t n, int64_t w) {
+  void make(Storage s, int64_t rows, int64_t h, int64_t n, int64_t w) {
     storage = s, capacity = n, heads = h, width = w;
-    bytes.assign(size_t(batch * h * n * row_bytes()), char(-1));  // NaN
+    bytes.assign(size_t(rows * h * n * row_bytes()), char(-1));  // NaN
   }
   const char* row(int64_t b, int64_t h, int64_t i) const {
-    return &bytes[((b * heads + h) * capacity + i) * row_bytes()];
+    const int64_t from = held.empty() ? b : held[b];
+    return &bytes[((from * heads + h) * capacity + i) * row_bytes()];
   }
   double get(int64_t b, int64_t h, int64_t i, int64_t d) const {
     const char* r = row(b, h, i);
@@ -94,6 +96,7 @@ class World {
     if (wish.small && random.coin()) value_dim = 8 * random.between(1, 4);
     headroom = random.between(1, 12);
     make_rotary(head_dim / 2);
+    make_map();
     make_rings();
     make_parameters();
     seen.assign(batch, 0);
@@ -174,7 +177,9 @@ class World {
     return at;
   }
   Block block(int64_t begin, int64_t end) {
-    return {origin.device(), ragged ? lengths.device() : nullptr, begin, end - begin};
+    const int64_t* const map = maps ? rows.device() : nullptr;
+    const int64_t* const counts = ragged ? lengths.device() : nullptr;
+    return {origin.device(), counts, begin, end - begin, 0, 1, map, memory_rows};
   }
   void end_call() {
     for (int64_t b = 0; b < batch; ++b) {
@@ -187,6 +192,11 @@ class World {
   Storage storage, arithmetic, compressed_storage;
   Clock clock;
   int64_t batch, kv_heads, q_per_kv, head_dim, value_dim, headroom;
+  // The memory's row that each row of a call is.
+  bool maps = false;
+  int64_t memory_rows = 0;
+  Buffer<int64_t> rows;
+  std::vector<int64_t> held;
   int64_t rotary_dim = 0;
   double attention_factor = 1.0;
   bool interleaved = false, keys_rotated = false, has_mass = true, wide_parameters = false;
@@ -213,21 +223,35 @@ class World {
     keys_rotated = random_.one_in(3);
   }
 
+  // A memory may have more rows than a call, in another order.
+  void make_map() {
+    maps = random_.coin();
+    memory_rows = batch + (maps ? random_.between(0, 2) : 0);
+    for (int64_t b = 0; b < memory_rows; ++b) held.push_back(b);
+    for (int64_t b = 0; maps && b < batch; ++b)
+      std::swap(held[b], held[random_.between(b, memory_rows - 1)]);
+    held.resize(batch);
+    rows.assign(batch, 0);
+    for (int64_t b = 0; b < batch; ++b) rows[b] = held[b];
+    if (maps && held[0] == 0) rows[0] = -1;  // the row of the same number
+  }
+
   void make_rings() {
     const Schedule& s = clock.schedule;
     const int64_t window = s.window_capacity(headroom), slots = s.compressed_capacity(headroom);
     const int64_t sizes[] = {s.sinks, slots, window};
     for (int region = 0; region < kRegions; ++region) {
       const Storage stored = region == kCompressed ? compressed_storage : storage;
-      ring(region, 0).make(stored, batch, kv_heads, sizes[region], head_dim);
-      ring(region, 1).make(stored, batch, kv_heads, sizes[region], value_dim);
+      ring(region, 0).make(stored, memory_rows, kv_heads, sizes[region], head_dim);
+      ring(region, 1).make(stored, memory_rows, kv_heads, sizes[region], value_dim);
+      for (int side = 0; side < 2; ++side) ring(region, side).held = held;
     }
     has_mass = random_.coin();
     const double nan = std::numeric_limits<double>::quiet_NaN();
-    mass.assign(arithmetic, size_t(batch * kv_heads * slots), nan);
+    mass.assign(arithmetic, size_t(memory_rows * kv_heads * slots), nan);
     if (kind != CompressorKind::kMostUsed) return;
-    usage.assign(size_t(batch * kv_heads * window * cuda::size_of(arithmetic)), char(-1));
-    slot_positions.assign(size_t(batch * kv_heads * slots), -7);
+    usage.assign(size_t(memory_rows * kv_heads * window * cuda::size_of(arithmetic)), char(-1));
+    slot_positions.assign(size_t(memory_rows * kv_heads * slots), -7);
   }
 
   void make_parameters() {

@@ -10,6 +10,7 @@
 #include "ctx/memory.h"
 #include "ctx/rows.h"
 #include "ctx/schedule.h"
+#include "ctx/session.h"
 #include "ctx/settings.h"
 #include "ctx/snapshot.h"
 

@@ -167,7 +167,10 @@ class CTX_API KVMemory {
   void set_compressed_bias(std::optional<at::Tensor> bias);
 
  private:
+  friend class Session;  // whose layers are memories on one clock
+
   KVMemory(MemoryOptions options, Tensors tensors);
+  void take_state(const Snapshot& snapshot, const char* where);
   at::TensorList rings() const { return at::TensorList(tensors_.data(), 9); }
   at::Tensor plan(const at::Tensor& k,
                   const std::optional<at::Tensor>& lengths,

@@ -21,6 +21,7 @@
 #include <map>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "ctx/export.h"
 
@@ -32,11 +33,17 @@ using Snapshot = std::map<std::string, std::variant<at::Tensor, int64_t, double,
 // Writes a snapshot whole or not at all: to a file beside `path`, which then takes its place. A
 // process that dies meanwhile leaves the old file, and perhaps a `path`.<process>.<number>.part
 // beside it, which nothing ever reads. Throws std::system_error where the file cannot be written.
-CTX_API void write_snapshot(const Snapshot& snapshot, const std::string& path);
+CTX_API void write_snapshot(const Snapshot& snapshot,
+                            const std::string& path,
+                            const char* where = "ctx.KVMemory.save");
 
 // Reads what write_snapshot or Python's torch.save wrote; tensors are on the CPU. Throws
 // std::system_error where the file cannot be read, and ValueError for a foreign or damaged one:
-// every checksum of the archive is looked at.
-CTX_API Snapshot read_snapshot(const std::string& path);
+// every checksum of the archive is looked at. Messages begin with `where`.
+CTX_API Snapshot read_snapshot(const std::string& path, const char* where = "ctx.KVMemory.load");
+
+// The same without a file: the bytes that it would hold.
+CTX_API std::vector<char> snapshot_bytes(const Snapshot& snapshot);
+CTX_API Snapshot snapshot_of_bytes(const std::vector<char>& bytes, const char* where);
 
 }  // namespace ctx

@@ -17,6 +17,7 @@ void append_token(const AppendArgs& args, int64_t b, int64_t i, Acc<T>* key) {
   const MemoryView& m = args.memory;
   const int64_t t = args.block.first(b) + i;
   const int64_t source = args.block.offset + i;
+  const int64_t held = args.block.row(b);
   const bool sink = t < m.clock.schedule.sinks;
   const int64_t capacity = sink ? m.clock.schedule.sinks : m.window_capacity;
   const int64_t index = sink ? t : t % m.window_capacity;
@@ -28,12 +29,12 @@ void append_token(const AppendArgs& args, int64_t b, int64_t i, Acc<T>* key) {
     if (rotates) rotate_row(m.rotary, table, Rotation::kTo, key);
     void* keys = sink ? m.sink_keys : m.window_keys;
     void* values = sink ? m.sink_values : m.window_values;
-    store_row(key, ring_row<T>(keys, m.kv_heads, capacity, m.head_dim, b, h, index), m.head_dim);
+    store_row(key, ring_row<T>(keys, m.kv_heads, capacity, m.head_dim, held, h, index), m.head_dim);
     std::copy_n(row<T>(args.values, b, h, source),
                 m.value_dim,
-                ring_row<T>(values, m.kv_heads, capacity, m.value_dim, b, h, index));
+                ring_row<T>(values, m.kv_heads, capacity, m.value_dim, held, h, index));
     if (m.usage != nullptr && !sink)
-      *ring_row<Acc<T>>(m.usage, m.kv_heads, capacity, 1, b, h, index) = Acc<T>(0);
+      *ring_row<Acc<T>>(m.usage, m.kv_heads, capacity, 1, held, h, index) = Acc<T>(0);
   }
 }
 

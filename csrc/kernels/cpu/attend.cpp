@@ -54,8 +54,8 @@ class Attention {
     const QueryRows rows = tiling_.rows(tile);
     if (rows.count() == 0) return;
     const Softmax<A> state = softmax(tile, rows, 0);
-    const Ring<T> ring(m_, kWindow, rows.b, rows.kv);
-    A* usage = static_cast<A*>(m_.usage) + (rows.b * m_.kv_heads + rows.kv) * m_.window_capacity;
+    const Ring<T> ring(m_, kWindow, rows.held, rows.kv);
+    A* usage = static_cast<A*>(m_.usage) + (rows.held * m_.kv_heads + rows.kv) * m_.window_capacity;
     for (int64_t i = rows.tokens.begin; i < rows.tokens.end; ++i) {
       const QueryRows one = tiling_.token(rows, i);
       const int64_t first_row = (i - rows.tokens.begin) * rows.q_per_kv;
@@ -102,7 +102,7 @@ class Attention {
 
   template <typename S>
   void walk_ring(Softmax<A>& state, Region region, const QueryRows& rows, Range left) const {
-    const Ring<S> ring(m_, region, rows.b, rows.kv);
+    const Ring<S> ring(m_, region, rows.held, rows.kv);
     while (left.size() > 0) {
       const Piece<S> piece = ring.piece(left);
       attend_piece(state, region, rows, piece);

@@ -33,19 +33,20 @@ class Chooser {
     const int64_t begun = schedule_.groups(args_.block.first(b) - 1);
     const int64_t last = schedule_.groups(args_.block.first(b) + count - 1);
     if (begun == last) return;
-    choose(b, h, schedule_.first_token(begun), last - begun);
+    const int64_t held = args_.block.row(b);
+    choose(held, h, schedule_.first_token(begun), last - begun);
     for (int64_t g = begun; g < last; ++g) {
       const int64_t token = tokens_[g - begun];
       report(b, h, g, token);
-      if (last - g <= m_.compressed_capacity) copy(b, h, g, token);
+      if (last - g <= m_.compressed_capacity) copy(held, h, g, token);
     }
   }
 
  private:
   // The `groups` most used of c * groups tokens from `first` on; of equals the earlier.
-  void choose(int64_t b, int64_t h, int64_t first, int64_t groups) {
+  void choose(int64_t held, int64_t h, int64_t first, int64_t groups) {
     const int64_t all = schedule_.tokens_of(groups);
-    const A* usage = ring_row<A>(m_.usage, m_.kv_heads, m_.window_capacity, 1, b, h, 0);
+    const A* usage = ring_row<A>(m_.usage, m_.kv_heads, m_.window_capacity, 1, held, h, 0);
     used_.resize(all);
     tokens_.resize(all);
     for (int64_t i = 0; i < all; ++i) {
@@ -76,30 +77,31 @@ class Chooser {
   }
 
   // The token's pair becomes slot g; under the distance "token" its key stays where it is.
-  void copy(int64_t b, int64_t h, int64_t g, int64_t token) {
+  void copy(int64_t held, int64_t h, int64_t g, int64_t token) {
     const int64_t from = token % m_.window_capacity;
     const int64_t to = g % m_.compressed_capacity;
     const auto window = [&](void* ring, int64_t width) {
-      return ring_row<T>(ring, m_.kv_heads, m_.window_capacity, width, b, h, from);
+      return ring_row<T>(ring, m_.kv_heads, m_.window_capacity, width, held, h, from);
     };
     load_row(window(m_.window_keys, m_.head_dim), row_.data(), m_.head_dim);
     if (!m_.clock.token_distance && m_.rotary.dim > 0) {
       rotate(static_cast<double>(token), Rotation::kBack);
       rotate(static_cast<double>(g), Rotation::kTo);
     }
-    store(m_.compressed_keys, m_.head_dim, b, h, to);
+    store(m_.compressed_keys, m_.head_dim, held, h, to);
     load_row(window(m_.window_values, m_.value_dim), row_.data(), m_.value_dim);
-    store(m_.compressed_values, m_.value_dim, b, h, to);
+    store(m_.compressed_values, m_.value_dim, held, h, to);
     if (m_.slot_mass != nullptr)  // one token stands for itself
-      *ring_row<A>(m_.slot_mass, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = A(0);
-    *ring_row<int64_t>(m_.slot_positions, m_.kv_heads, m_.compressed_capacity, 1, b, h, to) = token;
+      *ring_row<A>(m_.slot_mass, m_.kv_heads, m_.compressed_capacity, 1, held, h, to) = A(0);
+    *ring_row<int64_t>(m_.slot_positions, m_.kv_heads, m_.compressed_capacity, 1, held, h, to) =
+        token;
   }
 
-  void store(void* ring, int64_t width, int64_t b, int64_t h, int64_t index) const {
+  void store(void* ring, int64_t width, int64_t held, int64_t h, int64_t index) const {
     dispatch_slots<T>(m_.compressed_storage, [&](auto type) {
       using S = decltype(type);
       const int64_t stored = stored_width<S>(width);
-      S* target = ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, b, h, index);
+      S* target = ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, held, h, index);
       store_slot(row_.data(), target, width);
     });
   }

@@ -82,6 +82,7 @@ class GroupCompressor {
 
   // Groups first ... first + count - 1 of row b; `number` counts the row's due groups.
   void run(int64_t b, int64_t h, int64_t number, int64_t first, int64_t count) {
+    held_ = args_.block.row(b);
     for (int64_t g = 0; g < count && args_.kind != CompressorKind::kGiven; ++g)
       read_group(b, h, number + g, first + g, g);
     std::fill_n(mass_, kGroups, std::log(static_cast<A>(c_)));
@@ -89,30 +90,30 @@ class GroupCompressor {
     for (int64_t g = 0; g < count; ++g) {
       A* slot = slots_ + g * row_width<A>(m_.head_dim);
       rotate_row(m_.rotary, angles_.at(b, number + g, read_), Rotation::kTo, slot);
-      store(slot, m_.compressed_keys, m_.head_dim, b, h, first + g);
-      if (m_.slot_mass != nullptr) store_mass(mass_[g], b, h, first + g);
+      store(slot, m_.compressed_keys, m_.head_dim, h, first + g);
+      if (m_.slot_mass != nullptr) store_mass(mass_[g], h, first + g);
     }
     make(b, h, first, count, 1);
     for (int64_t g = 0; g < count; ++g) {
       const A* slot = slots_ + g * row_width<A>(m_.value_dim);
-      store(slot, m_.compressed_values, m_.value_dim, b, h, first + g);
+      store(slot, m_.compressed_values, m_.value_dim, h, first + g);
     }
   }
 
  private:
-  void store(const A* slot, void* ring, int64_t width, int64_t b, int64_t h, int64_t group) const {
+  void store(const A* slot, void* ring, int64_t width, int64_t h, int64_t group) const {
     const int64_t index = group % m_.compressed_capacity;
     dispatch_slots<T>(m_.compressed_storage, [&](auto type) {
       using S = decltype(type);
       const int64_t stored = stored_width<S>(width);
-      S* target = ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, b, h, index);
+      S* target = ring_row<S>(ring, m_.kv_heads, m_.compressed_capacity, stored, held_, h, index);
       store_slot(slot, target, width);
     });
   }
 
-  void store_mass(A mass, int64_t b, int64_t h, int64_t group) const {
+  void store_mass(A mass, int64_t h, int64_t group) const {
     const int64_t capacity = m_.compressed_capacity;
-    *ring_row<A>(m_.slot_mass, m_.kv_heads, capacity, 1, b, h, group % capacity) = mass;
+    *ring_row<A>(m_.slot_mass, m_.kv_heads, capacity, 1, held_, h, group % capacity) = mass;
   }
 
   // The pairs of a group and left of it, as its g-th here; keys are rotated back, and what is before
@@ -133,7 +134,7 @@ class GroupCompressor {
       const int64_t capacity = sink ? schedule.sinks : m_.window_capacity;
       const int64_t index = t % capacity;
       const auto ring = [&](void* rows, int64_t width) {
-        return ring_row<T>(rows, m_.kv_heads, capacity, width, b, h, index);
+        return ring_row<T>(rows, m_.kv_heads, capacity, width, held_, h, index);
       };
       load_row(ring(sink ? m_.sink_keys : m_.window_keys, m_.head_dim), key, m_.head_dim);
       rotate_row(m_.rotary, angles_.at(b, number, i), Rotation::kBack, key);
@@ -239,7 +240,8 @@ class GroupCompressor {
   const MemoryView& m_;
   const GroupAngles<A>& angles_;
   int64_t c_;
-  int64_t read_;  // tokens of a group and left of it
+  int64_t read_;      // tokens of a group and left of it
+  int64_t held_ = 0;  // the memory's row
   A* keys_;
   A* values_;
   A* slots_;

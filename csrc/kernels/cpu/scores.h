@@ -25,14 +25,14 @@ struct Piece {
 template <typename T>
 class Ring {
  public:
-  Ring(const MemoryView& m, Region region, int64_t b, int64_t kv)
+  Ring(const MemoryView& m, Region region, int64_t held, int64_t kv)
       : key_stride_(stored_width<T>(m.head_dim)),
         value_stride_(stored_width<T>(m.value_dim)),
         capacity_(region == kSinks        ? m.clock.schedule.sinks
                   : region == kCompressed ? m.compressed_capacity
                                           : m.window_capacity) {
     const auto head = [&](void* const(&rings)[kRegions], int64_t stride) {
-      return ring_row<const T>(rings[region], m.kv_heads, capacity_, stride, b, kv, 0);
+      return ring_row<const T>(rings[region], m.kv_heads, capacity_, stride, held, kv, 0);
     };
     keys_ = head({m.sink_keys, m.compressed_keys, m.window_keys}, key_stride_);
     values_ = head({m.sink_values, m.compressed_values, m.window_values}, value_stride_);
@@ -63,17 +63,18 @@ class Ring {
 // The rows that attend together: all query heads of kv head `kv` for each of some tokens.
 struct QueryRows {
   int64_t b = 0;
+  int64_t held = 0;  // the memory's row
   int64_t kv = 0;
   int64_t q_per_kv = 1;
   Range tokens;  // of the block
   int64_t count() const { return tokens.size() * q_per_kv; }
 };
 
-// How far slot `number` of a region is from the query of token t.
+// How far slot `number` of a region of the memory's row `held` is from the query of token t.
 inline double distance(
-    const MemoryView& m, Region region, int64_t b, int64_t kv, int64_t t, int64_t number) {
+    const MemoryView& m, Region region, int64_t held, int64_t kv, int64_t t, int64_t number) {
   if (region == kCompressed && m.clock.token_distance && m.slot_positions != nullptr) {
-    const int64_t head = b * m.kv_heads + kv;
+    const int64_t head = held * m.kv_heads + kv;
     const int64_t index = head * m.compressed_capacity + number % m.compressed_capacity;
     return static_cast<double>(t - m.slot_positions[index]);
   }
@@ -105,7 +106,7 @@ inline void add_biases(const AttendArgs& args,
   const A* mass = nullptr;
   if (region == kCompressed && m.slot_mass != nullptr) {
     mass = static_cast<const A*>(m.slot_mass) +
-           (rows.b * m.kv_heads + rows.kv) * m.compressed_capacity + piece.index;
+           (rows.held * m.kv_heads + rows.kv) * m.compressed_capacity + piece.index;
   }
   if (bias == nullptr && mass == nullptr && slopes == nullptr) return;
   for (int64_t r = 0; r < rows.count(); ++r) {
@@ -120,7 +121,7 @@ inline void add_biases(const AttendArgs& args,
     if (slopes == nullptr) continue;
     const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;
     for (int64_t j = 0; j < piece.count; ++j) {
-      const double apart = distance(m, region, rows.b, rows.kv, t, piece.first + j);
+      const double apart = distance(m, region, rows.held, rows.kv, t, piece.first + j);
       score[j] -= slopes[head] * static_cast<A>(apart);
     }
   }
@@ -156,7 +157,8 @@ inline void add_relative_tokens(const AttendArgs& args,
   for (int64_t r = 0; r < rows.count(); ++r) {
     const int64_t t = args.block.first(rows.b) + rows.tokens.begin + r / rows.q_per_kv;
     for (int64_t j = 0; j < piece.count; ++j) {
-      const double apart = distance(args.memory, kCompressed, rows.b, rows.kv, t, piece.first + j);
+      const int64_t number = piece.first + j;
+      const double apart = distance(args.memory, kCompressed, rows.held, rows.kv, t, number);
       const RotaryTable<A> table = distance_table<A>(2 * half, apart);
       const A* z = query + r * 2 * half;
       scores[r * kBlock + j] += dot(z, table.sine, half) + dot(z + half, table.cosine, half);

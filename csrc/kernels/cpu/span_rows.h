@@ -66,7 +66,8 @@ inline SpanRows<Acc<T>> rows_of(const SpansArgs& args,
   dispatch_slots<T>(past.storage, [&](auto type) {
     using S = decltype(type);
     const int64_t stride = stored_width<S>(width);
-    const S* rows = ring_row<S>(ring, args.kv_heads, past.capacity, stride, b, kv, block.row);
+    const S* rows =
+        ring_row<S>(ring, args.kv_heads, past.capacity, stride, past.row(b), kv, block.row);
     found = widened(rows, stride, block.size(), width, buffer);
   });
   return found;

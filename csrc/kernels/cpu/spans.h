@@ -220,7 +220,7 @@ class QueryBlock {
 
   void add_mass(const KeyBlock& block) {
     const Span& s = args_.spans[span_];
-    const int64_t head = b_ * args_.kv_heads + kv_;
+    const int64_t head = (block.past ? s.past.row(b_) : b_) * args_.kv_heads + kv_;
     const auto* mass = static_cast<const A*>(block.past ? s.past.mass : s.mass);
     if (mass == nullptr) return;
     mass += head * (block.past ? s.past.capacity : s.size - s.past.size) + block.row;

@@ -56,7 +56,7 @@ class Tiling {
   QueryRows rows(const TokenTile& tile) const {
     const int64_t begin = std::max(tile.begin, -args_.block.first(tile.b));
     const int64_t end = std::min(tile.end, args_.block.count(tile.b));
-    return {tile.b, tile.kv, q_per_kv_, {begin, std::max(begin, end)}};
+    return {tile.b, args_.block.row(tile.b), tile.kv, q_per_kv_, {begin, std::max(begin, end)}};
   }
 
   QueryRows token(QueryRows rows, int64_t i) const {

@@ -18,6 +18,7 @@ CTX_DEVICE void append_token(const AppendArgs& args, int64_t i, int64_t b) {
   if (!row_of_block.has(i)) return;
   const int64_t t = row_of_block.first + i;
   const int64_t source = args.block.offset + i;
+  const int64_t held = args.block.row(b);
   const bool sink = t < m.clock.schedule.sinks;
   const int64_t capacity = sink ? m.clock.schedule.sinks : m.window_capacity;
   const int64_t index = (t + (CTX_PLANTED(kWrongSlot) ? 1 : 0)) % capacity;
@@ -31,7 +32,7 @@ CTX_DEVICE void append_token(const AppendArgs& args, int64_t i, int64_t b) {
     if (task % 2 == 0) {
       void* ring = sink ? m.sink_keys : m.window_keys;
       const T* from = row<T>(args.keys, b, h, source);
-      T* to = ring_row<T>(ring, m.kv_heads, capacity, m.head_dim, b, h, index);
+      T* to = ring_row<T>(ring, m.kv_heads, capacity, m.head_dim, held, h, index);
       if (rotates) {
         rotate_row(m.rotary, table, Rotation::kTo, from, to, m.head_dim, lane, 32);
       } else {
@@ -39,10 +40,10 @@ CTX_DEVICE void append_token(const AppendArgs& args, int64_t i, int64_t b) {
       }
     } else {
       void* ring = sink ? m.sink_values : m.window_values;
-      T* to = ring_row<T>(ring, m.kv_heads, capacity, m.value_dim, b, h, index);
+      T* to = ring_row<T>(ring, m.kv_heads, capacity, m.value_dim, held, h, index);
       copy_row(row<T>(args.values, b, h, source), to, m.value_dim, lane, 32);
       if (m.usage != nullptr && !sink && lane == 0)
-        *ring_row<A>(m.usage, m.kv_heads, capacity, 1, b, h, index) = A(0);
+        *ring_row<A>(m.usage, m.kv_heads, capacity, 1, held, h, index) = A(0);
     }
   }
 }

@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
     __syncthreads();
   }
-  if (x < p.size) static_cast<A*>(l.usage)[(b * a.kv_heads + kv) * p.capacity + x] += used;
+  const int64_t head = a.block.row(b) * a.kv_heads + kv;
+  if (x < p.size) static_cast<A*>(l.usage)[head * p.capacity + x] += used;
 }
 
 }  // namespace ctx::cuda

@@ -22,6 +22,7 @@ struct Part {
   int64_t before;          // keys of the span before this part
   int64_t capacity;        // of the ring
   const int64_t* first;    // kPast: the number of key 0, [B]
+  const int64_t* rows;     // kPast: the row of the ring, [B]; null: the same
   Strided keys, values;    // strides count bytes
   const void* ring_mass;   // [B, Hkv, capacity] in the arithmetic's type; null: none
   const void* fresh_mass;  // [B, Hkv, size] in the arithmetic's type; null: none
@@ -136,7 +137,7 @@ struct PartView {
   Part::Kind kind;
   const char *keys, *values;
   int64_t key_stride, value_stride;  // in bytes
-  int64_t head;                      // of [B, Hkv]
+  int64_t head;                      // of [B, Hkv], in a ring of its [rows, Hkv]
 
   CTX_DEVICE PartView(const Attention& a, const Part& p, int64_t b, int64_t kv, Range range)
       : part(p),
@@ -147,8 +148,9 @@ struct PartView {
         size(static_cast<int>(p.size)),
         kind(p.kind),
         key_stride(p.keys.token),
-        value_stride(p.values.token),
-        head(b * a.kv_heads + kv) {
+        value_stride(p.values.token) {
+    const int64_t held = held_row(a, p, b);
+    head = held * a.kv_heads + kv;
     if (p.kind == Part::kRing) {
       const int64_t low = hull.end - p.capacity;
       hull.begin = hull.begin < low ? low : hull.begin;
@@ -160,8 +162,14 @@ struct PartView {
       if (p.kind == Part::kPast) first = static_cast<int>(place_in_ring(p.first[b], p.capacity));
     }
     seen = static_cast<int>(hull.size());
-    keys = static_cast<const char*>(p.keys.data) + b * p.keys.batch + kv * p.keys.head;
-    values = static_cast<const char*>(p.values.data) + b * p.values.batch + kv * p.values.head;
+    keys = static_cast<const char*>(p.keys.data) + held * p.keys.batch + kv * p.keys.head;
+    values = static_cast<const char*>(p.values.data) + held * p.values.batch + kv * p.values.head;
+  }
+
+  // The row of the part's keys that row b of the call is.
+  static CTX_DEVICE int64_t held_row(const Attention& a, const Part& p, int64_t b) {
+    if (p.kind == Part::kRing) return a.block.row(b);
+    return p.rows == nullptr ? b : p.rows[b];
   }
 
   // Which number of the hull key x is: 0 ... seen - 1, or another number where it is none.

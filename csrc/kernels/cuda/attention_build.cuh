@@ -80,7 +80,7 @@ inline Attention attention_of(const SpansArgs& args) {
       p = Part{};
       p.kind = Part::kPast, p.region = region, p.storage = past.storage;
       p.size = past.size < past.capacity ? past.size : past.capacity;
-      p.capacity = checked_size(past.capacity), p.first = past.first;
+      p.capacity = checked_size(past.capacity), p.first = past.first, p.rows = past.rows;
       p.keys =
           ring_rows(past.keys, args.kv_heads, p.capacity, row_bytes(past.storage, args.head_dim));
       p.values = ring_rows(

@@ -12,16 +12,16 @@ struct Chooser {
   const CompressArgs& args;
   const MemoryView& m;
   const Schedule& schedule;
-  int64_t b, h;
-  A* used;         // [all]
-  int8_t* stays;   // [all]
-  int64_t* token;  // [groups]
-  A* row_of_warp;  // [head_dim or value_dim]
+  int64_t b, held, h;  // held: the memory's row
+  A* used;             // [all]
+  int8_t* stays;       // [all]
+  int64_t* token;      // [groups]
+  A* row_of_warp;      // [head_dim or value_dim]
 
   // The `groups` most used of c * groups tokens from `first` on; of equals the earlier.
   CTX_DEVICE void choose(int64_t first, int64_t groups) const {
     const int64_t all = schedule.tokens_of(groups);
-    const A* usage = ring_row<A>(m.usage, m.kv_heads, m.window_capacity, 1, b, h, 0);
+    const A* usage = ring_row<A>(m.usage, m.kv_heads, m.window_capacity, 1, held, h, 0);
     for (int64_t i = threadIdx.x; i < all; i += blockDim.x) {
       const A value = usage[(first + i) % m.window_capacity];
       used[i] = value == value ? value : minus_infinity<A>();  // a NaN has no order
@@ -66,7 +66,7 @@ struct Chooser {
                                   m.kv_heads,
                                   m.window_capacity,
                                   width,
-                                  b,
+                                  held,
                                   h,
                                   from);
       for (int64_t d = lane; d < width; d += 32) row_of_warp[d] = wide<A>(pair[d]);
@@ -87,7 +87,7 @@ struct Chooser {
                                 m.kv_heads,
                                 m.compressed_capacity,
                                 stored_width<S>(width),
-                                b,
+                                held,
                                 h,
                                 to);
         store_slot(row_of_warp, target, width, lane);
@@ -95,7 +95,7 @@ struct Chooser {
       __syncwarp();
     }
     if (lane != 0) return;
-    const int64_t slot = (b * m.kv_heads + h) * m.compressed_capacity + to;
+    const int64_t slot = (held * m.kv_heads + h) * m.compressed_capacity + to;
     if (m.slot_mass != nullptr)
       static_cast<A*>(m.slot_mass)[slot] = A(0);  // one token stands for itself
     m.slot_positions[slot] = t;
@@ -141,7 +141,8 @@ __global__ void __launch_bounds__(kCompressThreads)
   A* rows = used + room.all;
   auto* stays = reinterpret_cast<int8_t*>(rows + room.rows);
   A* mine = rows + room.rows / (kCompressThreads / 32) * warp;
-  const Chooser<T> chooser{args, m, schedule, b, h, used, stays, token, mine};
+  const int64_t held = args.block.row(b);
+  const Chooser<T> chooser{args, m, schedule, b, held, h, used, stays, token, mine};
   chooser.choose(schedule.first_token(begun), groups);
   for (int64_t g = last - groups + warp; g < last; g += kCompressThreads / 32) {
     const int64_t t = token[g - (last - groups)];

@@ -46,7 +46,7 @@ struct GroupCompressor {
   const CompressArgs& args;
   const MemoryView& m;
   int64_t c, read;
-  int64_t b, h, group;
+  int64_t b, held, h, group;  // held: the memory's row
   A *rows, *hidden[2], *weights, *slot;
 
   CTX_DEVICE GroupCompressor(const CompressArgs& a, A* memory)
@@ -91,7 +91,7 @@ struct GroupCompressor {
     const int64_t capacity = sink ? m.clock.schedule.sinks : m.window_capacity;
     void* data =
         side == 0 ? (sink ? m.sink_keys : m.window_keys) : (sink ? m.sink_values : m.window_values);
-    return ring_row<T>(data, m.kv_heads, capacity, width, b, h, t % capacity);
+    return ring_row<T>(data, m.kv_heads, capacity, width, held, h, t % capacity);
   }
 
   // Rotates pair i by the angle of a position, which nobody else needs.
@@ -211,8 +211,8 @@ struct GroupCompressor {
     if (threadIdx.x >= 32) return;
     dispatch_slots<T>(m.compressed_storage, [&](auto type) {
       using S = decltype(type);
-      S* to =
-          ring_row<S>(data, m.kv_heads, m.compressed_capacity, stored_width<S>(width), b, h, index);
+      S* to = ring_row<S>(
+          data, m.kv_heads, m.compressed_capacity, stored_width<S>(width), held, h, index);
       store_slot(slot, to, width, threadIdx.x);
     });
   }
@@ -228,7 +228,7 @@ struct GroupCompressor {
       if (side == 0) {
         rotate_slot();
         if (m.slot_mass != nullptr && threadIdx.x == 0)
-          static_cast<A*>(m.slot_mass)[(b * m.kv_heads + h) * m.compressed_capacity +
+          static_cast<A*>(m.slot_mass)[(held * m.kv_heads + h) * m.compressed_capacity +
                                        group % m.compressed_capacity] = mass;
         __syncthreads();
       }
@@ -256,7 +256,8 @@ __global__ void __launch_bounds__(kCompressThreads)
     memory = static_cast<A*>(launch.workspace) + block * GroupRoom(args).size();
   }
   GroupCompressor<T, P> compressor(args, memory);
-  compressor.b = b, compressor.h = h, compressor.group = due.first + number;
+  compressor.b = b, compressor.held = args.block.row(b);
+  compressor.h = h, compressor.group = due.first + number;
   compressor.run();
 }
 

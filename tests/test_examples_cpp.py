@@ -1,0 +1,68 @@
+"""The C++ examples: built as their first lines say, against the library of this build, and run."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import ctx
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "cpp"
+NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/CMakeLists.txt"))
+
+
+def run(*command, **options):
+    """What a program says; what it said is in the failure."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    assert done.returncode == 0, f"{command}:\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """Builds an example, and returns the program."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs CMake")
+
+    def get(name):
+        folder = tmp_path_factory.mktemp(name)
+        ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+        prefix = f"-DCMAKE_PREFIX_PATH={ctx.cmake_prefix_path}"
+        run("cmake", "-S", EXAMPLES / name, "-B", folder, *ninja, prefix)
+        run("cmake", "--build", folder)
+        return folder / name
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_description_and_one_command(name):
+    lines = (EXAMPLES / name / "CMakeLists.txt").read_text().splitlines()
+    assert len(lines) < 20
+    source = (EXAMPLES / name / "main.cpp").read_text()
+    command = re.search(r"^//   (cmake -S .*)$", source, re.MULTILINE)[1]
+    assert f"-S examples/cpp/{name} -B build/{name} " in command
+    assert f"&& build/{name}/{name}" in command
+
+
+def test_hello(build):
+    said = run(build("hello"))
+    assert re.fullmatch(r"1000 tokens in \d+ bytes; the last one sees a mean of 929.5\n", said)
+
+
+def test_many_streams(build):
+    said = run(build("many_streams"), "--seconds", "3", env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert re.search(r"1000 streams of \d+ bytes each, \d+ in a snapshot", said)
+    assert re.search(r"\d+ ticks of 32 streams, \d+ tokens/s in them, p50 [\d.]+ ms", said)
+    assert float(re.search(r"worst difference (\S+)", said)[1]) < 1e-4
