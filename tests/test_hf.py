@@ -695,6 +695,33 @@ def test_grown_caches_fork_save_load_and_crop(tmp_path):
     torch.testing.assert_close(logits_of(model, cache, x)[:, 500:], wanted, rtol=0, atol=2e-5)
 
 
+def test_what_left_a_smaller_window_is_not_taken_for_a_beginning():
+    model = long_llama()
+    x = tokens(1, 700)
+    short = exact_of(model, 300)
+    logits_of(model, short, x[:, :290])
+    cache = exact_of(model)
+    cache.load_state_dict(short.state_dict())  # all tokens are there
+    torch.testing.assert_close(
+        logits_of(model, cache, x[:, 290:]),
+        logits_of(model, exact_of(model), x)[:, 290:],
+        rtol=0,
+        atol=2e-5,
+    )
+    logits_of(model, short, x[:, 290:])
+    with pytest.raises(ValueError, match="window"):
+        exact_of(model).load_state_dict(short.state_dict())
+
+
+def test_rings_of_most_used_do_not_grow():
+    model = long_llama()
+    x = tokens(1, 400)
+    cache = ctx.hf.CompressiveCache(model.config, window=500, compressed=0, compressor="most_used")
+    torch.testing.assert_close(
+        logits_of(model, cache, x, 150), logits_of(model, exact_of(model), x), rtol=0, atol=2e-5
+    )
+
+
 def test_padded_rows_grow():
     model, plain = long_llama(), long_llama("sdpa")
     x, mask = left_padded(tokens(2, 400), 0, 150)

@@ -124,7 +124,7 @@ def differentiable(
         slots = layer.compressor.slots(keys, values, mass=layer.slot_mass)
     constants = [x.detach() for x in slots]
     attended = constants if layer.compressor_grad == "aux" else slots
-    out, weights = engine.attend(
+    out, _, weights = engine.attend(
         q, k, v, plan, _past(call), law, attended, scores, call.region_weights
     )
     if not call.update:
@@ -165,7 +165,7 @@ def projecting(
     masses = [x.expand(-1, layer.num_kv_heads, -1) for x in slots[2:]]  # one for all heads
     slots = (*project(slots[0].to(hidden.dtype)), *masses)
     scores = layer.scores(q.device)
-    out, weights = engine.attend(
+    out, _, weights = engine.attend(
         q, *project(hidden), plan, past, layer.law, slots, scores, call.region_weights
     )
     if not call.update:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ctx.memory import Memory
 
 __all__ = [
-    "Law", "Plan", "Scores", "Slots", "advance", "append", "attend", "attend_with_total", "begin",
+    "Law", "Plan", "Scores", "Slots", "advance", "append", "attend", "begin",
     "evicted_groups", "law_of", "native_settings", "plans", "rotary", "step",
 ]  # fmt: skip
 
@@ -267,29 +267,17 @@ def attend(
     slots: Slots,
     scores: Scores,
     region_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attention to the rings as they lie, the call's pairs and its slots; differentiable. Returns
-    the first two of what :func:`step` does.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention to the rings as they lie, the call's pairs and its slots; differentiable.
+
+    Returns:
+        [B, H, T, Dv]; the log-sum-exp of every query's scores, [B, H, T]; and the weight of each
+        region [B, H, T, 3], or [0].
     """
-    out, _, weights = torch.ops.ctx.attend(
+    made: tuple[Tensor, Tensor, Tensor] = torch.ops.ctx.attend(
         q, k, v, call.tensor, rings, slots, *scores, *law, region_weights
     )
-    return out, weights
-
-
-def attend_with_total(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: Plan,
-    rings: Sequence[Tensor],
-    law: Law,
-    slots: Slots,
-    scores: Scores,
-) -> tuple[Tensor, Tensor]:
-    """The same with the log-sum-exp of every query's scores, [B, H, T]."""
-    out, total, _ = torch.ops.ctx.attend(q, k, v, call.tensor, rings, slots, *scores, *law, False)
-    return out, total
+    return made
 
 
 def rotary(x: Tensor, position: Tensor, law: Law) -> Tensor:

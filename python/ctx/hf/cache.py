@@ -31,6 +31,8 @@ __all__ = ["CompressiveCache"]
 _WHERE = "ctx.hf.CompressiveCache"
 #: Key of what a state dict holds besides the memory's own.
 _STATE = "ctx.hf.CompressiveCache"
+#: Tokens that growing rings are made for at first.
+_FIRST = 256
 
 
 class CompressiveCache(Cache):
@@ -139,6 +141,8 @@ class CompressiveCache(Cache):
             rotary_interleaved=rotary_interleaved,
             biases=biases,
         )
+        if all(law.grows for law in laws):
+            laws = [law.sized(_FIRST) for law in laws]
         self._set(config, Stream(laws, dtype, compressed_dtype), layers)
 
     def _set(self, config: Any, stream: Stream, layers: list[Any]) -> None:
@@ -270,14 +274,15 @@ class CompressiveCache(Cache):
         held = Memory.from_state_dict({k: x for k, x in state.items() if k != _STATE}, where)
         first = held.spec.layers[0]
         geometry = (first.kv_heads, first.head_dim, first.value_dim)
-        stream = self._stream.like(held.spec)
-        stream.spec(geometry, held.seen.device).check(held.spec, where)
         columns, unpadded = (
             _check.integer(counts[name], name, where, 0) for name in ("columns", "unpadded")
         )
-        laws, stream, held = stream.laws, self._stream, held.clone()  # it may be this one's own
+        like = self._stream.like(held.spec, columns)
+        like.spec(geometry, held.seen.device).check(held.spec, where)
+        stream, held = self._stream, held.clone()  # before the reset: it may be this one's own
         stream.reset()
-        stream.laws, stream.memory = laws, held
+        stream.use(like.laws)
+        stream.memory = held
         stream.columns, stream.unpadded = columns, unpadded
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -42,8 +42,8 @@ class LayerLaw:
         bias: Tensor | None = None,
     ) -> None:
         self.settings = settings
-        #: The window that is asked for; without slots, rings may be made for fewer tokens first.
-        self.most = settings.schedule.window
+        #: The schedule that is asked for; rings that grow are made for a smaller window first.
+        self.asked = settings.schedule
         self.given = compressor
         self.max_rewind = max_rewind
         self.bias = bias
@@ -66,19 +66,14 @@ class LayerLaw:
     @property
     def grows(self) -> bool:
         """Whether rings may be smaller than asked for while nothing leaves the window."""
-        return self.schedule.compressed == 0
-
-    @property
-    def asked(self) -> Schedule:
-        """The schedule that was asked for."""
-        return self.schedule.resized(window=self.most)
+        return self.schedule.compressed == 0 and not self.by_usage
 
     def sized(self, window: int) -> LayerLaw:
-        """The same law over a window of so many tokens."""
-        schedule = self.schedule.resized(window=window)
+        """The same law over a window of so many tokens, at most those that were asked for."""
+        schedule = self.asked.resized(window=min(window, self.asked.window))
         settings = dataclasses.replace(self.settings, schedule=schedule)
         made = LayerLaw(settings, self.given, self.max_rewind, self.bias)
-        made.most = self.most
+        made.asked = self.asked
         return made
 
     @property

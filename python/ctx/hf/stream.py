@@ -20,8 +20,6 @@ from ctx.state import PLACE, writing
 __all__ = ["Stream"]
 
 _WHERE = "ctx.hf.CompressiveCache"
-#: Tokens that growing rings are made for at first.
-_FIRST = 256
 
 
 class Stream:
@@ -38,7 +36,7 @@ class Stream:
         dtype: torch.dtype | None,
         compressed_dtype: torch.dtype | None,
     ) -> None:
-        self.laws = [law.sized(min(law.most, _FIRST)) if law.grows else law for law in laws]
+        self.use(laws)
         self.dtype, self.compressed_dtype = dtype, compressed_dtype
         self.memory: Memory | None = None
         #: Tokens and padding that have come, the length of a 2-D mask.
@@ -48,6 +46,12 @@ class Stream:
         self.forward: Forward | None = None
         #: What the layer before was given, and its attention has not come for.
         self.pending: int | None = None
+
+    def use(self, laws: list[LayerLaw]) -> None:
+        """Goes on by these laws, which must be the memory's."""
+        self.laws = laws
+        #: Whether rings are smaller than asked for.
+        self.small = any(law.schedule != law.asked for law in laws)
 
     # ---- what a call needs
 
@@ -87,28 +91,18 @@ class Stream:
 
     def _grow(self, tokens: int) -> None:
         """Makes rings that hold all of a stream so far large enough for so many tokens, at least
-        twice as large as they were, up to what was asked for.
+        twice as large as they were, up to what was asked for. The laws of forks stay as they are.
         """
-        if all(
-            law.schedule.groups(max(tokens - 1, 0)) == 0 or law.schedule.window == law.most
-            for law in self.laws
-            if law.grows
-        ):
+        last = max(tokens - 1, 0)
+        if not self.small or not any(law.schedule.groups(last) for law in self.laws):
             return
-        self.resize([
-            min(law.most, max(tokens, 2 * law.schedule.window)) if law.grows else law.most
-            for law in self.laws
-        ])  # fmt: skip
-
-    def resize(self, windows: list[int]) -> None:
-        """Goes on over windows of these sizes; the laws of forks stay as they are."""
-        laws = [law.sized(window) for law, window in zip(self.laws, windows, strict=True)]
+        laws = [law.sized(max(tokens, 2 * law.schedule.window)) for law in self.laws]
         if self.memory is not None:
             self.memory = self.memory.resized([law.schedule for law in laws])
-            for law, held in zip(laws, self.laws, strict=True):
-                if held.geometry is not None:
-                    law.measure(held.geometry, self.memory.seen.device, _WHERE)
-        self.laws = laws
+            for law, before in zip(laws, self.laws, strict=True):
+                assert before.geometry is not None
+                law.measure(before.geometry, self.memory.seen.device, _WHERE)
+        self.use(laws)
 
     def _fit(self, k: Tensor, v: Tensor) -> None:
         """Makes a memory where there is none, or only an empty one of another batch."""
@@ -199,7 +193,7 @@ class Stream:
             out = engine.step(q, k, v, plan, rings, numbers, operands, scores, False)[0]
         else:
             pairs, read = (q, k, v), law.scored(scale, softcap)
-            out, total = engine.attend_with_total(*pairs, plan, rings, read, operands, scores)
+            out, total, _ = engine.attend(*pairs, plan, rings, read, operands, scores, False)
             share = torch.sigmoid(total - sink_logits.to(total)[:, None])
             out = out * share[..., None].to(out.dtype)
             engine.append(k, v, plan, rings, numbers, operands)
@@ -299,21 +293,19 @@ class Stream:
         self.columns = self.unpadded = 0
         self.forward = self.pending = None
 
-    def like(self, spec: Spec) -> Stream:
-        """An empty stream whose rings, where they grow, are as large as those of a memory."""
-        other = Stream(self.laws, self.dtype, self.compressed_dtype)
-        if len(spec.layers) == len(self.laws):
-            pairs = zip(self.laws, spec.layers, strict=True)
-            other.laws = [
-                law.sized(held.window) if law.grows and held.window <= law.most else law
-                for law, held in pairs
-            ]
-        return other
+    def like(self, spec: Spec, tokens: int) -> Stream:
+        """An empty stream whose rings, where they grow, are as large as those of a memory that has
+        seen so many tokens, all of which it still has.
+        """
+        laws, last = self.laws, max(tokens - 1, 0)
+        whole = not any(held.schedule.groups(last) for held in spec.layers)
+        if whole and len(spec.layers) == len(laws) and all(law.grows for law in laws):
+            laws = [law.sized(held.window) for law, held in zip(laws, spec.layers, strict=True)]
+        return Stream(laws, self.dtype, self.compressed_dtype)
 
     def clone(self) -> Stream:
         """Another stream that holds the same; laws and compressors are shared."""
         other = Stream(self.laws, self.dtype, self.compressed_dtype)
-        other.laws = self.laws
         other.memory = None if self.memory is None else self.memory.clone()
         other.columns, other.unpadded = self.columns, self.unpadded
         return other

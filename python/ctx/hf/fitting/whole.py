@@ -39,20 +39,17 @@ def compressed_attention(
     place = torch.arange(q.shape[2], device=q.device, dtype=torch.float64).expand(len(q), -1)
     q = engine.rotary(q, -place, law.unrotating)
     numbers, scores = law.scored(scale, softcap), law.scores(q)
+    groups = engine.evicted_groups(k, v, plan, (), numbers)
     slots: Sequence[Tensor]
     if law.by_usage:
         with torch.no_grad():
             rings = Memory.empty(Spec((law.spec,)), len(q), k.dtype, k.device).rings[0]
             made = engine.step(q, k, v, plan, rings, numbers, (), scores, False)
-        keys, values = engine.evicted_groups(k, v, plan, (), numbers)
-        mass = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-        slots = (MostUsed.take(keys, made[2]), MostUsed.take(values, made[2]), mass, made[3])
+        keys, values = (MostUsed.take(x, made[2]) for x in groups)
+        slots = (keys, values, keys.new_zeros(keys.shape[:3]), made[3])
     else:
-        numbers = law.scored(scale, softcap, True)
-        groups = engine.evicted_groups(k, v, plan, (), numbers)
         slots = law.compressor.slots(*groups, mass=True)
-        numbers = law.scored(scale, softcap)
-    out, _ = engine.attend(q, k, v, plan, (), numbers, slots, scores, False)
+    out, *_ = engine.attend(q, k, v, plan, (), numbers, slots, scores, False)
     return out.transpose(1, 2)
 
 
