@@ -5,32 +5,19 @@ CTX_SANITIZE=address,undefined builds them with these sanitizers.
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 import ctx
+from programs import run
 from strategies import assert_same_bits
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 B, H, HKV, D, DV = 2, 4, 2, 6, 4  # tests/cpp/streams.h
-
-
-def run(*command, **options):
-    """Runs a program; what it said is in the failure."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    assert done.returncode == 0, f"{command}:\n{done.stdout[-6000:]}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -3,30 +3,17 @@
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import ctx
+from programs import run
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "cpp"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/CMakeLists.txt"))
-
-
-def run(*command, **options):
-    """What a program says; what it said is in the failure."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    assert done.returncode == 0, f"{command}:\n{done.stdout[-6000:]}"
-    return done.stdout
 
 
 @pytest.fixture(scope="module")

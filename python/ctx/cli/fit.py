@@ -7,20 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import ctx.hf
-from ctx.cli.options import add_options, set_threads
+from ctx.cli.options import DTYPES, add_existing_model, add_options, library_error, set_threads
 from ctx.compression import COMPRESSORS
 from ctx.hf.fitting.settings import FitSettings
 from ctx.hf.loading import load_model
 from ctx.recipes.data import read_text
-from ctx.recipes.errors import RecipeError, setting_error
+from ctx.recipes.errors import RecipeError
 from ctx.recipes.progress import Progress
 
 __all__ = ["add_parser", "run"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # name in FitSettings, type, meaning
 _OPTIONS: list[tuple[str, Any, str]] = [
     ("slots", int, "the most entries a query attends to in a layer"),
@@ -46,9 +43,8 @@ def add_parser(commands: Any) -> None:
         "fit", help="fit compressors to an existing model", description=__doc__
     )
     parser.set_defaults(run=run)
+    add_existing_model(parser)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR",
-        help="a Hugging Face model's folder, or one with a .gguf file")  # fmt: skip
     add("--text", type=Path, required=True, nargs="+", metavar="FILE", help="UTF-8 texts")
     add("--out", type=Path, required=True, metavar="FILE",
         help="the compressors; while it is incomplete FILE.partial, from which the same command "
@@ -62,8 +58,6 @@ def add_parser(commands: Any) -> None:
     add(
         "--characters", type=int, metavar="N", help="of each text from its beginning (default: all)"
     )
-    add("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
-    add("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,13 +78,8 @@ def run(args: argparse.Namespace) -> int:
         fitted = ctx.hf.fit(
             model, texts, tokenizer=tokenizer, partial=partial, progress=bars, **settings
         )
-    except ImportError as error:
-        raise RecipeError(str(error).partition(": ")[2] or str(error)) from error
-    except (ValueError, TypeError) as error:
-        if not str(error).startswith("ctx."):
-            raise
-        made = str(setting_error(error, names)).replace("folder must", "--model must", 1)
-        raise RecipeError(made) from error
+    except (ImportError, ValueError, TypeError) as error:
+        raise library_error(error, names) from error
     except KeyboardInterrupt:
         if partial.exists():
             print(f"\nkept so far: {partial}; the same command goes on", file=sys.stderr)

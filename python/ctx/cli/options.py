@@ -6,21 +6,48 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ctx.compression import COMPRESSORS
-from ctx.recipes.errors import RecipeError
+from ctx.recipes.errors import RecipeError, setting_error
 
 __all__ = [
+    "DTYPES",
     "MODEL_OPTIONS",
     "RUN_OPTIONS",
+    "add_existing_model",
     "add_options",
     "in_options",
+    "library_error",
     "set_threads",
     "sizes",
 ]
+
+
+#: What a model of transformers may be read as.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def add_existing_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which model of transformers to read, and how to run it."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR",
+        help="a Hugging Face model's folder, or one with a .gguf file")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
+    add("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
+
+
+def library_error(error: Exception, names: Iterable[str]) -> Exception:
+    """An error of ``ctx.hf`` for the command line: those of settings `names` give the options."""
+    if not str(error).startswith("ctx."):
+        return error
+    if isinstance(error, ImportError):
+        return RecipeError(str(error).partition(": ")[2])
+    made = setting_error(error, names)
+    return RecipeError(str(made).replace("folder must", "--model must", 1))
 
 
 def sizes(text: str) -> int | tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctx.cli.options import set_threads
+from ctx.cli.options import DTYPES, add_existing_model, library_error, set_threads
 from ctx.hf.budgets import schedule_of
 from ctx.hf.evaluation import candidates, picture, statistics
 from ctx.hf.evaluation.candidates import Candidate
@@ -18,13 +18,12 @@ from ctx.hf.evaluation.comparison import perplexity
 from ctx.hf.evaluation.streaming import Scores, stream
 from ctx.hf.loading import load_model
 from ctx.recipes.data import read_text
-from ctx.recipes.errors import RecipeError, setting_error
+from ctx.recipes.errors import RecipeError
 from ctx.recipes.progress import Progress
 
 __all__ = ["add_parser", "run"]
 
 PICTURES = (".png", ".pdf", ".svg")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Neighbouring tokens whose mean loss is one sample of an error bar.
 BLOCK = 512
 _SETTINGS = ("slots", "compressed", "ratio", "chunk")
@@ -39,9 +38,8 @@ def add_parser(commands: Any) -> None:
         description=__doc__,
     )
     parser.set_defaults(run=run)
+    add_existing_model(parser)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR",
-        help="a Hugging Face model's folder, or one with a .gguf file")  # fmt: skip
     add("--text", type=Path, required=True, metavar="FILE", help="a UTF-8 text")
     add("--compressor", type=Path, metavar="FILE", help="what `ctx fit` wrote, with its sizes")
     add("--slots", type=int, metavar="N",
@@ -53,9 +51,7 @@ def add_parser(commands: Any) -> None:
     add("--full", type=int, metavar="N",
         help="tokens for the full cache; 0: none (default: the model's positions)")  # fmt: skip
     add("--chunk", type=int, default=512, metavar="N", help="tokens per call (default: 512)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     add("--plot", type=Path, metavar="FILE.png", help="draws the loss against the position")
-    add("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         ids = tokens_of(tokenizer, text, args.tokens)
         compared = _candidates(args, model)
     except (ImportError, ValueError) as error:
-        raise _error(error) from error
+        raise library_error(error, _SETTINGS) from error
     if len(ids) < 2:
         raise RecipeError(f"{args.text} must have at least 2 tokens, got {len(ids)}")
     known = model.get_input_embeddings().num_embeddings
@@ -85,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             scores = stream(model, ids, compared, chunk=args.chunk, advance=progress.advance)
         except ValueError as error:
-            raise _error(error) from error
+            raise library_error(error, _SETTINGS) from error
     print(table(scores, baseline=1 if full else 0))
     print(
         f"{len(ids):,} tokens, {args.chunk} per call, {args.dtype}, {torch.get_num_threads()} "
@@ -119,16 +115,6 @@ def _check(args: argparse.Namespace) -> None:
             raise RecipeError(f"--plot must end with {', '.join(PICTURES)}, got {args.plot}")
         if not args.plot.resolve().parent.is_dir():
             raise RecipeError(f"cannot write {args.plot}: no such folder")
-
-
-def _error(error: Exception) -> Exception:
-    """An error of the library for the command line; those of sizes name the options."""
-    if not str(error).startswith("ctx."):
-        return error
-    if isinstance(error, ImportError):
-        return RecipeError(str(error).partition(": ")[2])
-    made = setting_error(error, _SETTINGS)
-    return RecipeError(str(made).replace("folder must", "--model must", 1))
 
 
 def tokens_of(tokenizer: Any, text: str, limit: int | None) -> Tensor:

@@ -174,7 +174,7 @@ class _Fit:
             recorded = self._record(excerpts)
             for layer in range(self.layers):
                 if layer >= len(done):
-                    done.append(self._layer(layer, recorded[layer], excerpts))
+                    done.append(self._layer(recorded[layer], excerpts))
                     self.partial.keep()
                 recorded[layer] = None  # type: ignore[call-overload]
                 self.tell("layers", layer + 1, self.layers, _words(done[layer]))
@@ -194,7 +194,7 @@ class _Fit:
         every = COMPRESSORS[self.settings.compressor].by_usage
         return record(self.model, excerpts, every, lambda: self.tell("record", next(count), number))
 
-    def _layer(self, layer: int, recorded: Recorded, excerpts: Excerpts) -> dict[str, Any]:
+    def _layer(self, recorded: Recorded, excerpts: Excerpts) -> dict[str, Any]:
         """The best placement of a layer, and what was fitted for it."""
         s, errors = self.settings, list[float]()
         best: dict[str, Any] | None = None
@@ -202,7 +202,7 @@ class _Fit:
         geometry = (heads, recorded.keys.shape[3], recorded.values.shape[3])
         for placement, schedule in enumerate(self.placements):
             bias = torch.zeros(heads, device=device, requires_grad=True)
-            law = self.laws([schedule] * self.layers, [bias] * self.layers)[layer]
+            (law,) = self.laws([schedule], [bias])
             law.measure(geometry, device, _WHERE)
             if schedule.compressed:
                 problems = problems_of(law, recorded, excerpts.queries, excerpts.training)
