@@ -3,10 +3,18 @@
 set(CTX_SOURCES
     csrc/core/archive.cpp
     csrc/core/attention.cpp
+    csrc/core/attention_calls.cpp
+    csrc/core/attention_module.cpp
+    csrc/core/attention_options.cpp
     csrc/core/compressor.cpp
     csrc/core/init.cpp
     csrc/core/memory.cpp
     csrc/core/memory_rows.cpp
+    csrc/core/memory_spec.cpp
+    csrc/core/model_memory.cpp
+    csrc/core/module_call.cpp
+    csrc/core/module_check.cpp
+    csrc/core/module_parts.cpp
     csrc/core/rows.cpp
     csrc/core/rows_check.cpp
     csrc/core/rows_resize.cpp
@@ -14,7 +22,13 @@ set(CTX_SOURCES
     csrc/core/session.cpp
     csrc/core/session_streams.cpp
     csrc/core/settings.cpp
+    csrc/core/slots.cpp
     csrc/core/snapshot.cpp
+    csrc/core/state_pickle.cpp
+    csrc/core/transformer.cpp
+    csrc/core/transformer_block.cpp
+    csrc/core/transformer_config.cpp
+    csrc/core/weights.cpp
     csrc/kernels/cpu/capability.cpp
     csrc/ops/attend.cpp
     csrc/ops/attend_autograd.cpp
@@ -79,9 +93,10 @@ set_source_files_properties(${CTX_KERNEL_TEST_SOURCES} PROPERTIES COMPILE_OPTION
 
 # One program each, named after the file.
 set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/test_attention.cpp
-                     tests/cpp/test_memory.cpp tests/cpp/test_rows.cpp
+                     tests/cpp/test_memory.cpp tests/cpp/test_modules.cpp
+                     tests/cpp/test_rows.cpp
                      tests/cpp/test_schedule.cpp tests/cpp/test_session.cpp
-                     tests/cpp/test_snapshot.cpp)
+                     tests/cpp/test_snapshot.cpp tests/cpp/test_weights.cpp)
 
 set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>
                             <torch/library.h>)

@@ -1,4 +1,4 @@
-// Everything that libctx offers to C++ programs.
+// Everything that libctx offers to C++ programs, but for its modules (modules.h).
 #pragma once
 
 #include <string>
