@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import ctx
 from programs import run
@@ -53,3 +54,18 @@ def test_many_streams(build):
     assert re.search(r"1000 streams of \d+ bytes each, \d+ in a snapshot", said)
     assert re.search(r"\d+ ticks of 32 streams, \d+ tokens/s in them, p50 [\d.]+ ms", said)
     assert float(re.search(r"worst difference (\S+)", said)[1]) < 1e-4
+
+
+def test_train(build, tmp_path):
+    """It copies, and so does the model of its weights in Python."""
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    said = run(build("train"), "--steps", "300", "--save", tmp_path / "weights", **options)
+    share = float(re.search(r"streamed: ([\d.]+) % of the second halves copied", said)[1])
+    assert share > 90
+    sizes = {"vocab_size": 16, "embed_dim": 64, "num_layers": 2, "num_heads": 4}
+    memory = {"window": 4, "compressed": 8, "ratio": 2}
+    model = ctx.CompressiveTransformer(ctx.CompressiveTransformerConfig(**sizes, **memory))
+    model.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    word = torch.randint(16, (64, 12))
+    logits, _ = model(torch.cat([word, word], 1))
+    assert (logits[:, 11:23].argmax(-1) == word).float().mean() > 0.9
