@@ -4,6 +4,7 @@ losses and trained weights are compared. One program, tests/cpp_modules, runs al
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,20 @@ def everything(module, given):
     return out
 
 
+def saved(module, number):
+    """A state dict in the ways in which weights are saved."""
+    state = module.state_dict()
+    checkpoint = {
+        "format": "ctx-checkpoint",
+        "settings": {"steps": 70_000, "rate": 1e-3, "files": ["a", "b"], "compare": False},
+        "weights": state,
+        "version": 1,  # a name that state dicts have, too
+        "optimizer": {"state": {0: {"step": torch.ones(2)}}, "groups": [{"params": [0, 1]}]},
+        "memory": None,
+    }
+    return (state, dict(state), checkpoint)[number % 3]
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     if shutil.which("cmake") is None:
@@ -161,7 +176,7 @@ def results(program, tmp_path_factory):
         with torch.no_grad():  # random everywhere, also what starts as zeros
             for parameter in module.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        torch.save(module.state_dict(), f"{path}.weights")
+        torch.save(saved(module, number), f"{path}.weights")
         if "num_layers" in options:
             x = torch.randint(options["vocab_size"], (ROWS, TOKENS))
         else:
@@ -238,3 +253,53 @@ def test_streaming_is_the_differentiable_function(results):
     for here, there in results.values():
         for one in (here, there):
             torch.testing.assert_close(one["streamed"], one["differentiable"], rtol=0, atol=1e-5)
+
+
+def test_state_dicts_of_all_kinds(program, tmp_path):
+    """Views, other dtypes, tensors that share a storage, none at all."""
+    whole = torch.arange(24.0).view(4, 6)
+    state = {
+        "bfloat16": whole.bfloat16(),
+        "empty": torch.zeros(0, 3),
+        "int64": torch.arange(5),
+        "scalar": torch.tensor(2.5),
+        "view": whole[1:, ::2],
+        "whole": whole,
+    }
+    torch.save(state, tmp_path / "weights")
+    lines = run(program, "read", tmp_path / "weights").splitlines()
+    want = [f"{name} {[*x.shape]} {x.double().sum():g}" for name, x in state.items()]
+    assert lines == want
+
+
+def with_records(path, change):
+    """An archive of torch.save with other records of whole checksums."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, change(name, data))
+
+
+DAMAGES = {
+    "data that are too short": lambda name, x: x[:-8] if name.endswith("data/0") else x,
+    "another class": lambda name, x: x.replace(b"OrderedDict", b"OrderedSets"),
+    "another attribute": lambda name, x: x.replace(b"_metadata", b"_elsewhat"),
+    "a pickle that ends": lambda name, x: x[:-30] if name.endswith("data.pkl") else x,
+    "an empty pickle": lambda name, x: b"" if name.endswith("data.pkl") else x,
+    "a length beyond the end": lambda name, x: x.replace(b"\6\0\0\0weight", b"\6\0\0\xffweight"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_foreign_archives_are_refused(program, tmp_path, damage):
+    path = tmp_path / "weights"
+    torch.save(torch.nn.Linear(3, 2).state_dict(), path)
+    assert run(program, "read", path).splitlines()[1].startswith("weight [2, 3] ")
+    before = path.read_bytes()
+    with_records(path, DAMAGES[damage])
+    assert path.read_bytes() != before
+    said = run(program, "read", path)
+    assert said == (
+        f"ctx.read_state_dict: path must be a state dict, got a damaged or foreign file: {path}\n"
+    )

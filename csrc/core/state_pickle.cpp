@@ -1,10 +1,14 @@
 #include "core/state_pickle.h"
 
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/ivalue.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/unpickler.h>
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <sstream>
 #include <string_view>
 
@@ -12,6 +16,8 @@
 
 namespace ctx {
 namespace {
+
+using at::Tensor;
 
 // The opcodes that torch.save writes (Python's pickle, protocol 2), with operands.
 enum : unsigned char {
@@ -31,13 +37,14 @@ enum : unsigned char {
   kReduce = 'R',
   kEmptyDict = '}',
   kBuild = 'b',
+  kSetItem = 's',
 };
 
 // Python's state_dict() is an OrderedDict with an attribute, which torch's C++ reader takes for
-// nothing. The same pickle with plain dicts, without that attribute:
+// nothing. The same pickle with plain dicts, in which the attribute has the name "":
 //
-//   collections.OrderedDict ()    becomes  {}
-//   {"_metadata": ...} BUILD      is left out
+//   collections.OrderedDict ()      becomes  {}
+//   x {"_metadata": ...} BUILD      becomes  x "" {"_metadata": ...} SETITEM
 class PlainDicts {
  public:
   explicit PlainDicts(std::string_view pickle) : rest_(pickle) {}
@@ -56,8 +63,11 @@ class PlainDicts {
         next();
         made_ += kEmptyDict;
       } else if (code == kEmptyDict && begins_metadata()) {
-        while (static_cast<unsigned char>(next()[0]) != kBuild) {
-        }
+        made_.append("X\0\0\0\0", 5).append(op);
+        ++attributes_;
+      } else if (code == kBuild) {
+        TORCH_CHECK(attributes_-- > 0, "an object that is no dict");
+        made_ += kSetItem;
       } else {
         made_ += op;
       }
@@ -119,7 +129,7 @@ class PlainDicts {
     return number;
   }
 
-  // Whether a dict that begins here has that key first.
+  // Whether a dict that begins here has the key "_metadata" first.
   bool begins_metadata() const {
     std::string_view rest = rest_;
     const size_t put = size_of(rest);
@@ -130,12 +140,38 @@ class PlainDicts {
 
   std::string_view rest_;
   std::string made_;
-  int64_t ordered_ = -1;
+  int64_t ordered_ = -1;    // the number by which the class is remembered
+  int64_t attributes_ = 0;  // that have begun
 };
+
+// The tensors of a dict.
+StateDict tensors_of(const c10::IValue& value) {
+  TORCH_CHECK(value.isGenericDict(), "not a dict");
+  StateDict made;
+  for (const auto& item : value.toGenericDict()) {
+    TORCH_CHECK(item.key().isString(), "not a name");
+    if (item.key().toStringRef() == "weights" && item.value().isGenericDict())
+      return tensors_of(item.value());
+  }
+  for (const auto& item : value.toGenericDict()) {
+    const std::string& name = item.key().toStringRef();
+    if (!name.empty()) made[name] = item.value().toTensor();
+  }
+  return made;
+}
+
+// torch believes what a pickle says of sizes.
+void check_inside(const Tensor& tensor, const std::map<const void*, size_t>& records) {
+  if (tensor.numel() == 0) return;
+  const auto record = records.find(tensor.storage().data());
+  const size_t needed = at::detail::computeStorageNbytes(
+      tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
+  TORCH_CHECK(record != records.end() && needed <= record->second, "a tensor beyond its data");
+}
 
 }  // namespace
 
-c10::IValue read_pickle(const std::vector<char>& bytes) {
+StateDict read_state_pickle(const std::vector<char>& bytes) {
   TORCH_CHECK(is_whole_archive(bytes), "not a whole archive");
   std::istringstream stream(std::string(bytes.begin(), bytes.end()));
   caffe2::serialize::PyTorchStreamReader reader(&stream);
@@ -148,12 +184,17 @@ c10::IValue read_pickle(const std::vector<char>& bytes) {
     at += count;
     return count;
   };
+  std::map<const void*, size_t> records;  // how large the data of each storage is
   const auto record = [&](const std::string& name) {
-    return std::get<0>(reader.getRecord("data/" + name));
+    auto [held, length] = reader.getRecord("data/" + name);
+    records[held.get()] = length;
+    return std::move(held);
   };
   torch::jit::Unpickler unpickler(read, nullptr, nullptr, record, std::nullopt);
   unpickler.set_version(reader.version());
-  return unpickler.parse_ivalue();
+  StateDict made = tensors_of(unpickler.parse_ivalue());
+  for (const auto& [name, tensor] : made) check_inside(tensor, records);
+  return made;
 }
 
 }  // namespace ctx

@@ -1,13 +1,14 @@
 // State dicts as Python's torch.save writes them.
 #pragma once
 
-#include <ATen/core/ivalue.h>
-
 #include <vector>
+
+#include "ctx/weights.h"
 
 namespace ctx {
 
-// What an archive of torch.save holds. Throws c10::Error for anything else, or a damaged one.
-c10::IValue read_pickle(const std::vector<char>& bytes);
+// The tensors of an archive that torch.save wrote of a dict; of a dict with the entry "weights", those
+// of that. Throws c10::Error for anything else, or a damaged one.
+StateDict read_state_pickle(const std::vector<char>& bytes);
 
 }  // namespace ctx

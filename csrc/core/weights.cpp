@@ -28,20 +28,6 @@ std::vector<char> read_bytes(const std::string& path) {
   return bytes;
 }
 
-// The tensors of a dict; of a checkpoint of `ctx train`, those of its weights.
-StateDict tensors_of(const c10::IValue& value) {
-  TORCH_CHECK(value.isGenericDict(), "not a dict");
-  StateDict made;
-  for (const auto& item : value.toGenericDict()) {
-    TORCH_CHECK(item.key().isString(), "not a name");
-    if (item.key().toStringRef() == "weights" && item.value().isGenericDict())
-      return tensors_of(item.value());
-  }
-  for (const auto& item : value.toGenericDict())
-    made[item.key().toStringRef()] = item.value().toTensor();
-  return made;
-}
-
 // "a, b", or "none"; the first few.
 std::string listed(const std::vector<std::string>& names) {
   std::string made;
@@ -96,7 +82,7 @@ void load_state_dict(torch::nn::Module& module, const StateDict& state, const ch
 StateDict read_state_dict(const std::string& path, const char* where) {
   const std::vector<char> bytes = read_bytes(path);
   try {
-    return tensors_of(read_pickle(bytes));
+    return read_state_pickle(bytes);
   } catch (const std::exception&) {  // torch has many words for what is wrong with a file
     CTX_CHECK_VALUE(
         false, where, "path must be a state dict, got a damaged or foreign file: ", path);

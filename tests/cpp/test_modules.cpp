@@ -267,6 +267,35 @@ void test_open_memory() {
   EXPECT(close(layer->forward(x, memory).output, layer->forward(x).output));
 }
 
+// An error in the second layer: the call has not happened, and the memory goes on.
+void test_interrupted() {
+  CompressiveTransformer model = shaken(CompressiveTransformer(model_config()));
+  const at::NoGradGuard no_grad;
+  const Tensor tokens = at::randint(11, {2, 20}, at::kLong);
+  const Tensor next = tokens.narrow(1, 0, 5), many = tokens.narrow(1, 0, 9);
+  ModelMemory memory = model->forward(tokens).memory;
+  const Tensor want = model->forward(next, memory.clone()).output;
+  const Tensor weight = model->attention(1)->q_proj->weight, right = weight.clone();
+  const auto fail = [&](const Tensor& piece) {
+    bool thrown = false;
+    weight.set_data(at::zeros({16, 3}, at::kDouble));
+    try {
+      model->forward(piece, memory);
+    } catch (const c10::Error&) {
+      thrown = true;
+    }
+    weight.set_data(right);
+    EXPECT(thrown && same(memory.seen(), at::full({2}, 20, at::kLong)));
+  };
+  fail(next);
+  EXPECT(same(memory.rewindable(), at::full({2}, 2, at::kLong)));  // 5 of 7 spare entries are used
+  EXPECT(close(model->forward(next, memory.clone()).output, want));
+  fail(many);  // more tokens than spare entries: what the rings held is lost
+  EXPECT_THROWS(c10::ValueError,
+                "ctx.CompressiveTransformer.forward: memory must be what a call left that ended",
+                model->forward(next, memory));
+}
+
 void test_copies() {
   CompressiveTransformer model = shaken(CompressiveTransformer(model_config("gated")));
   auto copy = std::dynamic_pointer_cast<ctx::CompressiveTransformerImpl>(model->clone());
@@ -427,6 +456,7 @@ int main() {
   test_rows_of_a_call();
   test_not_finite();
   test_open_memory();
+  test_interrupted();
   test_copies();
   test_memories_of_others();
   test_bad_input();

@@ -3,6 +3,7 @@
 // compared there.
 //
 //   cpp_modules <folder> <number of cases>
+//   cpp_modules read <state dict>             prints its names, shapes and sums, or the error
 //
 //   <n>.case     settings by the names of the options, and tensors `x`, `cuts`, `lengths`, `reset_at`,
 //                `seed`, `step_size`
@@ -18,6 +19,7 @@
 #include <torch/utils.h>
 
 #include <cstdio>
+#include <sstream>
 #include <string>
 #include <type_traits>
 
@@ -182,10 +184,24 @@ void run(Module module, const Case& c, const std::string& path) {
   ctx::write_snapshot(out, path + ".out");
 }
 
+int read(const std::string& path) {
+  try {
+    for (const auto& [name, tensor] : ctx::read_state_dict(path)) {
+      std::ostringstream shape;
+      shape << name << " " << tensor.sizes() << " " << tensor.sum().item<double>();
+      std::printf("%s\n", shape.str().c_str());
+    }
+  } catch (const c10::Error& error) {
+    std::printf("%s\n", error.what_without_backtrace());
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
+  if (std::string(argv[1]) == "read") return read(argv[2]);
   at::set_num_threads(1);
   for (int i = 0; i < std::stoi(argv[2]); ++i) {
     const std::string path = std::string(argv[1]) + "/" + std::to_string(i);
