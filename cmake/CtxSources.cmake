@@ -7,6 +7,7 @@ set(CTX_SOURCES
     csrc/core/attention_module.cpp
     csrc/core/attention_options.cpp
     csrc/core/compressor.cpp
+    csrc/core/files.cpp
     csrc/core/init.cpp
     csrc/core/memory.cpp
     csrc/core/memory_rows.cpp

@@ -196,6 +196,7 @@ def results(program, tmp_path_factory):
     found = {}
     for number, name in enumerate(CASES):
         there = torch.load(folder / f"{number}.out", weights_only=True)
+        there["names"] = (folder / f"{number}.names").read_text()
         there["first"] = torch.load(folder / f"{number}.first", weights_only=True)
         there["weights"] = torch.load(folder / f"{number}.trained", weights_only=True)
         found[name] = here[name], there

@@ -2,8 +2,10 @@
 
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/Dict.h>
 #include <ATen/core/ivalue.h>
 #include <caffe2/serialize/inline_container.h>
+#include <torch/csrc/jit/serialization/pickler.h>
 #include <torch/csrc/jit/serialization/unpickler.h>
 
 #include <algorithm>
@@ -195,6 +197,39 @@ StateDict read_state_pickle(const std::vector<char>& bytes) {
   StateDict made = tensors_of(unpickler.parse_ivalue());
   for (const auto& [name, tensor] : made) check_inside(tensor, records);
   return made;
+}
+
+// As torch::jit::pickle_save, but without the types of containers, which Python's torch.load with
+// weights_only=True refuses.
+std::vector<char> state_pickle(const StateDict& state) {
+  c10::impl::GenericDict plain(c10::StringType::get(), c10::AnyType::get());
+  for (const auto& [name, tensor] : state) plain.insert(name, tensor.detach());
+  std::vector<char> pickle;
+  torch::jit::Pickler pickler(
+      [&](const char* bytes, size_t size) { pickle.insert(pickle.end(), bytes, bytes + size); },
+      /*tensor_table=*/nullptr,
+      /*type_renamer=*/nullptr,
+      /*memoized_class_types=*/nullptr,
+      /*get_tensor_id=*/nullptr,
+      /*tag_aggregates=*/false);
+  pickler.protocol();
+  pickler.pushIValue(plain);
+  pickler.stop();
+
+  std::vector<char> archive;
+  caffe2::serialize::PyTorchStreamWriter writer([&](const void* bytes, size_t size) {
+    const char* begin = static_cast<const char*>(bytes);
+    archive.insert(archive.end(), begin, begin + size);
+    return size;
+  });
+  size_t number = 0;
+  for (const Tensor& tensor : pickler.tensorData()) {
+    const auto data = torch::jit::getWriteableTensorData(tensor);
+    writer.writeRecord("data/" + std::to_string(number++), data.data(), data.sizeInBytes());
+  }
+  writer.writeRecord("data.pkl", pickle.data(), pickle.size());
+  writer.writeEndOfFile();
+  return archive;
 }
 
 }  // namespace ctx

@@ -11,4 +11,7 @@ namespace ctx {
 // of that. Throws c10::Error for anything else, or a damaged one.
 StateDict read_state_pickle(const std::vector<char>& bytes);
 
+// The archive that torch.save would write of a dict of these tensors.
+std::vector<char> state_pickle(const StateDict& state);
+
 }  // namespace ctx

@@ -4,29 +4,14 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/nn/module.h>
 
-#include <cerrno>
-#include <fstream>
-#include <iterator>
-#include <system_error>
-
+#include "core/files.h"
 #include "core/state_pickle.h"
-#include "ctx/snapshot.h"
 #include "ops/check.h"
 
 namespace ctx {
 namespace {
 
 using at::Tensor;
-
-std::vector<char> read_bytes(const std::string& path) {
-  errno = 0;
-  std::ifstream file(path, std::ios::binary);
-  std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  if (!file.is_open() || file.bad())
-    throw std::system_error(
-        errno == 0 ? EIO : errno, std::generic_category(), "ctx: cannot read " + path);
-  return bytes;
-}
 
 // "a, b", or "none"; the first few.
 std::string listed(const std::vector<std::string>& names) {
@@ -80,7 +65,7 @@ void load_state_dict(torch::nn::Module& module, const StateDict& state, const ch
 }
 
 StateDict read_state_dict(const std::string& path, const char* where) {
-  const std::vector<char> bytes = read_bytes(path);
+  const std::vector<char> bytes = files::read(path, where);
   try {
     return read_state_pickle(bytes);
   } catch (const std::exception&) {  // torch has many words for what is wrong with a file
@@ -94,10 +79,14 @@ void load_state_dict(torch::nn::Module& module, const std::string& path) {
   load_state_dict(module, read_state_dict(path, where), where);
 }
 
+void write_state_dict(const StateDict& state, const std::string& path, const char* where) {
+  for (const auto& [name, tensor] : state)
+    CTX_CHECK_VALUE(tensor.defined(), where, name, " must be a tensor, got none");
+  files::replace(path, state_pickle(state), where);
+}
+
 void save_state_dict(const torch::nn::Module& module, const std::string& path) {
-  Snapshot snapshot;
-  for (const auto& [name, tensor] : state_dict(module)) snapshot[name] = tensor.detach();
-  write_snapshot(snapshot, path, "ctx.save_state_dict");
+  write_state_dict(state_dict(module), path, "ctx.save_state_dict");
 }
 
 }  // namespace ctx

@@ -10,6 +10,7 @@
 //   <n>.weights  torch.save of a state_dict()
 //   <n>.first    written: the module's first values of that seed
 //   <n>.trained  written: the module's weights after ten steps
+//   <n>.names    written: the names of the parameters, one a line
 //   <n>.out      written: everything else
 #include <ATen/ATen.h>
 #include <ctx/ctx.h>
@@ -19,6 +20,7 @@
 #include <torch/utils.h>
 
 #include <cstdio>
+#include <fstream>
 #include <sstream>
 #include <string>
 #include <type_traits>
@@ -126,7 +128,7 @@ Tensor run_in_pieces(Module& module,
   return at::cat(made, 1);
 }
 
-void keep(Snapshot& out, const std::string& name, const ctx::ModelMemory& memory) {
+void keep(ctx::StateDict& out, const std::string& name, const ctx::ModelMemory& memory) {
   for (size_t i = 0; i < memory.tensors().size(); ++i)
     out[name + "." + std::to_string(i)] = memory.tensors()[i].clone();
 }
@@ -153,12 +155,11 @@ Tensor train(Module& module, const Case& c, ctx::ModelMemory& memory) {
 
 template <typename Module>
 void run(Module module, const Case& c, const std::string& path) {
-  Snapshot out;
+  ctx::StateDict out;
   ctx::save_state_dict(*module, path + ".first");
   ctx::load_state_dict(*module, path + ".weights");
-  std::string names;
-  for (const auto& parameter : module->named_parameters()) names += parameter.key() + "\n";
-  out["names"] = names;
+  std::ofstream names(path + ".names");
+  for (const auto& parameter : module->named_parameters()) names << parameter.key() << "\n";
   module->eval();
   const Tensor& x = c.tensor("x");
   {
@@ -181,7 +182,7 @@ void run(Module module, const Case& c, const std::string& path) {
   out["losses"] = train(module, c, trained);
   keep(out, "trained", trained);
   ctx::save_state_dict(*module, path + ".trained");
-  ctx::write_snapshot(out, path + ".out");
+  ctx::write_state_dict(out, path + ".out");
 }
 
 int read(const std::string& path) {

@@ -41,5 +41,8 @@ CTX_API StateDict read_state_dict(const std::string& path,
 // Writes what Python reads by torch.load(path, weights_only=True), whole or not at all: a dict of
 // tensors for load_state_dict. Throws std::system_error where the file cannot be written.
 CTX_API void save_state_dict(const torch::nn::Module& module, const std::string& path);
+CTX_API void write_state_dict(const StateDict& state,
+                              const std::string& path,
+                              const char* where = "ctx.write_state_dict");
 
 }  // namespace ctx
