@@ -96,8 +96,16 @@ def _full(shape: Shape) -> list[ctx.KVMemory]:
     return made
 
 
+def _apart(full: list[ctx.KVMemory], streams: int) -> tuple[Tensor, Tensor]:
+    """Tokens for streams that are alike, and how many each brings: from then on each compresses at
+    another tick, as streams do that came at different times."""
+    _, kv_heads, _, head_dim = full[0].tensors["window_keys"].shape
+    most = 4 * full[0].schedule.segment
+    return torch.randn(streams, kv_heads, most, head_dim), torch.randint(most, (streams,))
+
+
 def _session(full: list[ctx.KVMemory], streams: int) -> ctx.Session:
-    """That many streams, each as if it had brought the tokens of `full`."""
+    """That many streams, each about as if it had brought the tokens of `full`."""
     session = ctx.Session(full, streams)
     first = session.join()
     _, kv_heads, _, head_dim = full[0].tensors["window_keys"].shape
@@ -106,12 +114,20 @@ def _session(full: list[ctx.KVMemory], streams: int) -> ctx.Session:
         session.step([first], layer, x, x, x)
     for _ in range(streams - 1):
         session.fork(first)
+    x, lengths = _apart(full, streams)
+    for layer in range(LAYERS):
+        session.step(session.ids, layer, x, x, x, lengths)
     return session
 
 
 def _batches(full: list[ctx.KVMemory], count: int) -> list[list[ctx.KVMemory]]:
     rows = torch.zeros(TOGETHER, dtype=torch.int64)
-    return [[memory.select(rows) for memory in full] for _ in range(count)]
+    made = [[memory.select(rows) for memory in full] for _ in range(count)]
+    for batch in made:
+        x, lengths = _apart(full, TOGETHER)
+        for memory in batch:
+            memory.append(x, x, lengths)
+    return made
 
 
 def _ticks(
