@@ -11,6 +11,7 @@ each, and what is looked at is sessions in threads of their own.
 
 import os
 import re
+import subprocess
 
 import pytest
 
@@ -23,11 +24,15 @@ SOAK_TOKENS = int(os.environ.get("SOAK_TOKENS", 40_000))
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1:strict_string_checks=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": f"halt_on_error=1:suppressions={ROOT / 'tests' / 'cpp' / 'tsan.txt'}",
+    "TSAN_OPTIONS": "halt_on_error=1",
     "OMP_NUM_THREADS": "1",
 }
 # Kernels of one instruction set have all the threads that any have.
 SETS = {"address,undefined": "", "thread": "DEFAULT"}
+MISUSE = {
+    "address,undefined": ("leak", "LeakSanitizer: detected memory leaks"),
+    "thread": ("race", "ThreadSanitizer: data race"),
+}
 
 
 @pytest.fixture(scope="module", params=SETS, ids=lambda name: name.replace(",", "-"))
@@ -48,6 +53,11 @@ def build(request, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def misuse(request, build):
+    return MISUSE[request.node.callspec.params["build"]]
+
+
 def test_programs(build):
     said = run("ctest", "--test-dir", build, "--output-on-failure", env={**os.environ, **OPTIONS})
     print(said)
@@ -61,3 +71,13 @@ def test_sessions_in_threads(build):
     print(said)
     assert re.search(r"^\d+ tokens in \d+ ticks of 4 sessions; \d+ events, \d+ calls", said, re.M)
     assert re.search(r"^\d+ checks, 0 failed$", said, re.M)
+
+
+def test_misuse_is_found(build, misuse):
+    """Or the sanitizer does not see what it should."""
+    kind, message = misuse
+    command = [str(build / "soak_session"), "--misuse", kind]
+    done = subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "ctx::Session::" in done.stderr

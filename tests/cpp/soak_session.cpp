@@ -3,6 +3,8 @@
 // output of theirs is compared. Resident memory is read four times on the way.
 //
 //   soak_session [--tokens 20000] [--threads 1]     that many tokens in all; a session per thread
+//   soak_session --misuse race                      what a sanitizer must find: one session in two
+//   soak_session --misuse leak                      threads, and a session that nobody deletes
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <unistd.h>
@@ -300,12 +302,30 @@ int soak(int64_t tokens, int64_t threads) {
   return status();
 }
 
+int misuse(const std::string& kind) {
+  if (kind == "leak") {
+    Session* volatile lost = new Session(model(), 2);
+    lost = nullptr;
+    return lost == nullptr ? 0 : 1;
+  }
+  Session session(model(), 2);
+  const std::vector<int64_t> ids = {session.join(), session.join()};
+  std::vector<std::thread> workers;
+  for (const int64_t id : ids)
+    workers.emplace_back([&, id] {
+      for (int i = 0; i < 100; ++i) session.rewind(id, 0);
+    });
+  for (std::thread& worker : workers) worker.join();
+  return 0;
+}
+
 }  // namespace
 }  // namespace ctx::test
 
 int main(int argc, char** argv) {
   int64_t tokens = 20'000, threads = 1;
   for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::string(argv[i]) == "--misuse") return ctx::test::misuse(argv[i + 1]);
     if (std::string(argv[i]) == "--tokens") tokens = std::atoll(argv[i + 1]);
     if (std::string(argv[i]) == "--threads") threads = std::max(1LL, std::atoll(argv[i + 1]));
   }
