@@ -2,6 +2,7 @@
 
     pytest -m slow tests/test_sanitizers.py -s         prints what the programs said
     SOAK_TOKENS=2000000 pytest -m slow ...             a longer soak
+    SANITIZER_BUILDS=build pytest -m slow ...          keeps the programs, in build/asan, build/tsan
 
 Torch's libraries are built without sanitizers. AddressSanitizer sees all memory, as it replaces
 malloc. ThreadSanitizer does not see how the threads of one operator wait for each other (barriers
@@ -12,6 +13,8 @@ each, and what is looked at is sessions in threads of their own.
 import os
 import re
 import subprocess
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,18 +30,45 @@ OPTIONS = {
     "TSAN_OPTIONS": "halt_on_error=1",
     "OMP_NUM_THREADS": "1",
 }
-# Kernels of one instruction set have all the threads that any have.
-SETS = {"address,undefined": "", "thread": "DEFAULT"}
-MISUSE = {
-    "address,undefined": ("leak", "LeakSanitizer: detected memory leaks"),
-    "thread": ("race", "ThreadSanitizer: data race"),
-}
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda name: name.replace(",", "-"))
-def build(request, tmp_path_factory):
+class Kind(NamedTuple):
+    """A way to build, what of it is run, and a misuse with its report."""
+
+    name: str
+    sanitizers: str
+    instruction_sets: str
+    programs: str  # as ctest -R takes it
+    targets: tuple[str, ...]
+    misuse: str
+    report: str
+
+
+KINDS = [
+    Kind("asan", "address,undefined", "", ".", (), "leak", "LeakSanitizer: detected memory leaks"),
+    # The programs that have threads; kernels of one instruction set have all that any have.
+    Kind(
+        "tsan",
+        "thread",
+        "DEFAULT",
+        "session",
+        ("soak_session", "test_session"),
+        "race",
+        "ThreadSanitizer: data race",
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.name)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def build(kind, tmp_path_factory):
     """The folder of the programs."""
-    folder = tmp_path_factory.mktemp("sanitizers")
+    kept = os.environ.get("SANITIZER_BUILDS")
+    folder = Path(kept) / kind.name if kept else tmp_path_factory.mktemp(kind.name)
     configure(
         ROOT,
         folder,
@@ -46,20 +76,16 @@ def build(request, tmp_path_factory):
         "CTX_BUILD_PYTHON=OFF",
         "CTX_UNITY=ON",
         f"CTX_TORCH_ROOT={TORCH}",
-        f"CTX_SANITIZE={request.param}",
-        f"CTX_INSTRUCTION_SETS={SETS[request.param]}",
+        f"CTX_SANITIZE={kind.sanitizers}",
+        f"CTX_INSTRUCTION_SETS={kind.instruction_sets}",
     )
-    compile_all(folder)
+    compile_all(folder, *kind.targets)
     return folder
 
 
-@pytest.fixture
-def misuse(request, build):
-    return MISUSE[request.node.callspec.params["build"]]
-
-
-def test_programs(build):
-    said = run("ctest", "--test-dir", build, "--output-on-failure", env={**os.environ, **OPTIONS})
+def test_programs(build, kind):
+    command = ("ctest", "--test-dir", build, "-R", kind.programs, "--output-on-failure")
+    said = run(*command, env={**os.environ, **OPTIONS})
     print(said)
     assert re.search(r"100% tests passed, 0 tests failed out of \d+", said)
 
@@ -73,11 +99,10 @@ def test_sessions_in_threads(build):
     assert re.search(r"^\d+ checks, 0 failed$", said, re.M)
 
 
-def test_misuse_is_found(build, misuse):
+def test_misuse_is_found(build, kind):
     """Or the sanitizer does not see what it should."""
-    kind, message = misuse
-    command = [str(build / "soak_session"), "--misuse", kind]
+    command = [str(build / "soak_session"), "--misuse", kind.misuse]
     done = subprocess.run(command, env={**os.environ, **OPTIONS}, capture_output=True, text=True)
     assert done.returncode != 0
-    assert message in done.stderr
+    assert kind.report in done.stderr
     assert "ctx::Session::" in done.stderr
