@@ -93,9 +93,9 @@ set(CTX_KERNEL_TEST_SOURCES tests/cpp/test_kernels.cpp tests/cpp/test_kernels_sp
 set_source_files_properties(${CTX_KERNEL_TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -fopenmp-simd)
 
 # One program each, named after the file.
-set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/test_attention.cpp
-                     tests/cpp/test_memory.cpp tests/cpp/test_modules.cpp
-                     tests/cpp/test_rows.cpp
+set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/soak_session.cpp
+                     tests/cpp/test_attention.cpp tests/cpp/test_memory.cpp
+                     tests/cpp/test_modules.cpp tests/cpp/test_rows.cpp
                      tests/cpp/test_schedule.cpp tests/cpp/test_session.cpp
                      tests/cpp/test_snapshot.cpp tests/cpp/test_weights.cpp)
 

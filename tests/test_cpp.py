@@ -3,8 +3,6 @@
 CTX_SANITIZE=address,undefined builds them with these sanitizers.
 """
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,23 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 B, H, HKV, D, DV = 2, 4, 2, 6, 4  # tests/cpp/streams.h
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
+@pytest.fixture
+def build(consumer_with_sources):
     """The folder of the built C++ tests."""
-    if not (ROOT / "CMakeLists.txt").is_file() or shutil.which("cmake") is None:
-        pytest.skip("needs the sources and CMake")
-    folder = tmp_path_factory.mktemp("cpp")
-    run(
-        "cmake",
-        *("-S", ROOT, "-B", folder),
-        *(["-G", "Ninja"] if shutil.which("ninja") else []),
-        "-DCTX_BUILD_TESTS=ON",
-        "-DCTX_BUILD_PYTHON=OFF",
-        f"-DCTX_TORCH_ROOT={Path(torch.__file__).parent}",
-        f"-DCTX_SANITIZE={os.environ.get('CTX_SANITIZE', '')}",
-    )
-    run("cmake", "--build", folder, "--parallel", os.cpu_count() or 1)
-    return folder
+    return consumer_with_sources / "ctx"
 
 
 def test_ctest(build):

@@ -171,6 +171,7 @@ int64_t Session::rewindable(int64_t id) const {
 std::vector<int64_t> Session::ids() const {
   std::vector<int64_t> made;
   for (const auto& [id, row] : row_of_) made.push_back(id);
+  std::sort(made.begin(), made.end());
   return made;
 }
 

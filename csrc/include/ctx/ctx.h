@@ -13,6 +13,7 @@
 #include "ctx/session.h"
 #include "ctx/settings.h"
 #include "ctx/snapshot.h"
+#include "ctx/version.h"
 
 namespace ctx {
 
