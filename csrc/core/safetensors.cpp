@@ -94,7 +94,11 @@ Entry read_entry(json::Cursor& from, const std::string& name) {
   std::optional<std::vector<int64_t>> sizes, offsets;
   const auto integers = [&] {
     std::vector<int64_t> made;
-    from.array([&] { made.push_back(from.integer()); });
+    from.array([&] {
+      if (made.size() == kMostRank)
+        refuse(name, " must have at most ", kMostRank, " dimensions, got more");
+      made.push_back(from.integer());
+    });
     return made;
   };
   from.object([&](const std::string& key) {
@@ -110,8 +114,6 @@ Entry read_entry(json::Cursor& from, const std::string& name) {
   });
   if (!type || !sizes || !offsets || offsets->size() != 2 || (*offsets)[0] > (*offsets)[1])
     refuse(name, " must have a dtype, a shape and two data_offsets that ascend, got others");
-  if (sizes->size() > kMostRank)
-    refuse(name, " must have at most ", kMostRank, " dimensions, got ", sizes->size());
   const auto* const known = std::find_if(
       std::begin(kTypes), std::end(kTypes), [&](const Name& one) { return one.name == *type; });
   if (known == std::end(kTypes)) refuse(name, " must be of a known dtype, got ", *type);

@@ -14,6 +14,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <random>
 #include <system_error>
 
@@ -126,8 +127,16 @@ void test_bad_files(const Folder& folder) {
 bool same_parts(const Snapshot& one, const Snapshot& other) {
   const auto same_part = [](const auto& a, const auto& b) {
     if (a.first != b.first || a.second.index() != b.second.index()) return false;
-    const auto *x = std::get_if<at::Tensor>(&a.second), *y = std::get_if<at::Tensor>(&b.second);
-    return x != nullptr ? same(*x, *y) : a.second == b.second;
+    return std::visit(
+        [&](const auto& part) {
+          const auto& twin = std::get<std::decay_t<decltype(part)>>(b.second);
+          if constexpr (std::is_same_v<decltype(part), const at::Tensor&>) {
+            return same(part, twin);
+          } else {
+            return part == twin;
+          }
+        },
+        a.second);
   };
   return std::equal(one.begin(), one.end(), other.begin(), other.end(), same_part);
 }
@@ -175,7 +184,8 @@ void test_parts_of_every_type() {
   const auto refused = [](const char* begin, const Snapshot& bad) {
     EXPECT_THROWS(c10::ValueError, begin, ctx::snapshot_bytes(bad));
   };
-  refused("ctx::snapshot_bytes: x must be finite, got inf", {{"x", 1.0 / 0.0}});
+  refused("ctx::snapshot_bytes: x must be finite, got inf",
+          {{"x", std::numeric_limits<double>::infinity()}});
   refused("ctx::snapshot_bytes: x must be a dense tensor", {{"x", at::Tensor()}});
   refused("ctx::snapshot_bytes: names must be UTF-8", {{"\xff", at::zeros({1})}});
 }
