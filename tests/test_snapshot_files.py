@@ -24,6 +24,7 @@ from snapshot_files import (
 )
 from strategies import DTYPES, assert_same_bits, cases, memories
 
+#: Files that were written before safetensors, at e6c55c4.
 OLD = Path(__file__).parent / "snapshots"
 
 
