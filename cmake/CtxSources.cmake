@@ -6,9 +6,11 @@ set(CTX_SOURCES
     csrc/core/attention_calls.cpp
     csrc/core/attention_module.cpp
     csrc/core/attention_options.cpp
+    csrc/core/checksum.cpp
     csrc/core/compressor.cpp
     csrc/core/files.cpp
     csrc/core/init.cpp
+    csrc/core/json.cpp
     csrc/core/memory.cpp
     csrc/core/memory_rows.cpp
     csrc/core/memory_spec.cpp
@@ -19,6 +21,7 @@ set(CTX_SOURCES
     csrc/core/rows.cpp
     csrc/core/rows_check.cpp
     csrc/core/rows_resize.cpp
+    csrc/core/safetensors.cpp
     csrc/core/schedule.cpp
     csrc/core/session.cpp
     csrc/core/session_streams.cpp
@@ -86,7 +89,7 @@ set(CTX_CUDA_SOURCES
     csrc/kernels/cuda/table.cu
     csrc/kernels/cuda/write.cu)
 
-set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp csrc/bindings/session.cpp)
+set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp csrc/bindings/session.cpp csrc/bindings/snapshot.cpp)
 
 # These include kernels, whose pragmas the compiler would warn of.
 set(CTX_KERNEL_TEST_SOURCES tests/cpp/test_kernels.cpp tests/cpp/test_kernels_spans.cpp)

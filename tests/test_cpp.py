@@ -10,6 +10,7 @@ import torch
 
 import ctx
 from programs import run
+from snapshot_files import HOSTILE, HOSTILE_ABOUT, state
 from strategies import assert_same_bits
 
 pytestmark = pytest.mark.slow
@@ -63,7 +64,7 @@ def test_python_reads_what_cpp_wrote(build, tmp_path):
     there.load(snapshot)
     assert_same_memory(there, here)
     assert_same_bits(torch.load(outputs, weights_only=True), first)
-    assert torch.load(snapshot, weights_only=True).keys() == here.state_dict().keys()
+    assert state(snapshot.read_bytes()).keys() == here.state_dict().keys()
     assert_same_bits(there.step(*tokens(37, 23)), here.step(*tokens(37, 23)))
 
 
@@ -80,3 +81,19 @@ def test_cpp_goes_on_from_what_python_wrote(build, tmp_path, writer):
     assert_same_bits(torch.load(outputs, weights_only=True), here.step(*tokens(37, 23)))
     back.load(tmp_path / "cpp.ctx")
     assert_same_memory(back, here)
+
+
+def test_cpp_refuses_hostile_files(build, tmp_path):
+    """What tests/test_snapshot_files.py reads in this process; sanitizers see it here."""
+    paths = []
+    for number, (data, _) in enumerate([*HOSTILE.values(), *HOSTILE_ABOUT.values()]):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(data)
+    assert f"{len(paths)} checks, 0 failed" in run(build / "test_snapshot", "refused", *paths)
+
+
+def test_changed_bytes(build):
+    """Of today's snapshots and of those of format 1; see the arguments of the program."""
+    old = [ROOT / "tests" / "snapshots" / name for name in ("kv_memory_1.ctx", "session_1.ctx")]
+    said = run(build / "test_snapshot", "flips", 1000, 2, *old)
+    assert said.count("1000 changed bytes") == 5 and said.count("1000 refused") == 3

@@ -196,7 +196,8 @@ Snapshot Session::state_of(int64_t id, const char* where) const {
 }
 
 std::vector<char> Session::snapshot(int64_t id) const {
-  return snapshot_bytes(state_of(id, "ctx.Session.snapshot"));
+  constexpr const char* where = "ctx.Session.snapshot";
+  return snapshot_bytes(state_of(id, where), where);
 }
 
 void Session::save(int64_t id, const std::string& path) const {

@@ -189,7 +189,8 @@ class Session:
         self._native.rewind(_id(id, "rewind"), tokens)
 
     def snapshot(self, id: int) -> bytes:
-        """What a stream holds, with checksums; the size does not depend on how long it is.
+        """What a stream holds, as a safetensors file with a checksum (``ctx/session.h``); the size
+        does not depend on how long it is.
 
         Raises:
             IndexError: there is no such stream.

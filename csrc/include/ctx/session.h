@@ -101,7 +101,7 @@ class CTX_API Session {
   void rewind(int64_t id, int64_t tokens);
 
   // What a stream holds, as the bytes of the file that save() writes; their number does not depend on
-  // how long it is. The file is a snapshot (snapshot.h), whole or not at all:
+  // how long it is. The file is a snapshot (snapshot.h: safetensors), whole or not at all:
   //
   //   "format"            "ctx.Session"
   //   "version"           1
