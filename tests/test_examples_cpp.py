@@ -2,35 +2,20 @@
 
 import os
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
-import ctx
-from programs import run
+from programs import EXAMPLES, build_example, run
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "cpp"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/CMakeLists.txt"))
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """Builds an example, and returns the program."""
-    if shutil.which("cmake") is None:
-        pytest.skip("needs CMake")
-
-    def get(name):
-        folder = tmp_path_factory.mktemp(name)
-        ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-        prefix = f"-DCMAKE_PREFIX_PATH={ctx.cmake_prefix_path}"
-        run("cmake", "-S", EXAMPLES / name, "-B", folder, *ninja, prefix)
-        run("cmake", "--build", folder)
-        return folder / name
-
-    return get
+    return lambda name: build_example(name, tmp_path_factory.mktemp(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -176,7 +176,8 @@ def begin(call: Plan) -> None:
     rewindable = call.rewindable
     with writing(rewindable):
         if (
-            call.lengths is None
+            not torch.compiler.is_exporting()  # one graph for any number of tokens
+            and call.lengths is None
             and call.reset_at is None
             and call.tokens <= call.max_rewind
             and not call.counts_attention
