@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._pytree import tree_map
 
 import ctx
 from ctx import export
@@ -102,7 +103,7 @@ class Copying(nn.Module):
         self.block = block
 
     def forward(self, x, memory, *others):
-        return self.block(x, memory.clone(), *others)
+        return self.block(x, tree_map(torch.clone, memory), *others)
 
 
 def test_program_of_a_wrapped_block():

@@ -1,9 +1,9 @@
-"""A model as a file that streams without Python: what torch.export and AOTInductor make of one call.
+"""A model as a file that streams without Python: one call of it, by torch.export and AOTInductor.
 
-:func:`program` is the call as a graph of tensors, :func:`save` compiles it into a package (``.pt2``)
-that a C++ program loads with ``torch::inductor::AOTIModelPackageLoader``, linked with ``ctx::ctx``
-for the operators. The memory is an input of every call, which is written in place, so that one
-package serves any number of streams; its tensors are a ``ctx::rows::State`` (``ctx/rows.h``).
+:func:`program` is the call as a graph of tensors, :func:`save` compiles that into a package
+(``.pt2``), which a C++ program loads with ``torch::inductor::AOTIModelPackageLoader`` and links
+``ctx::ctx`` for. The memory is an input of every call and is written in place, so that one package
+serves any number of streams; its tensors are a ``ctx::rows::State`` (``ctx/rows.h``).
 `examples/cpp/stream` is such a program.
 """
 
@@ -132,10 +132,11 @@ def save(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own calls of itself
+        memory = model.init_memory(1, compressed_dtype=compressed_dtype)
         metadata = {
             "ctx_format": str(FORMAT),
             "ctx_vocab_size": str(model.config.vocab_size),
-            "ctx_state": _described(leaves(model.init_memory(1, compressed_dtype=compressed_dtype))),
+            "ctx_state": _described(leaves(memory)),
         }
         made = torch._inductor.aoti_compile_and_package(
             _exported(model, compressed_dtype),
@@ -167,14 +168,15 @@ def _checked(model: Any, where: str) -> CompressiveTransformer:
 def _exported(
     model: CompressiveTransformer, compressed_dtype: torch.dtype | None
 ) -> torch.export.ExportedProgram:
-    # Two or more of each: an exported graph holds for one, too, but one as an example is a constant.
+    # A size of one in the example would be a constant of the graph; others hold for one, too.
     rows, count = 2, 3
     state = leaves(model.init_memory(rows, compressed_dtype=compressed_dtype))
     tokens = torch.zeros(rows, count, dtype=torch.int64)
     some = {0: torch.export.Dim("B", min=1)}
     shapes = ({**some, 1: torch.export.Dim("T", min=1)}, some, [some] * len(state))
     example = (tokens, torch.full((rows,), count), state)
-    return torch.export.export(Step(model), example, dynamic_shapes=shapes, strict=False)
+    with torch.no_grad():  # else a change of mode is part of the graph, which cannot be saved
+        return torch.export.export(Step(model), example, dynamic_shapes=shapes, strict=False)
 
 
 def _described(state: Sequence[Tensor]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ctx import export
 from ctx.cli.options import set_threads
-from ctx.recipes.errors import RecipeError, setting_error
+from ctx.recipes.errors import RecipeError
 from ctx.recipes.loading import load_model
 
 __all__ = ["add_parser", "run"]
@@ -22,20 +22,19 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder or a checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.pt2",
-                        help="the package, for examples/cpp/stream and programs like it")  # fmt: skip
+                        help="the package, for programs like examples/cpp/stream")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: torch's choice")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the package and says so."""
     set_threads(args.threads)
-    if args.out.suffix != ".pt2":  # before a model is read
-        raise RecipeError(f"--out must end with .pt2, got {args.out}")
     model = load_model(args.folder)
     try:
         export.save(model, args.out)
     except ValueError as error:
-        raise setting_error(error, ("path",)) from None
+        message = str(error).partition(": ")[2]
+        raise RecipeError(message.replace("path must", "--out must", 1)) from None
     except OSError as error:
         raise RecipeError(f"cannot write {args.out}: {error.strerror or error}") from None
     print(f"written: {args.out}")
