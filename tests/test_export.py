@@ -234,6 +234,19 @@ def test_a_package_streams(changed, program, monkeypatch, tmp_path):
     package = torch._inductor.aoti_load_package(str(path))
     for rows in (1, 4):
         assert_same_stream(package, model, rows, [*RAGGED, 150, *RAGGED])
+    assert_untouched_by_errors(package, model)
+
+
+def assert_untouched_by_errors(package, model):
+    """Bad inputs raise, and leave every tensor of the memory as it was."""
+    memory = model.init_memory(2)
+    package(torch.randint(0, 256, (2, 70)), torch.tensor([70, 41]), leaves(memory))
+    before = memory.clone()
+    for token, lengths in ((256, [2, 2]), (-300, [2, 2]), (7, [3, 2]), (7, [2, -1]), (7, [2])):
+        with pytest.raises(RuntimeError):
+            package(torch.tensor([[1, 2], [token, 3]]), torch.tensor(lengths), leaves(memory))
+        for mine, old in zip(leaves(memory), leaves(before), strict=True):
+            assert_same_bits(mine, old)
 
 
 @pytest.mark.slow
@@ -242,8 +255,8 @@ def test_errors_of_the_program(program, tmp_path):
     for arguments, code, said in (
         ([], 2, b"usage: "),
         (["model.pt2", "0"], 2, b"usage: "),
-        ([tmp_path / "model.pt2", "5"], 1, b"model.pt2"),
+        ([tmp_path / "model.pt2", "5"], 1, b"model.pt2: "),
     ):
         done = subprocess.run([program, *arguments], input=b"x", capture_output=True)
         assert (done.returncode, done.stdout) == (code, b"")
-        assert said in done.stderr
+        assert said in done.stderr and done.stderr.count(b"\n") == 1

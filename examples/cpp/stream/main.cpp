@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <iterator>
@@ -102,6 +103,9 @@ int main(int argc, char** argv) {
   }
   try {
     run(argv[1], bytes);
+  } catch (const c10::Error& error) {  // torch's, as where there is no such package
+    std::fprintf(stderr, "%s: %s\n", argv[1], error.what_without_backtrace());
+    return 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
