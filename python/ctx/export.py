@@ -99,17 +99,18 @@ def save(
     """Compiles :func:`program` with AOTInductor, for this machine's processor, into one file.
 
     A package's ``run`` takes tokens, lengths and the memory's tensors in one list and returns the
-    logits, as :meth:`Step.forward` says; all are contiguous, on the CPU. The loader's
-    ``get_metadata()`` has besides torch's own entries
+    logits, as :meth:`Step.forward` says; all contiguous, on the CPU. It raises for a token or a
+    length out of range, and has then written nothing; shapes and dtypes are the caller's business.
+    The loader's ``get_metadata()`` has, besides torch's own entries,
 
     - ``ctx_format``: :data:`FORMAT`;
     - ``ctx_vocab_size``;
     - ``ctx_state``: of every tensor of the memory its dtype and its sizes, as
-      ``"float32 Bx4x104x16 float32 Bx4x104x16 ... int64 B int64 B"`` with B for the number of rows.
-      Zeros are an empty memory.
+      ``"float32 Bx4x104x16 ... int64 B int64 B"`` with B for the number of rows. Zeros of them are
+      an empty memory.
 
-    Takes a C++ compiler and about a minute. A package runs with the minor version of torch and of
-    ctx that it was made with. It is written whole or not at all.
+    Takes a C++ compiler and about a minute. A package runs with the minor version of torch that it
+    was made with, and with the operators of this version of ctx. It is written whole or not at all.
 
     Args:
         model: on the CPU; its parameters are copied into the package.
