@@ -11,18 +11,17 @@ import pytest
 import torch
 
 import ctx
-from programs import run
+from programs import EXAMPLES, run
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "cpp"
 NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/CMakeLists.txt"))
 
 
 @pytest.fixture
 def documented(tmp_path):
     """Runs the command that an example's first lines say, in a copy of the repository's examples,
-    with other arguments of the program than theirs."""
+    with other values of its options, and more of them behind it."""
     if shutil.which("cmake") is None:
         pytest.skip("needs CMake")
     shutil.copytree(EXAMPLES, tmp_path / "examples" / "cpp")
@@ -37,8 +36,8 @@ def documented(tmp_path):
         "OMP_NUM_THREADS": "1",
     }
 
-    def call(name, **replaced):
-        line = command(name)
+    def call(name, *more, **replaced):
+        line = " ".join([command(name), *map(str, more)])
         for old, new in replaced.items():
             option = f"--{old} "
             assert option in line
@@ -73,10 +72,9 @@ def test_many_streams(documented):
     assert float(re.search(r"worst difference (\S+)", said)[1]) < 1e-4
 
 
-def test_train(build, tmp_path):
+def test_train(documented, tmp_path):
     """It copies, and so does the model of its weights in Python."""
-    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    said = run(build("train"), "--steps", "300", "--save", tmp_path / "weights", **options)
+    said = documented("train", "--steps", 300, "--save", tmp_path / "weights")
     share = float(re.search(r"streamed: ([\d.]+) % of the second halves copied", said)[1])
     assert share > 90
     sizes = {"vocab_size": 16, "embed_dim": 64, "num_layers": 2, "num_heads": 4}
