@@ -14,7 +14,7 @@ from ctx.cli import ablation, eval, fit, generate, info, plan, recall, stream, t
 from ctx.cli.options import in_options
 from ctx.recipes.errors import RecipeError
 
-__all__ = ["main", "plain"]
+__all__ = ["command_parsers", "main", "plain"]
 
 _MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -52,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     for module in (train, eval, generate, fit, stream, plan, recall, ablation, info):
         module.add_parser(commands)
     return parser
+
+
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command by its name, in the order of ``--help``."""
+    (commands,) = (
+        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

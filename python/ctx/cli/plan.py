@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("--model", type=Path, metavar="DIR",
-        help="a Hugging Face model's folder, or one with a .gguf file: only its shape is read")  # fmt: skip
+        help="a Hugging Face folder, or one with a .gguf file: its shape is read")  # fmt: skip
     add("--layers", type=int, metavar="N", help="in place of --model: layers with a memory")
     add("--heads", type=int, metavar="N", help="in place of --model: query heads")
     add("--kv-heads", type=int, metavar="N", help="key/value heads (default: --heads)")
