@@ -27,8 +27,8 @@ extensions = [
 exclude_patterns = ["_ext", "tutorials/*.ipynb", "tutorials/*.md5", "tutorials/*.py"]
 nitpicky = False
 default_role = "code"
-# Pages say `../CHANGELOG.md` and the like of files that are no pages.
-suppress_warnings = ["config.cache"]
+smartquotes = False  # options begin with two dashes
+suppress_warnings = ["config.cache"]  # settings of the gallery are no plain values
 
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "substitution"]
 myst_heading_anchors = 3
