@@ -62,8 +62,8 @@ train(model)
 model.eval()
 
 # %%
-# The fit: every query may attend to at most 32 entries: slots of two tokens, window, and tokens that
-# wait for their group to fill. Each layer takes the share of slots with which its outputs are
+# The fit: every query may attend to at most 32 entries: slots of two tokens, window, and tokens
+# that wait for their group to fill. Each layer takes the share of slots with which its outputs are
 # nearest to those of the full cache.
 
 texts = list(task.draw(64, torch.Generator().manual_seed(2)).tokens)
@@ -111,6 +111,6 @@ axes.set(xlabel="distance of the pair, tokens", ylabel="right answers, %", ylim=
 _ = axes.legend()
 
 # %%
-# Behind its window the first bounded cache has nothing to answer from. A mean of a key and its value
-# lets the model tell them apart about half of the time; a gate that was fitted to what the model
-# looks for keeps most of it. Nothing is left behind the reach of the slots.
+# Behind its window the first bounded cache has nothing to answer from. A mean of a key and its
+# value lets the model tell them apart about half of the time; a gate that was fitted to what the
+# model looks for keeps most of it. Nothing is left behind the reach of the slots.
