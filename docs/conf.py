@@ -27,6 +27,7 @@ extensions = [
 exclude_patterns = ["_ext", "tutorials/*.ipynb", "tutorials/*.md5", "tutorials/*.py"]
 nitpicky = False
 default_role = "code"
+highlight_language = "text"  # of what does not say it: tables in comments of headers
 smartquotes = False  # options begin with two dashes
 suppress_warnings = ["config.cache"]  # settings of the gallery are no plain values
 
@@ -50,6 +51,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "remove_config_comments": True,
     "show_memory": False,
+    "capture_repr": (),
     "write_computation_times": False,
     "show_signature": False,
     "within_subsection_order": "FileNameSortKey",

@@ -91,15 +91,17 @@ def timeline(schedule, tokens):
             x = left + first * size
             parts.append(_rect(x + 1, y + 2, count * size - 2, size - 4, kinds[kind], 1, title))
             parts.append(_text(x + count * size / 2, y + 16, str(distance), 9, fill="#ffffff"))
-        for j in sorted(set(range(t + 1)) - shown):
+        forgotten = sorted(set(range(t + 1)) - shown)
+        for j in forgotten:
             parts.append(
                 _rect(left + j * size + 9, y + 9, 6, 6, GONE, 0.5, f"query {t}: forgotten")
             )
     entries = [
         (WINDOW, "exact token"),
         (SLOT, f"slot of {schedule.ratio} tokens"),
-        (GONE, "forgotten"),
     ]
+    if forgotten:
+        entries.append((GONE, "forgotten"))
     if schedule.sinks:
         entries.insert(0, (SINK, "sink"))
     parts += _legend(left, height - 14, entries)

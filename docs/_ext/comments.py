@@ -21,7 +21,7 @@ def _escaped(text):
 
 def _block(indent, lines, first):
     """A block of comment lines, without their slashes."""
-    said = [r"\file"] if first else []
+    said = ["/**" + (r" \file" if first else "")]
     table = []
 
     def close():
@@ -42,7 +42,8 @@ def _block(indent, lines, first):
     while table and not table[-1]:
         table.pop()
     close()
-    return [f"{indent}/// {line}".rstrip() for line in said]
+    # A block, as doxygen would leave slashes in what is verbatim.
+    return [f"{indent}{line}".rstrip() for line in [*said, "*/"]]
 
 
 def documented(text):

@@ -2,6 +2,7 @@
 sentences, each with the address of its plain source.
 """
 
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -16,8 +17,9 @@ SUMMARY = (
 def _first_sentence(doctree):
     for paragraph in doctree.findall(nodes.paragraph):
         text = " ".join(paragraph.astext().split())
-        if text and not isinstance(paragraph.parent, (nodes.list_item, nodes.entry)):
-            return text.split(". ")[0].rstrip(".:") + "."
+        apart = (nodes.list_item, nodes.entry, nodes.Admonition)
+        if text and not isinstance(paragraph.parent, apart):
+            return re.split(r"(?<!et al)\. ", text)[0].rstrip(".:") + "."
     return ""
 
 

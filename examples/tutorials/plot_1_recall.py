@@ -74,7 +74,7 @@ for name, model in models.items():
     axes.axvline(model.schedule.reach, color="grey", linestyle=":", linewidth=1)
     print(f"{name}: " + " ".join(f"{share:.0f}" for share in right))
 axes.set(xlabel="distance of the pair, tokens", ylabel="right answers, %", ylim=(0, 103))
-_ = axes.legend()
+axes.legend()
 
 # %%
 # The dotted lines are the reach of either memory. Behind its window the first model guesses (chance

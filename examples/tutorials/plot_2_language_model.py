@@ -108,7 +108,7 @@ for layer, row in enumerate(shares):
     for region, share in enumerate(row):
         color = "black" if share > 0.6 else "white"
         axes.text(region, layer, f"{share:.2f}", ha="center", va="center", color=color)
-_ = figure.colorbar(picture, label="share of attention")
+figure.colorbar(picture, label="share of attention")
 
 # %%
 # And what it writes:

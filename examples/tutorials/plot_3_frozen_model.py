@@ -68,10 +68,8 @@ model.eval()
 
 texts = list(task.draw(64, torch.Generator().manual_seed(2)).tokens)
 sizes = {"slots": 32, "ratio": 2, "sinks": 0, "distance": "token"}
-fitted = ctx.hf.fit(
-    model, texts, **sizes, excerpts=48, validation=16, excerpt_tokens=task.tokens, queries=16,
-    steps=60,
-)  # fmt: skip
+taken = {"excerpts": 48, "validation": 16, "excerpt_tokens": task.tokens, "queries": 16}
+fitted = ctx.hf.fit(model, texts, **sizes, **taken, steps=60)
 for layer, schedule in enumerate(fitted.schedules):
     print(f"layer {layer}: {schedule.compressed} slots, window {schedule.window}")
 
@@ -108,7 +106,7 @@ for name, make in caches.items():
     axes.plot([sum(cell) / 2 for cell in cells], right, marker="o", label=name)
     print(f"{name:14}" + " ".join(f"{share:4.0f}" for share in right))
 axes.set(xlabel="distance of the pair, tokens", ylabel="right answers, %", ylim=(0, 103))
-_ = axes.legend()
+axes.legend()
 
 # %%
 # Behind its window the first bounded cache has nothing to answer from. A mean of a key and its
