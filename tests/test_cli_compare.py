@@ -184,7 +184,7 @@ class TestAnotherEnd:
 
 
 class TestHelp:
-    COMMANDS = ("", "train", "eval", "generate", "recall", "ablation", "info")
+    COMMANDS = ("", "train", "eval", "generate", "plan", "recall", "ablation", "info")
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_shows_no_markup(self, command, capsys):

@@ -1,8 +1,5 @@
 """`generate` of Hugging Face models with ctx.hf: every way of decoding gives what the law says."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -241,10 +238,3 @@ def test_decode_is_prefill(dtype):
     got = torch.stack(made.logits, 1).float()
     error = 1e-4 if dtype == torch.float32 else 0.1 * whole.abs().max().item()
     assert (got - whole).abs().max() <= error
-
-
-def test_readme_runs(capsys):
-    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    section = text.split("## Existing models")[1].split("\n## ")[0]
-    exec(re.search(r"```python\n(.*?)```", section, re.S)[1], {})
-    assert capsys.readouterr().out.startswith("3139 ")

@@ -9,6 +9,7 @@ from torch.library import opcheck
 import ctx
 from ctx import engine
 from ctx.state import TENSORS
+from pairwise import pairwise
 from strategies import DTYPES, assert_close
 
 B, HKV, H, D, DV, T, C, P = 2, 2, 4, 6, 4, 5, 2, 8
@@ -108,6 +109,16 @@ def append_given(dtype, rows, grad):
     return k, v, call, rings, [*slots, torch.rand(slots[0].shape[:3])], *packed
 
 
+#: Quick checks of opcheck; what is left, graphs of symbolic shapes, takes a second for each case.
+EAGER = ("test_schema", "test_autograd_registration", "test_faketensor")
+GRADS = {"constant": False, "requires_grad": True}
+
+
+def checked(operator, arguments, symbolic):
+    """opcheck, with graphs of symbolic shapes or without."""
+    opcheck(operator, arguments, **({} if symbolic else {"test_utils": EAGER}))
+
+
 MUTATING = {
     "step": ("step_", step),
     "choose": ("step_", choose),
@@ -117,8 +128,11 @@ MUTATING = {
 }
 
 
+SYMBOLIC = pairwise(MUTATING, ROWS, GRADS.values(), DTYPES)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grad", [False, True], ids=["constant", "requires_grad"])
+@pytest.mark.parametrize("grad", GRADS.values(), ids=GRADS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", MUTATING)
 def test_streaming_operators(name, rows, grad, dtype):
@@ -126,7 +140,7 @@ def test_streaming_operators(name, rows, grad, dtype):
     operator, made = MUTATING[name]
     operator, arguments = getattr(torch.ops.ctx, operator).default, made(dtype, rows, grad)
     with torch.set_grad_enabled(not grad):
-        opcheck(operator, arguments)
+        checked(operator, arguments, (name, rows, grad, dtype) in SYMBOLIC)
     for returned in operator(*arguments) or ():
         assert not returned.requires_grad
 
@@ -190,12 +204,16 @@ FUNCTIONAL = {
 }
 
 
+SYMBOLIC_FUNCTIONAL = pairwise(FUNCTIONAL, GRADS.values(), DTYPES)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grad", [False, True], ids=["constant", "requires_grad"])
+@pytest.mark.parametrize("grad", GRADS.values(), ids=GRADS)
 @pytest.mark.parametrize("name", FUNCTIONAL)
 def test_functional_operators(name, grad, dtype):
     operator, made = FUNCTIONAL[name]
-    opcheck(getattr(torch.ops.ctx, operator).default, made(dtype, grad))
+    symbolic = (name, grad, dtype) in SYMBOLIC_FUNCTIONAL
+    checked(getattr(torch.ops.ctx, operator).default, made(dtype, grad), symbolic)
 
 
 def attend_backward(dtype, made=attend, memory_grads=False):
@@ -263,6 +281,19 @@ def test_plan(rows, carried):
     after = {"uniform": seen + 5, "lengths": seen + torch.tensor([3, 5])}
     want = after.get(rows, torch.tensor([1, 5]))
     assert torch.equal(clocks[1][0], want)
+
+
+def test_plan_of_some_rows():
+    """One that names the memory's rows that a call works on."""
+    chosen = torch.tensor([1])
+    reset_at = ROWS["documents"][1][:1]
+    arguments = (clock(True)[0], None, reset_at, T, law().settings, True, chosen)
+    opcheck(torch.ops.ctx.plan.default, arguments)
+    seen, rewindable = clock(True)
+    made = torch.ops.ctx.plan(*arguments)
+    opcheck(torch.ops.ctx.advance_.default, (seen.clone(), rewindable.clone(), made, 5))
+    torch.ops.ctx.advance_(seen, rewindable, made, 5)
+    assert seen.tolist() == [29, 1]
 
 
 def schemas():

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ctx
-from ctx.cli import ablation, eval, export, fit, generate, info, recall, stream, train
+from ctx.cli import ablation, eval, export, fit, generate, info, plan, recall, stream, train
 from ctx.cli.options import in_options
 from ctx.recipes.errors import RecipeError
 
-__all__ = ["main", "plain"]
+__all__ = ["command_parsers", "main", "plain"]
 
 _MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -49,9 +49,17 @@ def _parser() -> argparse.ArgumentParser:
         help="print where C++ projects find ctx: cmake -DCMAKE_PREFIX_PATH=…",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (train, eval, generate, export, fit, stream, recall, ablation, info):
+    for module in (train, eval, generate, export, fit, stream, plan, recall, ablation, info):
         module.add_parser(commands)
     return parser
+
+
+def command_parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every command by its name, in the order of ``--help``."""
+    (commands,) = (
+        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    return dict(commands.choices)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command is None:
         parser.error(
-            "a command is missing: "
-            "train, eval, generate, export, fit, stream, recall, ablation or info"
+            "a command is missing: train, eval, generate, export, fit, stream, plan, recall, "
+            "ablation or info"
         )
     try:
         code: int = args.run(args)

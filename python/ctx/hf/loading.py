@@ -12,7 +12,7 @@ import torch
 
 from ctx.hf._transformers import cache_classes
 
-__all__ = ["load_model"]
+__all__ = ["load_config", "load_model"]
 
 _WHERE = "ctx.hf.load_model"
 
@@ -37,6 +37,30 @@ def load_model(
         ValueError: there is no such folder, model or tokenizer in it; one line.
         ImportError: transformers, or a package that this folder needs, is missing; one line.
     """
+    path, options = _found(folder)
+    cache_classes()
+    import transformers
+
+    # First what is small: without it the model is of no use.
+    with _quiet(transformers):
+        tokenizer = _read(transformers.AutoTokenizer, "tokenizer", path, options)
+        options["dtype"] = dtype
+        model = _read(transformers.AutoModelForCausalLM, "model", path, options)
+    return model.eval(), tokenizer
+
+
+def load_config(folder: str | os.PathLike[str]) -> Any:
+    """The configuration of the model in a folder, without its weights; as :func:`load_model`."""
+    path, options = _found(folder)
+    cache_classes()
+    import transformers
+
+    with _quiet(transformers):
+        return _read(transformers.AutoConfig, "configuration", path, options)
+
+
+def _found(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder, and how transformers is to read it."""
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"{_WHERE}: folder must be that of a model, got {path}")
@@ -49,15 +73,7 @@ def load_model(
                 f"got {', '.join(found) or 'neither'} in {path}"
             )
         options["gguf_file"] = found[0]
-    cache_classes()
-    import transformers
-
-    # First what is small: without it the model is of no use.
-    with _quiet(transformers):
-        tokenizer = _read(transformers.AutoTokenizer, "tokenizer", path, options)
-        options["dtype"] = dtype
-        model = _read(transformers.AutoModelForCausalLM, "model", path, options)
-    return model.eval(), tokenizer
+    return path, options
 
 
 @contextlib.contextmanager
