@@ -2,7 +2,10 @@
 
 set(CTX_CUDA "AUTO" CACHE STRING "CUDA kernels: AUTO (when toolkit and torch allow it), ON, OFF")
 set_property(CACHE CTX_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(CTX_SANITIZE "" CACHE STRING "Sanitizers, e.g. address,undefined (ON means these two)")
+set(CTX_SANITIZE "" CACHE STRING
+    "Sanitizers: address,undefined (ON means these two) or thread; see tests/test_sanitizers.py")
+set(CTX_INSTRUCTION_SETS "" CACHE STRING
+    "Instruction sets of the CPU kernels, DEFAULT among them; empty: all that the processor's family has")
 option(CTX_WERROR "Treat warnings as errors" OFF)
 option(CTX_PCH "Precompile torch's headers" ON)
 # What is built once, as a wheel is, need not be rebuilt file by file.
@@ -37,8 +40,11 @@ if(CTX_SANITIZE)
   if(CTX_SANITIZE STREQUAL "ON")
     set(CTX_SANITIZE "address,undefined")
   endif()
-  target_compile_options(ctx_build_flags INTERFACE "$<${cxx_only}:-fsanitize=${CTX_SANITIZE}>"
-                                                   "$<${cxx_only}:-fno-omit-frame-pointer>")
+  set(sanitize -fsanitize=${CTX_SANITIZE} -fno-omit-frame-pointer -g1 -O1)
+  if(CTX_SANITIZE MATCHES "undefined")
+    list(APPEND sanitize -fno-sanitize-recover=undefined) # or a program that did it ends well
+  endif()
+  target_compile_options(ctx_build_flags INTERFACE "$<${cxx_only}:${sanitize}>")
   target_link_options(ctx_build_flags INTERFACE "-fsanitize=${CTX_SANITIZE}")
 endif()
 
@@ -53,6 +59,17 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     # GCC's own header: _mm512_undefined_ps() is what its name says (GCC bug 105593).
     list(APPEND CTX_CPU_FLAGS_AVX512 -Wno-maybe-uninitialized)
   endif()
+endif()
+if(CTX_INSTRUCTION_SETS)
+  foreach(capability IN LISTS CTX_INSTRUCTION_SETS)
+    if(NOT capability IN_LIST CTX_CPU_CAPABILITIES)
+      message(FATAL_ERROR "ctx: CTX_INSTRUCTION_SETS must be of ${CTX_CPU_CAPABILITIES}, got ${capability}")
+    endif()
+  endforeach()
+  if(NOT DEFAULT IN_LIST CTX_INSTRUCTION_SETS)
+    message(FATAL_ERROR "ctx: CTX_INSTRUCTION_SETS must have DEFAULT, got ${CTX_INSTRUCTION_SETS}")
+  endif()
+  set(CTX_CPU_CAPABILITIES ${CTX_INSTRUCTION_SETS})
 endif()
 
 # ATen/Parallel.h runs serially in files that are compiled without OpenMP. The run-time library must

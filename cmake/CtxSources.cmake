@@ -3,18 +3,36 @@
 set(CTX_SOURCES
     csrc/core/archive.cpp
     csrc/core/attention.cpp
+    csrc/core/attention_calls.cpp
+    csrc/core/attention_module.cpp
+    csrc/core/attention_options.cpp
+    csrc/core/checksum.cpp
     csrc/core/compressor.cpp
+    csrc/core/files.cpp
     csrc/core/init.cpp
+    csrc/core/json.cpp
     csrc/core/memory.cpp
     csrc/core/memory_rows.cpp
+    csrc/core/memory_spec.cpp
+    csrc/core/model_memory.cpp
+    csrc/core/module_call.cpp
+    csrc/core/module_check.cpp
+    csrc/core/module_parts.cpp
     csrc/core/rows.cpp
     csrc/core/rows_check.cpp
     csrc/core/rows_resize.cpp
+    csrc/core/safetensors.cpp
     csrc/core/schedule.cpp
     csrc/core/session.cpp
     csrc/core/session_streams.cpp
     csrc/core/settings.cpp
+    csrc/core/slots.cpp
     csrc/core/snapshot.cpp
+    csrc/core/state_pickle.cpp
+    csrc/core/transformer.cpp
+    csrc/core/transformer_block.cpp
+    csrc/core/transformer_config.cpp
+    csrc/core/weights.cpp
     csrc/kernels/cpu/capability.cpp
     csrc/ops/attend.cpp
     csrc/ops/attend_autograd.cpp
@@ -71,17 +89,18 @@ set(CTX_CUDA_SOURCES
     csrc/kernels/cuda/table.cu
     csrc/kernels/cuda/write.cu)
 
-set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp csrc/bindings/session.cpp)
+set(CTX_PYTHON_SOURCES csrc/bindings/module.cpp csrc/bindings/session.cpp csrc/bindings/snapshot.cpp)
 
 # These include kernels, whose pragmas the compiler would warn of.
 set(CTX_KERNEL_TEST_SOURCES tests/cpp/test_kernels.cpp tests/cpp/test_kernels_spans.cpp)
 set_source_files_properties(${CTX_KERNEL_TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -fopenmp-simd)
 
 # One program each, named after the file.
-set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/test_attention.cpp
-                     tests/cpp/test_memory.cpp tests/cpp/test_rows.cpp
+set(CTX_TEST_SOURCES ${CTX_KERNEL_TEST_SOURCES} tests/cpp/soak_session.cpp
+                     tests/cpp/test_attention.cpp tests/cpp/test_memory.cpp
+                     tests/cpp/test_modules.cpp tests/cpp/test_rows.cpp
                      tests/cpp/test_schedule.cpp tests/cpp/test_session.cpp
-                     tests/cpp/test_snapshot.cpp)
+                     tests/cpp/test_snapshot.cpp tests/cpp/test_weights.cpp)
 
 set(CTX_PRECOMPILED_HEADERS <ATen/ATen.h> <torch/csrc/autograd/custom_function.h>
                             <torch/library.h>)

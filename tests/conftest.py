@@ -9,12 +9,16 @@ A test asks for its own number of cases with `strategies.cases(n)`; the profile 
 """
 
 import gc
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import cpp_builds
 from combinations_table import COVERED, table
 
 SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -33,6 +37,31 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test draws the same numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def consumer_with_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a build of tests/cmake_consumer, outside the tree, with add_subdirectory of
+    this repository and its C++ tests; `ctx` in it is the library's own.
+
+    CTX_SANITIZE=address,undefined builds with these sanitizers.
+    """
+    folder = tmp_path_factory.mktemp("consumer")
+    shutil.copytree(cpp_builds.CONSUMER, folder / "source")
+    sanitizers = os.environ.get("CTX_SANITIZE", "")
+    cpp_builds.configure(
+        folder / "source",
+        folder / "build",
+        f"CTX_SOURCE={cpp_builds.ROOT}",
+        f"CTX_TORCH_ROOT={cpp_builds.TORCH}",
+        "CTX_BUILD_TESTS=ON",
+        "CTX_UNITY=ON",
+        "CMAKE_BUILD_TYPE=Release",
+        f"CTX_SANITIZE={sanitizers}",
+        f"CMAKE_EXE_LINKER_FLAGS={sanitizers and '-fsanitize=' + sanitizers}",
+    )
+    cpp_builds.compile_all(folder / "build")
+    return folder / "build"
 
 
 def pytest_collection_finish() -> None:

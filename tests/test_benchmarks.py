@@ -302,6 +302,7 @@ SAYS = {
     "prefill": ({"3"}, {"what", "queries", "slots", "who", "time", "MiB"}),
     "train": ({"3"}, {"what", "queries", "slots", "who", "time", "MiB"}),
     "stream": ({"4"}, {"tokens", "time", "resident MiB"}),
+    "sessions": ({"3"}, {"shape", "streams", "who", "time"}),
     "cuda": ({"3", "5"}, {"shape", "MB", "rows", "what", "time", "GB/s", "kernels", "tokens/s"}),
 }
 HERE = {"cuda": ["--device", "cpu"]}  # options that this machine needs

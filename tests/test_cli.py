@@ -13,6 +13,7 @@ import torch
 import ctx
 from command_line import SOURCE, TINY, here, lines_of, run, start
 from ctx.memory_rows import leaves
+from ctx.recipes.loading import load_model
 
 
 def wait_for_steps(process, metrics, count):
@@ -195,6 +196,25 @@ class TestGenerate:
         assert (process.returncode, err) == (130, b"ctx generate: interrupted\n")
 
 
+class TestExport:
+    def test_writes_a_package(self, folder, monkeypatch):
+        """Of the run's weights; what the compiler makes of them is another test's."""
+
+        def compiler(program, *, package_path, inductor_configs):
+            torch.export.save(program, package_path)
+            return package_path
+
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiler)
+        code, out, err = here("export", "run", "--out", "model.pt2", cwd=folder)
+        assert (code, out, err) == (0, "written: model.pt2\n", "")
+        step = torch.export.load(folder / "model.pt2").module()
+        model = load_model(folder / "run")
+        ours, theirs, tokens = model.init_memory(1), model.init_memory(1), torch.tensor([[9, 65]])
+        with torch.no_grad():
+            expected, _ = model(tokens, theirs, last_only=True)
+        assert torch.allclose(step(tokens, torch.tensor([2]), leaves(ours)), expected, atol=1e-6)
+
+
 class TestOther:
     def test_version(self, tmp_path):
         assert run("--version", cwd=tmp_path)[:2] == (0, f"ctx {ctx.__version__}\n")
@@ -263,6 +283,12 @@ WRONG = {
         "--tokens must be at least 0, got -1",
     ),
     "generate top-k": (["generate", "run", "--top-k", "0"], "--top-k must be at least 1, got 0"),
+    "export no run": (["export", "none", "--out", "m.pt2"], "none must be a run folder"),
+    "export name": (["export", "run", "--out", "m.so"], "--out must be a file that ends with .pt2"),
+    "export folder": (
+        ["export", "run", "--out", "none/m.pt2"],
+        "cannot write none/m.pt2: No such file",
+    ),
     "threads": (["generate", "run", "--threads", "-1"], "--threads must be at least 0, got -1"),
 }
 

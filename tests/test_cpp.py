@@ -3,8 +3,6 @@
 CTX_SANITIZE=address,undefined builds them with these sanitizers.
 """
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 import ctx
 from programs import run
+from snapshot_files import HOSTILE, HOSTILE_ABOUT, state
 from strategies import assert_same_bits
 
 pytestmark = pytest.mark.slow
@@ -20,23 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 B, H, HKV, D, DV = 2, 4, 2, 6, 4  # tests/cpp/streams.h
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
+@pytest.fixture
+def build(consumer_with_sources):
     """The folder of the built C++ tests."""
-    if not (ROOT / "CMakeLists.txt").is_file() or shutil.which("cmake") is None:
-        pytest.skip("needs the sources and CMake")
-    folder = tmp_path_factory.mktemp("cpp")
-    run(
-        "cmake",
-        *("-S", ROOT, "-B", folder),
-        *(["-G", "Ninja"] if shutil.which("ninja") else []),
-        "-DCTX_BUILD_TESTS=ON",
-        "-DCTX_BUILD_PYTHON=OFF",
-        f"-DCTX_TORCH_ROOT={Path(torch.__file__).parent}",
-        f"-DCTX_SANITIZE={os.environ.get('CTX_SANITIZE', '')}",
-    )
-    run("cmake", "--build", folder, "--parallel", os.cpu_count() or 1)
-    return folder
+    return consumer_with_sources / "ctx"
 
 
 def test_ctest(build):
@@ -78,7 +64,7 @@ def test_python_reads_what_cpp_wrote(build, tmp_path):
     there.load(snapshot)
     assert_same_memory(there, here)
     assert_same_bits(torch.load(outputs, weights_only=True), first)
-    assert torch.load(snapshot, weights_only=True).keys() == here.state_dict().keys()
+    assert state(snapshot.read_bytes()).keys() == here.state_dict().keys()
     assert_same_bits(there.step(*tokens(37, 23)), here.step(*tokens(37, 23)))
 
 
@@ -95,3 +81,19 @@ def test_cpp_goes_on_from_what_python_wrote(build, tmp_path, writer):
     assert_same_bits(torch.load(outputs, weights_only=True), here.step(*tokens(37, 23)))
     back.load(tmp_path / "cpp.ctx")
     assert_same_memory(back, here)
+
+
+def test_cpp_refuses_hostile_files(build, tmp_path):
+    """What tests/test_snapshot_files.py reads in this process; sanitizers see it here."""
+    paths = []
+    for number, (data, _) in enumerate([*HOSTILE.values(), *HOSTILE_ABOUT.values()]):
+        paths.append(tmp_path / str(number))
+        paths[-1].write_bytes(data)
+    assert f"{len(paths)} checks, 0 failed" in run(build / "test_snapshot", "refused", *paths)
+
+
+def test_changed_bytes(build):
+    """Of today's snapshots and of those of format 1; see the arguments of the program."""
+    old = [ROOT / "tests" / "snapshots" / name for name in ("kv_memory_1.ctx", "session_1.ctx")]
+    said = run(build / "test_snapshot", "flips", 1000, 2, *old)
+    assert said.count("1000 changed bytes") == 5 and said.count("1000 refused") == 3

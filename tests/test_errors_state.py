@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bad_input import Bad
+from ctx.memory_files import save
 from strategies import assert_same_bits
 from test_errors_rows import memory
 
@@ -130,12 +131,13 @@ def test_state(name):
 SAVED = [name for name in STATE_TABLE if name.startswith("another ")]
 
 
+@pytest.mark.parametrize("writer", [torch.save, lambda state, path: save(state, path, "test")])
 @pytest.mark.parametrize("name", SAVED)
-def test_state_in_a_file(name, tmp_path):
-    """The same by way of a file."""
+def test_state_in_a_file(name, writer, tmp_path):
+    """The same by way of a file, of format 1 and of today's."""
     used, state, path = memory(), dict(memory().state_dict()), tmp_path / "memory.ctx"
     setting = name.removeprefix("another ")
-    torch.save({**state, setting: SETTINGS[setting][0]}, path)
+    writer({**state, setting: SETTINGS[setting][0]}, path)
     entry = STATE_TABLE[name]
     Bad(entry.where, entry.argument, entry.error, lambda: used.load(path), entry.got).refused(
         memory=used.tensors

@@ -15,6 +15,7 @@ from torch import nn
 
 import ctx.hf
 from hf_models import VOCABULARY, logits_of, model_of
+from snapshot_files import sealed
 
 transformers = pytest.importorskip("transformers", minversion="5.17", reason="needs transformers")
 
@@ -366,10 +367,13 @@ def test_files_of_others_are_refused(tmp_path):
         ctx.hf.CompressiveCache(model_of("qwen3").config, compressor=ctx.hf.load_compressors(file))
     ctx.hf.load_compressors(file, model.to(torch.bfloat16))  # the same weights, rounded
     data = file.read_bytes()
-    for wrong in (b"", b"nothing", data[:-40], data.replace(b"compressors/1", b"compressors/9")):
+    other = data.replace(b"compressors/1", b"compressors/9")
+    for wrong in (b"", b"nothing", data[:-40], other, sealed(other)):
         file.write_bytes(wrong)
         with pytest.raises(ValueError, match="path must be a"):
             ctx.hf.load_compressors(file)
+    with pytest.raises(ValueError, match=r"of format ctx.*rs/1, got 'ctx.*rs/9'"):
+        ctx.hf.load_compressors(file)
     with pytest.raises(FileNotFoundError):
         ctx.hf.load_compressors(tmp_path / "missing")
 

@@ -30,6 +30,7 @@ def read(folder, *suffixes):
 # The first pattern that fits is the layer of a file.
 LAYERS = {
     "law": r"include/ctx/(schedule|export)\.h",
+    "modules": r"include/ctx/(modules|attention_module|transformer)\.h",  # torch::nn's are large
     "api": r"include/ctx/",
     "check": r"ops/check\.h",  # how messages are made; for everyone who checks
     "seam": r"ops/(kernels|plan_layout)\.h",
@@ -43,11 +44,12 @@ LAYERS = {
 }
 OURS = {
     "law": {"law"},
+    "modules": {"modules", "api", "law"},
     "api": {"api", "law"},
     "check": set(),
     "seam": {"law", "seam"},
     "registry": {"law", "seam"},
-    "core": {"core", "api", "law", "check", "ops", "seam", "registry"},
+    "core": {"core", "modules", "api", "law", "check", "ops", "seam", "registry"},
     "ops": {"ops", "law", "check", "seam", "registry"},
     "cuh": {"cuh", "law", "seam"},
     "cpu": {"cpu", "law", "seam"},
@@ -61,6 +63,7 @@ REGISTERS = {"registry", "check"}
 CUDA = r"cuda\w*\.h|cuda/|cub/|mma\.h|cooperative_groups"
 THEIRS = {
     "law": None,
+    "modules": r"ATen/(?!cuda)|c10/(?!cuda)|torch/nn/",
     "api": r"ATen/(?!cuda)|c10/(?!cuda)",
     "check": r"c10/util/",
     "seam": None,
@@ -119,6 +122,7 @@ MADE_UP = dict.fromkeys(
     [
         *("include/ctx/schedule.h", "include/ctx/memory.h", "ops/check.h", "ops/kernels.h"),
         *("ops/registry.h", "ops/memory.h", "kernels/cpu/vec.h", "kernels/cuda/tile.cuh"),
+        "include/ctx/transformer.h",
     ],
     "",
 )
@@ -134,6 +138,9 @@ MADE_UP = dict.fromkeys(
         ("core/memory.cpp", "TORCH_LIBRARY_FRAGMENT(ctx, m) {}"),
         ("include/ctx/memory.h", '#include "ops/kernels.h"'),
         ("include/ctx/memory.h", "#include <torch/library.h>"),
+        ("include/ctx/memory.h", '#include "ctx/transformer.h"'),
+        ("include/ctx/transformer.h", "#include <torch/torch.h>"),
+        ("include/ctx/transformer.h", '#include "ops/memory.h"'),
         ("include/ctx/schedule.h", '#include "ctx/memory.h"'),
         ("include/ctx/schedule.h", "#include <ATen/ATen.h>"),
         ("kernels/cpu/attend.cpp", '#include "ops/memory.h"'),
@@ -161,6 +168,8 @@ def test_arrows_allow_what_is_meant():
     good = {
         "bindings/module.cpp": '#include <Python.h>\n#include "ctx/memory.h"\n',
         "core/memory.cpp": '#include "ctx/memory.h"\n#include "ops/memory.h"\n',
+        "core/transformer.cpp": '#include "ctx/transformer.h"\n#include <torch/nn/init.h>\n',
+        "include/ctx/transformer.h": '#include <torch/nn/module.h>\n#include "ctx/memory.h"\n',
         "kernels/cuda/tile.cuh": '#include <cuda_bf16.h>\n#include "ctx/schedule.h"\n',
         "kernels/cuda/tile.cu": "#include <c10/cuda/CUDAStream.h>\n#ifdef __CUDA_ARCH__\n#endif\n",
         "kernels/cpu/enter.cpp": '#include "ops/registry.h"\nops::register_kernels(kCPU);\n',
@@ -417,6 +426,29 @@ def test_defaults_agree(module):
     }
     assert {"distance", "rotary_base", "max_rewind"} & parameters.keys() <= shared.keys()
     assert shared == {name: options[name] for name in shared}
+
+
+@pytest.mark.parametrize(
+    "name, struct, python",
+    [
+        ("attention_module.h", "CompressiveAttentionOptions", ctx.CompressiveAttention),
+        ("transformer.h", "CompressiveTransformerConfig", ctx.CompressiveTransformerConfig),
+    ],
+)
+def test_options_of_modules_agree(name, struct, python):
+    """Those of C++ have the names of Python's, and the same defaults; absent is None."""
+    body = re.search(rf"^struct {struct} {{\n(.*?)^}};", header(name), re.M | re.S)[1]
+    optional = re.findall(r"^  std::optional<[\w:]+> (\w+) = {};", body, re.M)
+    options = {**cpp_defaults(header(name), struct), **dict.fromkeys(optional)}
+    parameters = dict(inspect.signature(python).parameters)
+    settings = {"inv_freq", "attention_factor", "scale", "slot_mass", "logit_softcap"}
+    assert options.keys() - settings <= parameters.keys()
+    left = parameters.keys() - options.keys() - {"settings", "device", "dtype"}
+    assert left == set()
+    for option, parameter in parameters.items():
+        required = ("embed_dim", "num_heads", "vocab_size", "num_layers")
+        if option in options and option not in (*required, "window", "compressed", "ratio"):
+            assert options[option] == parameter.default, option
 
 
 def test_cpp_defaults_are_read():

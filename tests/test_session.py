@@ -1,7 +1,6 @@
 """ctx.Session: every stream as if it were alone, whoever else joins, leaves or steps."""
 
 import dataclasses
-import io
 import threading
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ctx
+import snapshot_files
 from strategies import COMPRESSORS, assert_close, assert_same_bits, cases, memories
 
 F32, F64 = torch.float32, torch.float64
@@ -126,7 +126,7 @@ def test_streams_are_as_alone(compressor, dtype, data):
 
 
 def test_what_a_stream_holds_is_that_of_a_memory():
-    """Bit for bit, readable by torch.load; other rows are untouched, what leaves is erased."""
+    """Bit for bit, readable without ctx; other rows are untouched, what leaves is erased."""
     session = ctx.Session([layer(compressor="conv")] * 2, rows=3)
     first, second, third = (session.join() for _ in range(3))
     memories = [layer(compressor="conv") for _ in range(2)]
@@ -136,7 +136,7 @@ def test_what_a_stream_holds_is_that_of_a_memory():
             x = tokens(count, 2, 10 * seed + number)
             out = session.step([second, first], number, *x)
             assert_same_bits(out[:1], memory.step(*(part[:1] for part in x)))
-    held = torch.load(io.BytesIO(session.snapshot(second)), weights_only=True)
+    held = snapshot_files.state(session.snapshot(second))
     assert (held["format"], held["version"], held["layers"]) == ("ctx.Session", 1, 2)
     for number, memory in enumerate(memories):
         for name, part in memory.state_dict().items():
@@ -144,7 +144,7 @@ def test_what_a_stream_holds_is_that_of_a_memory():
             assert torch.equal(mine, part) if isinstance(part, torch.Tensor) else mine == part
     assert session.snapshot(third) == before
     session.leave(second)
-    held = torch.load(io.BytesIO(session.snapshot(session.join())), weights_only=True)
+    held = snapshot_files.state(session.snapshot(session.join()))
     parts = [part for name, part in held.items() if "inv_freq" not in name]
     assert not any(part.any() for part in parts if isinstance(part, torch.Tensor))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ctx
+import snapshot_files
 from strategies import COMPRESSORS, DTYPES, assert_same_bits
 
 B, HKV, H, D, DV = 2, 2, 4, 6, 4
@@ -101,10 +102,10 @@ def by_torch_file(memory, path):
     return other
 
 
-def by_torch_load(memory, path):
+def by_safetensors(memory, path):
     other = fresh(memory.compressor, memory.tensors["window_keys"].dtype)
     memory.save(path)
-    other.load_state_dict(torch.load(path, weights_only=True))
+    other.load_state_dict(snapshot_files.state(path.read_bytes()))
     return other
 
 
@@ -112,7 +113,7 @@ WAYS = {
     "state_dict": by_state,
     "save, load": by_file,
     "torch.save, load": by_torch_file,
-    "save, torch.load": by_torch_load,
+    "save, safetensors": by_safetensors,
     "clone": lambda memory, path: memory.clone(),
     "copy": lambda memory, path: copy.copy(memory),
     "deepcopy": lambda memory, path: copy.deepcopy(memory),
@@ -198,8 +199,7 @@ def test_documented_parts(tmp_path):
     """Exactly those that ctx/snapshot.h lists, readable without ctx and without trust."""
     memory = streamed()
     memory.save(tmp_path / "memory.ctx")
-    held = torch.load(tmp_path / "memory.ctx", weights_only=True)
-    assert type(held) is dict
+    held = snapshot_files.state((tmp_path / "memory.ctx").read_bytes())
     assert held.keys() == {*SETTINGS, "compressor", "inv_freq", *memory.tensors}
     assert torch.equal(held["inv_freq"], 10000.0 ** -torch.tensor([0.0, 0.5], dtype=torch.float64))
     plain = {name: part for name, part in held.items() if name in {*SETTINGS, "compressor"}}
@@ -285,7 +285,7 @@ def test_inference_mode(made, used, tmp_path):
             memory,
             copied,
             by_state(memory, None),
-            by_torch_load(memory, tmp_path / "x"),
+            by_safetensors(memory, tmp_path / "x"),
         ):
             assert_goes_on_alike(other, want.clone())
         loaded = fresh()

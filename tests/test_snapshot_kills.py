@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import ctx
+import snapshot_files
 from strategies import assert_same_bits
 
 # For each number that it reads, a child that saves 200 states, counted from there, and says so.
@@ -109,6 +110,116 @@ def test_killed_200_times(tmp_path):
     halfway = kill_while_saving(tmp_path, kills=200, seed=1)
     print(f"{halfway} of 200 kills left a part file behind")
     assert 0 < halfway <= 200
+
+
+# --- streams of a session -------------------------------------------------------------------------
+
+STREAMS = 4
+
+# For each number that it reads, a child that takes up the streams from their files; in turns from
+# that number on, 400 times, it brings one a token and saves it, and says so.
+SERVER = """
+    import os
+    import sys
+
+    sys.path.insert(0, sys.argv[2])
+    import torch
+    import test_snapshot_kills as kills
+
+    torch.set_num_threads(1)  # a child has none of its parent's threads
+    session = kills.session()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            paths = [os.path.join(sys.argv[1], str(i)) for i in range(kills.STREAMS)]
+            ids = [session.load(path) for path in paths]
+            os.write(1, f"begins {os.getpid()} 0\\n".encode())
+            for turn in range(int(line), int(line) + 400):
+                stream = turn % kills.STREAMS
+                kills.bring(session, ids[stream], stream)
+                session.save(ids[stream], paths[stream])
+                os.write(1, f"saved {stream} {session.seen(ids[stream])}\\n".encode())
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(1, f"ends {status} 0\\n".encode())
+"""
+
+
+def session():
+    """Two layers, which compress soon; room for the streams."""
+    layer = ctx.KVMemory(ctx.Schedule(8, 4, 2), 1, 2, 16, max_rewind=4, compressor="gated")
+    return ctx.Session([layer] * 2, rows=STREAMS)
+
+
+def bring(session, id, stream):
+    """The next token of a stream, the same whenever it comes."""
+    made = torch.Generator().manual_seed(1000 * session.seen(id) + stream)
+    for layer in range(session.layers):
+        session.step([id], layer, *torch.randn(3, 1, 2, 1, 16, generator=made))
+
+
+def kill_while_saving_streams(folder, kills, seed):
+    """Kills a process that saves the streams of a session at random moments, again and again. Each
+    must come back bit for bit as it was when it was saved last, or in the save that was cut off.
+
+    Returns how many kills left a part file behind, and how many streams came back in a newer state
+    than was said.
+    """
+    chance, script = random.Random(seed), folder / "server.py"
+    script.write_text(textwrap.dedent(SERVER))
+    twins, paths = session(), [folder / str(stream) for stream in range(STREAMS)]
+    ids = [twins.join() for _ in range(STREAMS)]
+    for id, path in zip(ids, paths, strict=True):
+        twins.save(id, path)
+    newer, reader = 0, session()
+    with subprocess.Popen(
+        [sys.executable, script, folder, Path(__file__).parent],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as parent:
+
+        def heard():
+            word, *numbers = parent.stdout.readline().split()
+            return word, *map(int, numbers)
+
+        for kill in range(kills):
+            parent.stdin.write(f"{kill}\n")
+            begins, child, _ = heard()
+            assert begins == "begins"
+            time.sleep(chance.uniform(0.0, 0.03))
+            os.kill(child, signal.SIGKILL)
+            said = [twins.seen(id) for id in ids]
+            while (event := heard())[0] == "saved":
+                said[event[1]] = event[2]
+            assert event == ("ends", -signal.SIGKILL, 0)
+            for stream, (id, path) in enumerate(zip(ids, paths, strict=True)):
+                read = reader.load(path)
+                held = reader.seen(read)
+                reader.leave(read)
+                assert held in (said[stream], said[stream] + 1)
+                newer += held - said[stream]
+                while twins.seen(id) < held:
+                    bring(twins, id, stream)
+                assert path.read_bytes() == twins.snapshot(id)
+        parent.stdin.close()
+    assert sum(map(twins.seen, ids)) > 0
+    return len(list(folder.glob("*.part"))), newer
+
+
+def test_streams_killed_20_times(tmp_path):
+    kill_while_saving_streams(tmp_path, kills=20, seed=0)
+
+
+@pytest.mark.slow
+def test_streams_killed_200_times(tmp_path):
+    halfway, newer = kill_while_saving_streams(tmp_path, kills=200, seed=1)
+    print(f"{halfway} of 200 kills left a part file behind, {newer} streams were newer than said")
+    assert 0 < halfway <= 200 and newer <= 200
+
+
+# --- other ways to fail ---------------------------------------------------------------------------
 
 
 def fill(number):
@@ -210,5 +321,5 @@ def test_path_of_every_kind(tmp_path, monkeypatch):
         fill(number).save(path)
         assert number_of(path) == number
     memory().save("memory.ctx")
-    held = torch.load("memory.ctx", weights_only=True)
+    held = snapshot_files.state(Path("memory.ctx").read_bytes())
     assert_same_bits(held["seen"], torch.zeros(4, dtype=torch.int64))

@@ -276,6 +276,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("nbytes", &KVMemory::nbytes);
 
   ctx::bindings::bind_session(m);
+  ctx::bindings::bind_files(m);
 
   using ctx::LayerShape;
   namespace rows = ctx::rows;

@@ -31,4 +31,7 @@ inline void with_os_errors(const std::string& path, const F& run) {
 // Adds ctx._C.Session.
 void bind_session(py::module_& m);
 
+// Adds the functions of files of tensors.
+void bind_files(py::module_& m);
+
 }  // namespace ctx::bindings

@@ -1,9 +1,17 @@
 #include "core/archive.h"
 
-#include <array>
+#include <ATen/core/Dict.h>
+#include <ATen/core/ivalue.h>
+#include <caffe2/serialize/inline_container.h>
+#include <caffe2/serialize/read_adapter_interface.h>
+#include <torch/csrc/jit/serialization/import_read.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
+
+#include "core/checksum.h"
 
 // The format: PKWARE's APPNOTE.TXT, sections 4.3.7 (local header), 4.3.12 (central directory),
 // 4.3.14 to 4.3.16 (its end, for large archives and for small ones), 4.5.3 (large sizes).
@@ -11,51 +19,24 @@ namespace ctx {
 namespace {
 
 constexpr uint32_t kLarge = 0xffffffff;  // "look in the large field"
-
-// CRC-32 of zip, eight bytes at a time: table[k][b] is the checksum of b with k zeros behind it.
-constexpr auto kTables = [] {
-  std::array<std::array<uint32_t, 256>, 8> tables{};
-  for (uint32_t byte = 0; byte < 256; ++byte) {
-    uint32_t sum = byte;
-    for (int bit = 0; bit < 8; ++bit) sum = (sum >> 1) ^ (sum & 1 ? 0xedb88320u : 0);
-    tables[0][byte] = sum;
-  }
-  for (size_t k = 1; k < tables.size(); ++k) {
-    for (uint32_t byte = 0; byte < 256; ++byte) {
-      const uint32_t sum = tables[k - 1][byte];
-      tables[k][byte] = (sum >> 8) ^ tables[0][sum & 255];
-    }
-  }
-  return tables;
-}();
-
-uint32_t checksum(const unsigned char* at, uint64_t size) {
-  uint32_t sum = ~0u;
-  for (; size >= 8; size -= 8, at += 8) {
-    uint32_t next = 0;
-    for (int i = 0; i < 4; ++i) next ^= kTables[7 - i][(at[i] ^ (sum >> (8 * i))) & 255];
-    for (int i = 4; i < 8; ++i) next ^= kTables[7 - i][at[i]];
-    sum = next;
-  }
-  for (; size > 0; --size, ++at) sum = (sum >> 8) ^ kTables[0][(sum ^ *at) & 255];
-  return ~sum;
-}
+constexpr uint32_t kRecord = 0x04034b50;
 
 class Bytes {
  public:
-  explicit Bytes(const std::vector<char>& bytes)
-      : begin_(reinterpret_cast<const unsigned char*>(bytes.data())), size_(bytes.size()) {}
+  explicit Bytes(std::span<const char> bytes) : bytes_(bytes) {}
 
-  uint64_t size() const { return size_; }
-  bool has(uint64_t at, uint64_t count) const { return at <= size_ && count <= size_ - at; }
-  const unsigned char* from(uint64_t at) const { return begin_ + at; }
+  uint64_t size() const { return bytes_.size(); }
+  bool has(uint64_t at, uint64_t count) const { return at <= size() && count <= size() - at; }
+  const char* from(uint64_t at) const { return bytes_.data() + at; }
+  uint32_t checksum(uint64_t at, uint64_t count) const { return crc32(bytes_.subspan(at, count)); }
 
   // Little-endian; the caller knows that it is there.
   template <typename Int>
   Int read(uint64_t at) const {
     Int value = 0;
     for (size_t i = 0; i < sizeof(Int); ++i) {
-      value = static_cast<Int>(value | (static_cast<Int>(begin_[at + i]) << (8 * i)));
+      const auto byte = static_cast<unsigned char>(bytes_[at + i]);
+      value = static_cast<Int>(value | (static_cast<Int>(byte) << (8 * i)));
     }
     return value;
   }
@@ -66,8 +47,7 @@ class Bytes {
   }
 
  private:
-  const unsigned char* begin_;
-  uint64_t size_;
+  std::span<const char> bytes_;
 };
 
 struct Directory {
@@ -116,9 +96,9 @@ std::optional<Record> read_sizes(const Bytes& bytes, uint64_t entry, uint64_t ex
   return record;
 }
 
-}  // namespace
-
-bool is_whole_archive(const std::vector<char>& given) {
+// Whether all records are stored as they are (torch's kind), each with the checksum that the
+// archive says it has. torch does not look at checksums, and trusts the sizes that it finds.
+bool is_whole(std::span<const char> given) {
   const Bytes bytes(given);
   const auto directory = find_directory(bytes);
   if (!directory || !bytes.has(directory->begin, directory->size)) return false;
@@ -135,7 +115,7 @@ bool is_whole_archive(const std::vector<char>& given) {
     const bool as_it_is = bytes.read<uint16_t>(entry + 10) == 0;
     const bool folder = bytes.read<uint32_t>(entry + 38) & 0x10;  // a reader would fill in nothing
     if (!record || !as_it_is || folder || record->size != record->stored) return false;
-    if (!bytes.marked(record->begin, local_head, 0x04034b50)) return false;
+    if (!bytes.marked(record->begin, local_head, kRecord)) return false;
     const uint64_t name = bytes.read<uint16_t>(record->begin + 26);
     const uint64_t data =
         record->begin + local_head + name + bytes.read<uint16_t>(record->begin + 28);
@@ -145,10 +125,54 @@ bool is_whole_archive(const std::vector<char>& given) {
         std::memcmp(bytes.from(record->begin + local_head), bytes.from(entry + head), name) != 0) {
       return false;
     }
-    if (checksum(bytes.from(data), record->size) != bytes.read<uint32_t>(entry + 16)) return false;
+    if (bytes.checksum(data, record->size) != bytes.read<uint32_t>(entry + 16)) return false;
     entry = next;
   }
   return entry == end;
+}
+
+// torch::jit::pickle_load would read behind the end of a damaged archive.
+class ArchiveReader : public caffe2::serialize::ReadAdapterInterface {
+ public:
+  explicit ArchiveReader(std::span<const char> bytes) : bytes_(bytes) {}
+  size_t size() const override { return bytes_.size(); }
+  size_t read(uint64_t at, void* to, size_t count, const char* /*what*/) const override {
+    if (at >= bytes_.size()) return 0;
+    count = std::min<size_t>(count, bytes_.size() - at);
+    std::memcpy(to, bytes_.data() + at, count);
+    return count;
+  }
+
+ private:
+  std::span<const char> bytes_;
+};
+
+}  // namespace
+
+bool is_archive(std::span<const char> bytes) { return Bytes(bytes).marked(0, 4, kRecord); }
+
+Snapshot read_archive(std::span<const char> bytes) {
+  TORCH_CHECK(is_whole(bytes), "not a whole archive");
+  caffe2::serialize::PyTorchStreamReader reader(std::make_unique<ArchiveReader>(bytes));
+  const c10::IValue value = torch::jit::readArchiveAndTensors(
+      "data", "", "", std::nullopt, std::nullopt, std::nullopt, reader);
+  TORCH_CHECK(value.isGenericDict(), "not a dict");
+  Snapshot snapshot;
+  for (const auto& item : value.toGenericDict()) {
+    TORCH_CHECK(item.key().isString(), "not a name");
+    auto& part = snapshot[item.key().toStringRef()];
+    const c10::IValue& held = item.value();
+    if (held.isInt()) {
+      part = held.toInt();
+    } else if (held.isDouble()) {
+      part = held.toDouble();
+    } else if (held.isString()) {
+      part = held.toStringRef();
+    } else {
+      part = held.toTensor();
+    }
+  }
+  return snapshot;
 }
 
 }  // namespace ctx

@@ -1,13 +1,16 @@
-// Is an archive whole? torch reads archives without looking at their checksums, and trusts the
-// sizes that it finds in them: a damaged file can end the process.
+// Snapshots of format 1, which are archives as torch.save writes them: read, no longer written.
 #pragma once
 
-#include <vector>
+#include <span>
+
+#include "ctx/snapshot.h"
 
 namespace ctx {
 
-// Whether `bytes` are a zip archive of records that are stored as they are (torch's kind), each
-// with the checksum that the archive says it has.
-bool is_whole_archive(const std::vector<char>& bytes);
+// Whether bytes begin as an archive does.
+bool is_archive(std::span<const char> bytes);
+
+// What an archive of a dict holds. Throws what torch throws where it is damaged or another.
+Snapshot read_archive(std::span<const char> bytes);
 
 }  // namespace ctx

@@ -4,13 +4,12 @@
 #include <c10/core/GradMode.h>
 
 #include "core/settings.h"
+#include "core/slots.h"
 #include "ops/attend.h"
 #include "ops/check.h"
-#include "ops/groups.h"
 #include "ops/plan.h"
 #include "ops/shapes.h"
 #include "ops/state.h"
-#include "ops/step.h"
 
 namespace ctx {
 namespace {
@@ -19,10 +18,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kAttentionWhere = "ctx.compressive_attention";
-
-OptionalTensor detached(const OptionalTensor& x) {
-  return x ? OptionalTensor(x->detach()) : std::nullopt;
-}
 
 std::vector<Tensor> empty_rings(const Tensor& k,
                                 const Tensor& v,
@@ -44,41 +39,15 @@ std::vector<Tensor> empty_rings(const Tensor& k,
   return rings;
 }
 
-// Slots that are tokens, chosen by attention: what a copy of the memory makes of the call.
-std::vector<Tensor> most_used(const Tensor& q,
-                              const Tensor& k,
-                              const Tensor& v,
-                              const Tensor& plan,
-                              const std::vector<Tensor>& rings,
-                              const OptionalTensor& bias,
-                              const AttentionSettings& settings,
-                              const ops::PackedSettings& packed,
-                              const Tensor& keys,
-                              const Tensor& values) {
-  std::vector<Tensor> copy;
-  {
-    const at::NoGradGuard no_grad;
-    copy = rings.empty() ? empty_rings(k, v, settings) : rings;
-    for (Tensor& ring : copy) ring = ring.detach().clone();
-  }
-  const OptionalTensor slopes = detached(settings.alibi_slopes), constant = detached(bias);
-  std::vector<Tensor> relative = settings.relative;
-  for (Tensor& part : relative) part = part.detach();
-  const auto [out, weights, chosen, positions] = ops::step_(q.detach(),
-                                                            k.detach(),
-                                                            v.detach(),
-                                                            plan,
-                                                            copy,
-                                                            {},
-                                                            {constant, slopes, relative},
-                                                            packed,
-                                                            /*with_region_weights=*/false);
-  const auto taken = [&index = chosen](const Tensor& groups) {
-    return groups.flatten(2, 3).gather(2, index.unsqueeze(-1).expand({-1, -1, -1, groups.size(4)}));
-  };
-  const Tensor mass = settings.slot_mass ? at::zeros(chosen.sizes(), keys.options())
-                                         : at::empty({0}, keys.options());
-  return {taken(keys), taken(values), mass, positions};
+// What slots that are chosen by attention are streamed into.
+std::vector<Tensor> copied_rings(const std::vector<Tensor>& rings,
+                                 const Tensor& k,
+                                 const Tensor& v,
+                                 const AttentionSettings& settings) {
+  const at::NoGradGuard no_grad;
+  std::vector<Tensor> copy = rings.empty() ? empty_rings(k, v, settings) : rings;
+  for (Tensor& ring : copy) ring = ring.detach().clone();
+  return copy;
 }
 
 }  // namespace
@@ -117,16 +86,13 @@ Tensor compressive_attention(const Tensor& q,
   const ops::PackedSettings packed = pack(resolved, compressor.name);
   const Tensor plan = ops::plan(
       seen, lengths, reset_at, k.sym_size(2), packed.settings, /*carried=*/!rings.empty());
-  const auto [keys, values] = ops::evicted_groups(k, v, plan, rings, packed);
   const OptionalTensor given = bias && bias->defined() ? bias : std::nullopt;
-  std::vector<Tensor> slots;
-  if (compressor.name == "most_used") {
-    slots = most_used(q, k, v, plan, rings, given, resolved, packed, keys, values);
-  } else {
-    const int64_t ratio = resolved.slot_mass ? resolved.schedule.ratio : 0;
-    const auto [slot_keys, slot_values, mass] = compress(keys, values, compressor, ratio);
-    slots = {slot_keys, slot_values, mass};
-  }
+  const ops::ScoreOperands scores{given, resolved.alibi_slopes, resolved.relative};
+  const int64_t mass_ratio = resolved.slot_mass ? resolved.schedule.ratio : 0;
+  std::vector<Tensor> written;
+  if (compressor.name == "most_used") written = copied_rings(rings, k, v, resolved);
+  std::vector<Tensor> slots =
+      slots_of({q, k, v, plan, rings, scores, packed, compressor, mass_ratio}, written);
   // The graph reads rings where they lie, and the caller's may be written to before its backward.
   if (at::GradMode::is_enabled()) {
     for (Tensor& ring : rings) ring = ring.clone();

@@ -171,6 +171,7 @@ int64_t Session::rewindable(int64_t id) const {
 std::vector<int64_t> Session::ids() const {
   std::vector<int64_t> made;
   for (const auto& [id, row] : row_of_) made.push_back(id);
+  std::sort(made.begin(), made.end());
   return made;
 }
 
@@ -195,7 +196,8 @@ Snapshot Session::state_of(int64_t id, const char* where) const {
 }
 
 std::vector<char> Session::snapshot(int64_t id) const {
-  return snapshot_bytes(state_of(id, "ctx.Session.snapshot"));
+  constexpr const char* where = "ctx.Session.snapshot";
+  return snapshot_bytes(state_of(id, where), where);
 }
 
 void Session::save(int64_t id, const std::string& path) const {

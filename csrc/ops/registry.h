@@ -6,16 +6,15 @@
 #include <string>
 #include <vector>
 
-#include "ctx/export.h"
 #include "ops/kernels.h"
 
 namespace ctx::ops {
 
 // `choose` picks a table at the first use, out of the variants that were compiled. Call it once per
 // device type, from a static initialiser.
-CTX_API void register_kernels(c10::DeviceType type,
-                              std::vector<std::string> variants,
-                              const Kernels& (*choose)());
+void register_kernels(c10::DeviceType type,
+                      std::vector<std::string> variants,
+                      const Kernels& (*choose)());
 
 // Throws ValueError for a device that this build has no kernels for.
 const Kernels& kernels_for(c10::DeviceType type);

@@ -283,8 +283,10 @@ void check_readable(const Tensor& x, const char* name, const char* where) {
 
 void check_seen(const Tensor& seen, const char* where) {
   if (!seen.is_cpu()) return;
-  for (int64_t b = 0; b < seen.numel(); ++b) {
-    const int64_t count = seen.const_data_ptr<int64_t>()[b * seen.stride(0)];
+  // A session's clock has a thousand rows, however few a call works on.
+  const int64_t* const counts = seen.const_data_ptr<int64_t>();
+  for (int64_t b = 0, rows = seen.numel(), stride = seen.stride(0); b < rows; ++b) {
+    const int64_t count = counts[b * stride];
     CTX_CHECK_VALUE(count >= 0 && count <= Schedule::kLastPosition,
                     where,
                     "seen must be between 0 and ",

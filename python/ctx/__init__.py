@@ -10,6 +10,7 @@ it. :class:`Memory` is what it holds. :class:`KVMemory` streams keys and values 
 from ctx import (
     _load,  # first: explains what is wrong if the compiled part does not fit
     compression,
+    export,
     losses,
     padding,
     positions,
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "compression",
+    "export",
     "losses",
     "padding",
     "positions",

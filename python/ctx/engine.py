@@ -109,8 +109,8 @@ class Plan:
         self.tensor: Tensor = torch.ops.ctx.plan(
             seen, lengths, reset_at, tokens, law.settings, carried
         )
-        #: (seen, rewindable) after the call where :func:`begin` had to work them out.
-        self.after: tuple[Tensor, Tensor] | None = None
+        #: `rewindable` before the call where :func:`begin` wrote what :func:`advance` cannot undo.
+        self.before: Tensor | None = None
 
     @property
     def clock(self) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ def begin(call: Plan) -> None:
         ):
             rewindable.clamp_max_(call.max_rewind - call.tokens)
             return
-        call.after = ends(call)
+        call.before = rewindable.clone()
         count = call.lengths
         if count is None:
             count = torch.full_like(rewindable, call.tokens)
@@ -200,11 +200,13 @@ def advance(call: Plan) -> None:
     """Counts the call's tokens, in place, once every layer has written."""
     seen, rewindable = call.clock
     with writing(seen):
-        if call.after is None:
+        if call.before is None:
             torch.ops.ctx.advance_(seen, rewindable, call.tensor, call.max_rewind)
-        else:
-            seen.copy_(call.after[0])
-            rewindable.copy_(call.after[1])
+            return
+        counted = seen.clone()
+        torch.ops.ctx.advance_(counted, call.before, call.tensor, call.max_rewind)
+        seen.copy_(counted)  # first: what is open stays so until both stand
+        rewindable.copy_(call.before)
 
 
 def evicted_groups(

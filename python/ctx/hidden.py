@@ -53,7 +53,7 @@ def pairs_of(
     due = groups_at(schedule, seen)
     window = ring_positions(seen - 1, held["window_keys"].shape[2])
     slots = ring_positions(begun - 1, held["compressed_keys"].shape[2])
-    sinks = torch.arange(schedule.sinks, device=seen.device).expand(len(seen), -1)
+    sinks = torch.arange(schedule.sinks, device=seen.device).expand(seen.shape[0], -1)
     first = first_token(schedule, begun)
     oldest = (due - schedule.compressed).clamp_min(0)
     clock = slot_positions(schedule, layer.distance, slots)

@@ -154,8 +154,8 @@ class KVState:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state to a file, whole or not at all.
 
-        The file is what ``torch.save`` writes of :meth:`state_dict`; C++ programs read it with
-        ``ctx::KVMemory::load`` or ``torch::pickle_load``.
+        It is a safetensors file of the tensors of :meth:`state_dict`; the numbers and names are
+        JSON in its metadata, under ``"ctx"``. C++ programs read it with ``ctx::KVMemory::load``.
 
         Raises:
             OSError: the file cannot be written; an older one is as it was.
@@ -163,7 +163,8 @@ class KVState:
         self._native.save(_check.path(path, "ctx.KVMemory.save"))
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Takes over the state that :meth:`save` wrote, into this memory's dtype and device.
+        """Takes over the state that :meth:`save` wrote, or ``torch.save`` of :meth:`state_dict`,
+        into this memory's dtype and device.
 
         Raises:
             OSError: the file cannot be read.

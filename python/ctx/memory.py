@@ -261,7 +261,8 @@ class Memory:
         _C.copy_state(memory_rows.leaves(self), memory_rows.leaves(other), where)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`state_dict` to a file, whole or not at all; :meth:`load` reads it.
+        """Writes :meth:`state_dict` to a safetensors file, whole or not at all; the spec is JSON in
+        its metadata, under ``"ctx"``. :meth:`load` reads it.
 
         Raises:
             OSError: the file cannot be written; an older one is as it was.
@@ -270,7 +271,7 @@ class Memory:
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Memory:
-        """The memory that :meth:`save` wrote.
+        """The memory that :meth:`save` wrote, or ``torch.save`` of :meth:`state_dict`.
 
         Raises:
             OSError: the file cannot be read.

@@ -189,7 +189,8 @@ class Session:
         self._native.rewind(_id(id, "rewind"), tokens)
 
     def snapshot(self, id: int) -> bytes:
-        """What a stream holds, with checksums; the size does not depend on how long it is.
+        """What a stream holds, as a safetensors file with a checksum (``ctx/session.h``); the size
+        does not depend on how long it is.
 
         Raises:
             IndexError: there is no such stream.
@@ -278,4 +279,5 @@ def _integers(numbers: Any, name: str, where: str) -> list[int]:
         numbers = numbers.tolist()
     if isinstance(numbers, (str, bytes)) or not isinstance(numbers, Iterable):
         raise TypeError(f"{where}: {name} must be integers, got {type(numbers).__name__}")
-    return [_check.integer(number, name, where) for number in numbers]
+    # Most are plain integers; every tick of every layer comes through here.
+    return [n if type(n) is int else _check.integer(n, name, where) for n in numbers]

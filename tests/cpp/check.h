@@ -1,16 +1,17 @@
 // What the C++ tests need: checks that say where they failed, and an exit status that counts them.
 //
 // A test is a plain program: functions that EXPECT, and a main that calls them and returns
-// ctx::test::status(). A failed check does not end the program.
+// ctx::test::status(). A failed check does not end the program. Threads may check at the same time.
 #pragma once
 
+#include <atomic>
 #include <cstdio>
 #include <string>
 
 namespace ctx::test {
 
-inline int checks = 0;
-inline int failures = 0;
+inline std::atomic<int> checks = 0;
+inline std::atomic<int> failures = 0;
 
 inline void expect(bool holds, const char* file, int line, const std::string& what) {
   ++checks;
@@ -21,7 +22,7 @@ inline void expect(bool holds, const char* file, int line, const std::string& wh
 
 // What main returns: 0 where every check held.
 inline int status() {
-  std::printf("%d checks, %d failed\n", checks, failures);
+  std::printf("%d checks, %d failed\n", checks.load(), failures.load());
   return failures == 0 && checks > 0 ? 0 : 1;
 }
 

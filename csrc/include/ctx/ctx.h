@@ -1,4 +1,4 @@
-// Everything that libctx offers to C++ programs.
+// Everything that libctx offers to C++ programs, but for its modules (modules.h).
 #pragma once
 
 #include <string>
@@ -13,6 +13,7 @@
 #include "ctx/session.h"
 #include "ctx/settings.h"
 #include "ctx/snapshot.h"
+#include "ctx/version.h"
 
 namespace ctx {
 

@@ -27,6 +27,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "ctx/export.h"
@@ -100,7 +101,7 @@ class CTX_API Session {
   void rewind(int64_t id, int64_t tokens);
 
   // What a stream holds, as the bytes of the file that save() writes; their number does not depend on
-  // how long it is. The file is a snapshot (snapshot.h), whole or not at all:
+  // how long it is. The file is a snapshot (snapshot.h: safetensors), whole or not at all:
   //
   //   "format"            "ctx.Session"
   //   "version"           1
@@ -180,7 +181,7 @@ class CTX_API Session {
   std::vector<KVMemory> layers_;  // all on one clock
   std::vector<Row> rows_;
   std::vector<int64_t> free_;  // rows without a stream
-  std::map<int64_t, int64_t> row_of_;
+  std::unordered_map<int64_t, int64_t> row_of_;
   std::optional<Call> call_;  // the tick that step() has begun
   int64_t next_id_ = 0;
   int64_t changes_ = 0;  // calls that changed the session or began a tick

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import ctx
-from ctx.cli import ablation, eval, fit, generate, info, plan, recall, stream, train
+from ctx.cli import ablation, eval, export, fit, generate, info, plan, recall, stream, train
 from ctx.cli.options import in_options
 from ctx.recipes.errors import RecipeError
 
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print where C++ projects find ctx: cmake -DCMAKE_PREFIX_PATH=…",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (train, eval, generate, fit, stream, plan, recall, ablation, info):
+    for module in (train, eval, generate, export, fit, stream, plan, recall, ablation, info):
         module.add_parser(commands)
     return parser
 
@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.command is None:
         parser.error(
-            "a command is missing: train, eval, generate, fit, stream, plan, recall, ablation or "
-            "info"
+            "a command is missing: train, eval, generate, export, fit, stream, plan, recall, "
+            "ablation or info"
         )
     try:
         code: int = args.run(args)

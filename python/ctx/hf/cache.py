@@ -286,7 +286,7 @@ class CompressiveCache(Cache):
         stream.columns, stream.unpadded = columns, unpadded
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`state_dict` to a file, whole or not at all; :meth:`load` reads it."""
+        """Writes :meth:`state_dict` as a safetensors file, whole or not at all, for ``load``."""
         memory_files.save(self.state_dict(), path, f"{_WHERE}.save")
 
     def load(self, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:

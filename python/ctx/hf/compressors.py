@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctx import _check
+from ctx import _check, memory_files
 from ctx.compression import COMPRESSORS, Compressor, make_compressor
 from ctx.schedule import SIZES, Schedule
 
@@ -103,10 +103,6 @@ class FittedCompressors(nn.Module):
             OSError: it cannot be written.
             ValueError: a compressor is of a class that is not registered by its name.
         """
-        from safetensors.torch import save
-
-        from ctx.memory_files import replaced
-
         layers = []
         for made, schedule in zip(self.compressors, self.schedules, strict=True):
             assert isinstance(made, Compressor)
@@ -125,9 +121,9 @@ class FittedCompressors(nn.Module):
             "weights": self.weights_hash,
             "report": self.report,
         }
-        tensors = {name: x.detach().contiguous() for name, x in self.state_dict().items()}
-        data = save(tensors, {"ctx": json.dumps(said, sort_keys=True)})
-        replaced(path, data, "ctx.hf.FittedCompressors.save")
+        tensors = dict(self.state_dict())
+        where = "ctx.hf.FittedCompressors.save"
+        memory_files.replaced(path, memory_files.encoded(said, tensors, where), where)
 
     def extra_repr(self) -> str:
         return f"slots={self.slots}, distance={self.distance!r}"
@@ -147,19 +143,15 @@ def load_compressors(
         OSError: the file cannot be read.
         ValueError: it is no such file, of another version, or fitted to another model.
     """
-    from safetensors import safe_open
-
     name = os.fsdecode(_check.path(path, _LOAD))
-    with open(name, "rb"):  # errors of the file system by their own names
-        pass
-    try:
-        with safe_open(name, "pt") as file:
-            said = json.loads((file.metadata() or {})["ctx"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except Exception as error:
+    with open(name, "rb") as file:
+        data = file.read()
+    try:  # files that the package of safetensors wrote have no checksum
+        said, tensors = memory_files.decoded(data, _LOAD, checked=False)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{_LOAD}: path must be a file of ctx.hf.FittedCompressors.save, got {name!r} "
-            f"({type(error).__name__})"
+            f"({str(error).removeprefix(f'{_LOAD}: ')})"
         ) from None
     if not isinstance(said, dict) or said.get("format") != _FORMAT:
         got = said.get("format") if isinstance(said, dict) else said
