@@ -96,9 +96,25 @@ std::optional<Record> read_sizes(const Bytes& bytes, uint64_t entry, uint64_t ex
   return record;
 }
 
-// Whether all records are stored as they are (torch's kind), each with the checksum that the
-// archive says it has. torch does not look at checksums, and trusts the sizes that it finds.
-bool is_whole(std::span<const char> given) {
+// torch::jit::pickle_load would read behind the end of a damaged archive.
+class ArchiveReader : public caffe2::serialize::ReadAdapterInterface {
+ public:
+  explicit ArchiveReader(std::span<const char> bytes) : bytes_(bytes) {}
+  size_t size() const override { return bytes_.size(); }
+  size_t read(uint64_t at, void* to, size_t count, const char* /*what*/) const override {
+    if (at >= bytes_.size()) return 0;
+    count = std::min<size_t>(count, bytes_.size() - at);
+    std::memcpy(to, bytes_.data() + at, count);
+    return count;
+  }
+
+ private:
+  std::span<const char> bytes_;
+};
+
+}  // namespace
+
+bool is_whole_archive(std::span<const char> given) {
   const Bytes bytes(given);
   const auto directory = find_directory(bytes);
   if (!directory || !bytes.has(directory->begin, directory->size)) return false;
@@ -131,28 +147,10 @@ bool is_whole(std::span<const char> given) {
   return entry == end;
 }
 
-// torch::jit::pickle_load would read behind the end of a damaged archive.
-class ArchiveReader : public caffe2::serialize::ReadAdapterInterface {
- public:
-  explicit ArchiveReader(std::span<const char> bytes) : bytes_(bytes) {}
-  size_t size() const override { return bytes_.size(); }
-  size_t read(uint64_t at, void* to, size_t count, const char* /*what*/) const override {
-    if (at >= bytes_.size()) return 0;
-    count = std::min<size_t>(count, bytes_.size() - at);
-    std::memcpy(to, bytes_.data() + at, count);
-    return count;
-  }
-
- private:
-  std::span<const char> bytes_;
-};
-
-}  // namespace
-
 bool is_archive(std::span<const char> bytes) { return Bytes(bytes).marked(0, 4, kRecord); }
 
 Snapshot read_archive(std::span<const char> bytes) {
-  TORCH_CHECK(is_whole(bytes), "not a whole archive");
+  TORCH_CHECK(is_whole_archive(bytes), "not a whole archive");
   caffe2::serialize::PyTorchStreamReader reader(std::make_unique<ArchiveReader>(bytes));
   const c10::IValue value = torch::jit::readArchiveAndTensors(
       "data", "", "", std::nullopt, std::nullopt, std::nullopt, reader);

@@ -7,6 +7,10 @@
 
 namespace ctx {
 
+// Whether all records are stored as they are (torch's kind), each with the checksum that the archive
+// says it has. torch does not look at checksums, and trusts the sizes that it finds.
+bool is_whole_archive(std::span<const char> bytes);
+
 // Whether bytes begin as an archive does.
 bool is_archive(std::span<const char> bytes);
 

@@ -4,8 +4,10 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/nn/module.h>
 
+#include "core/archive.h"
 #include "core/files.h"
 #include "core/state_pickle.h"
+#include "ctx/snapshot.h"
 #include "ops/check.h"
 
 namespace ctx {
@@ -67,8 +69,8 @@ void load_state_dict(torch::nn::Module& module, const StateDict& state, const ch
 StateDict read_state_dict(const std::string& path, const char* where) {
   const std::vector<char> bytes = files::read(path, where);
   try {
-    return read_state_pickle(bytes);
-  } catch (const std::exception&) {  // torch has many words for what is wrong with a file
+    return is_archive(bytes) ? read_state_pickle(bytes) : tensor_file_of_bytes(bytes).tensors;
+  } catch (const std::exception&) {  // there are many words for what is wrong with a file
     CTX_CHECK_VALUE(
         false, where, "path must be a state dict, got a damaged or foreign file: ", path);
   }

@@ -29,8 +29,9 @@ CTX_API void load_state_dict(torch::nn::Module& module,
                              const StateDict& state,
                              const char* where = "ctx.load_state_dict");
 
-// The same from a file: what Python's torch.save wrote of a state_dict(), or save_state_dict did; of a
-// dict with the entry "weights", as a checkpoint of `python -m ctx train` is, that entry.
+// The same from a file: a safetensors file; or what Python's torch.save wrote of a state_dict(), or
+// save_state_dict did; of a dict with the entry "weights", as a checkpoint of `python -m ctx train` is,
+// that entry.
 //
 // Throws std::system_error where the file cannot be read, ValueError where it is damaged or of another
 // kind.
