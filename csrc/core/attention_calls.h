@@ -13,6 +13,7 @@
 #include "ctx/rows.h"
 #include "ctx/settings.h"
 #include "ops/settings.h"
+#include "ops/state.h"
 
 namespace ctx {
 
