@@ -131,13 +131,13 @@ def _candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
         from ctx.hf import load_compressors
 
         found = load_compressors(path, model)
-        name = f"window + sinks, {found.slots}"
+        name = f"window + sinks, {found.mean_slots}"
         if found.distance != args.distance:
             name += f", {found.distance}"
         if name not in known:
             known.add(name)
-            window = candidates.window_and_sinks(found.slots, distance=found.distance, name=name)
-            made.append(window)
+            sizes = {"distance": found.distance, "name": name}
+            made.append(candidates.window_and_sinks(found.mean_slots, **sizes))
         made.append(candidates.fitted(path.stem, found, baseline=name))
     return made
 

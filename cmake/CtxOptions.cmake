@@ -9,7 +9,7 @@ set(CTX_INSTRUCTION_SETS "" CACHE STRING
 option(CTX_WERROR "Treat warnings as errors" OFF)
 option(CTX_PCH "Precompile torch's headers" ON)
 # What is built once, as a wheel is, need not be rebuilt file by file.
-option(CTX_UNITY "Compile the library's sources (not the kernels) as two units" OFF)
+option(CTX_UNITY "Compile the library's sources (not the kernels) as one unit, and the bindings as another" OFF)
 option(CTX_BUILD_PYTHON "Build the Python module" ${PROJECT_IS_TOP_LEVEL})
 option(CTX_BUILD_TESTS "Build the C++ tests" OFF)
 

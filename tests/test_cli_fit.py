@@ -50,6 +50,22 @@ def test_fits_and_streams(folder):
     assert row("a.safetensors", out)[1] is not None
 
 
+def test_entries_by_layer(folder):
+    args = [*SMALL, "--allocation", "measured", "--excerpt-tokens", "256", "--excerpts", "2"]
+    code, out, err = here("fit", *args, "--out", "c.safetensors", cwd=folder)
+    assert code == 0, err
+    assert "alone 2/2" in err and "allocation" in err
+    fitted = ctx.hf.load_compressors(folder / "c.safetensors")
+    assert fitted.mean_slots <= 24
+    most, mean = fitted.slots, fitted.mean_slots
+    said = f"{most} entries" if most == mean else f"{most} entries in a layer, {mean} on average"
+    assert f"at most {said}" in out
+    args = ["--model", "model", "--text", "more.py", "--compressor", "c.safetensors"]
+    code, out, err = here("stream", *args, "--tokens", 300, cwd=folder)
+    assert code == 0, err
+    row(f"window + sinks, {mean}", out)
+
+
 def test_several_texts_and_a_compressor(folder):
     args = [*SMALL, "--text", "text.py", "more.py", "--compressor", "conv", "--distance", "token"]
     code, _, err = here("fit", *args, "--out", "b.safetensors", cwd=folder)

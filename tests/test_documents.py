@@ -4,6 +4,7 @@ their pictures are those that the code draws."""
 import doctest
 import importlib
 import importlib.util
+import inspect
 import os
 import pkgutil
 import re
@@ -178,11 +179,58 @@ def test_readme_fits_three_screens():
     assert max(map(len, lines)) <= 170 or any(line.startswith("python3") for line in lines)
 
 
-def pictures():
-    spec = importlib.util.spec_from_file_location("drawn", ROOT / "docs" / "pictures.py")
+def module_of(path):
+    """A file of the site, which is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pictures():
+    return module_of(ROOT / "docs" / "pictures.py")
+
+
+def test_comments_of_headers_as_doxygen_reads_them():
+    documented = module_of(ROOT / "docs" / "_ext" / "comments.py").documented
+    header = (
+        "// A file.\n#pragma once\n\n// `f` of x < 3:\n//   x  a table\n//\n// More.\nint f();\n"
+    )
+    assert documented(header).split("\n") == [
+        *("/** \\file", "A file.", "*/", "", "#pragma once", ""),
+        *("/**", "<code>f</code> of x \\< 3:", "\\verbatim", "  x  a table", "\\endverbatim"),
+        *("More.", "*/", "int f();", ""),
+    ]
+    assert documented("int x = 0;  // behind\n") == "int x = 0;  ///< behind\n"
+
+
+def undocumented(text, public):
+    """Public names that a reference does not have."""
+    return [name for name in public if not re.search(rf"{re.escape(name)}(?![\w.])", text)]
+
+
+def test_references_have_every_public_name():
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    text = "\n".join(page.read_text() for page in pages)
+    public = [
+        f"ctx.{name}"
+        for name in ctx.__all__
+        if inspect.isclass(getattr(ctx, name)) or inspect.isfunction(getattr(ctx, name))
+    ]
+    public += [f"ctx.compression.{kind.__name__}" for kind in COMPRESSORS.values()]
+    public += [f"ctx.hf.{name}" for name in importlib.import_module("ctx.hf").__all__]
+    headers = (ROOT / "csrc" / "include" / "ctx").glob("*.h")
+    declared = re.compile(
+        r"^(?:CTX_API [\w:<>, ]+ (\w+)\(|(?:struct|class)(?: CTX_API)? (\w+) {)", re.M
+    )
+    inner = {"rows.h", "export.h", *re.findall(r"\{doxygenfile\} (\S+)\n```", text)}
+    for header in headers:
+        if header.name not in inner:
+            found = declared.findall(header.read_text())
+            public += [f"ctx::{one or other}" for one, other in found]
+    assert len(public) > 30
+    assert undocumented(text, public) == []
+    assert undocumented("ctx.Memory, ctx.hf.fit", ["ctx.Memory", "ctx.hf.fits"]) == ["ctx.hf.fits"]
 
 
 def test_the_readmes_picture_is_drawn_from_the_law():

@@ -444,6 +444,8 @@ def test_random_excerpts(lengths, seed):
         ({"ratio": 1}, "ratio must be at least 2"),
         ({"compressor": "median"}, "compressor must be one of"),
         ({"distance": "far"}, "distance must be 'slot' or 'token'"),
+        ({"allocation": "fair"}, "allocation must be 'equal' or 'measured', got 'fair'"),
+        ({"slots": 8, "allocation": "measured"}, "slots must be at least 5"),
         ({"steps": 1.5}, "steps must be an int"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"end_to_end": 1}, "end_to_end must be"),

@@ -20,7 +20,7 @@ OPTIONS = {
     "EXTRACT_ALL": "NO",
     "MACRO_EXPANSION": "YES",
     "EXPAND_ONLY_PREDEF": "YES",
-    "PREDEFINED": '"CTX_API=" "CTX_HOST_DEVICE="',
+    "PREDEFINED": '"CTX_API=" "CTX_HOST_DEVICE=" "TORCH_MODULE(x)="',
     "EXCLUDE_SYMBOLS": "ctx::examples",
     "FILE_PATTERNS": "*.h",
     "QUIET": "YES",

@@ -56,7 +56,7 @@ print(f"{sum(p.numel() for p in model.parameters()):,} parameters, reach {model.
 # %%
 # Training: every call goes on where the one before ended; the memory is a constant for it.
 
-steps, length, peak = 150, 96, 4e-3
+steps, length, peak = 450, 96, 4e-3
 optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
 memory, losses = None, []
 for step in range(steps):

@@ -20,7 +20,7 @@ __all__ = ["add_parser", "run"]
 
 # name in FitSettings, type, meaning
 _OPTIONS: list[tuple[str, Any, str]] = [
-    ("slots", int, "the most entries a query attends to in a layer"),
+    ("slots", int, "the most entries a query attends to in a layer (on average, where measured)"),
     ("ratio", int, "tokens per slot"),
     ("sinks", int, "first tokens that are kept exactly"),
     ("excerpts", int, "of the texts, to fit to"),
@@ -52,6 +52,9 @@ def add_parser(commands: Any) -> None:
     add("--compressor", default=FitSettings().compressor, choices=list(COMPRESSORS))
     add("--distance", choices=("slot", "token"), default=FitSettings().distance,
         help="slot: bounded, for streams of any length (default)")  # fmt: skip
+    add("--allocation", choices=("equal", "measured"), default=FitSettings().allocation,
+        help="measured: layers that need more entries get them from the others (default: equal)",
+    )  # fmt: skip
     add("--end-to-end", action="store_true",
         help="then fit all layers together to the model's predictions")  # fmt: skip
     add_options(parser, _OPTIONS, FitSettings)
@@ -68,7 +71,12 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(f"cannot write {args.out}: no such folder, or a folder itself")
     set_threads(args.threads)
     texts = [read_text(file).decode()[: args.characters] for file in args.text]
-    names = [name for name, _, _ in _OPTIONS] + ["compressor", "distance", "end_to_end"]
+    names = [name for name, _, _ in _OPTIONS] + [
+        "compressor",
+        "distance",
+        "allocation",
+        "end_to_end",
+    ]
     settings = {name: getattr(args, name) for name in names}
     partial = args.out.with_name(args.out.name + ".partial")
     bars = _Bars()
@@ -134,5 +142,6 @@ def _table(fitted: Any) -> str:
             f"KL to the full cache, nats: {first:.4f} in the first {part} steps, {last:.4f} in "
             f"the last"
         )
-    lines.append(f"at most {fitted.slots} entries in a layer, distance {fitted.distance!r}")
+    mean = "" if fitted.mean_slots == fitted.slots else f", {fitted.mean_slots} on average"
+    lines.append(f"at most {fitted.slots} entries in a layer{mean}, distance {fitted.distance!r}")
     return "\n".join(lines)

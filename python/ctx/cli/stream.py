@@ -137,7 +137,7 @@ def _candidates(args: argparse.Namespace, model: Any) -> list[Candidate]:
         except OSError as error:
             message = f"cannot read {args.compressor}: {error.strerror or error}"
             raise RecipeError(message) from None
-        window = candidates.window_and_sinks(fitted.slots, distance=fitted.distance)
+        window = candidates.window_and_sinks(fitted.mean_slots, distance=fitted.distance)
         return [window, candidates.fitted(args.compressor.name, fitted)]
     slots, distance = args.slots or 512, args.distance or "slot"
     made = [candidates.window_and_sinks(slots, distance=distance)]

@@ -68,6 +68,13 @@ class FittedCompressors(nn.Module):
         """The most that a query attends to in any layer: sinks, slots and exact tokens."""
         return max(schedule.max_slots for schedule in self.schedules)
 
+    @property
+    def mean_slots(self) -> int:
+        """The same on average over layers, rounded down: a window of so many tokens in every layer
+        takes as much memory.
+        """
+        return sum(schedule.max_slots for schedule in self.schedules) // len(self.schedules)
+
     def check_config(self, config: Any, where: str) -> None:
         """Raises unless a decoder's configuration is that of the model of the fit.
 
@@ -126,7 +133,7 @@ class FittedCompressors(nn.Module):
         memory_files.replaced(path, memory_files.encoded(said, tensors, where), where)
 
     def extra_repr(self) -> str:
-        return f"slots={self.slots}, distance={self.distance!r}"
+        return f"slots={self.slots}, mean_slots={self.mean_slots}, distance={self.distance!r}"
 
 
 def load_compressors(

@@ -42,7 +42,7 @@ class Partial:
 
     def __init__(self, path: str | os.PathLike[str] | None, fit: str) -> None:
         self.path = None if path is None else Path(path)
-        self.state: dict[str, Any] = {"fit": fit, "layers": [], "whole": None}
+        self.state: dict[str, Any] = {"fit": fit, "layers": [], "alone": {}, "whole": None}
         if self.path is None or not self.path.exists():
             return
         try:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ctx.compression import COMPRESSORS, Compressor
 from ctx.hf.compressors import FittedCompressors, config_hash, weights_hash
+from ctx.hf.fitting.allocation import OneLayer, allocate, further_sizes, held_out
 from ctx.hf.fitting.excerpts import Excerpts, excerpts_of, tokens_of
 from ctx.hf.fitting.layer import error_of, fit_layer, problems_of
 from ctx.hf.fitting.partial import Partial, fit_hash
 from ctx.hf.fitting.recording import Recorded, record
-from ctx.hf.fitting.settings import FitSettings, placements_of
+from ctx.hf.fitting.settings import FitSettings, placed_in, placements_of
 from ctx.hf.fitting.whole import WholeFit
 from ctx.hf.layer_law import LayerLaw, laws_of
 from ctx.hf.model import layers_of
@@ -27,8 +28,8 @@ _WHERE = "ctx.hf.fit"
 
 
 class ProgressLike(Protocol):
-    """What is told how far a fit is: `stage` "record", "layers" or "end to end", how many of how
-    many are done, and the latest losses in words.
+    """What is told how far a fit is: `stage` "record", "layers", "alone", "allocation" or
+    "end to end", how many of how many are done, and the latest losses in words.
     """
 
     def __call__(self, stage: str, done: int, total: int, said: str, /) -> None: ...
@@ -51,7 +52,10 @@ def fit(
        through the layer's output projection, for several placements: no slots, or an eighth, a
        quarter or half of the entries. The placement of the smallest error on the validation
        excerpts stays, so no layer is worse than the window there.
-    3. With ``end_to_end`` all layers together minimise KL(full ‖ compressed) of the model's own
+    3. With ``allocation="measured"`` layers get different numbers of entries, `slots` on average:
+       KL(full ‖ compressed) of the model's predictions is measured with one layer compressed at a
+       time, by its size, on a validation excerpt; the sizes of the smallest sum stay.
+    4. With ``end_to_end`` all layers together minimise KL(full ‖ compressed) of the model's own
        predictions.
 
     Runs bit for bit the same with the same arguments and number of threads. The model is used as
@@ -68,19 +72,22 @@ def fit(
         partial: a file that keeps what is done and from which the same call goes on after an
             interruption; removed at the end.
         progress: see :class:`ProgressLike`.
-        slots: the most entries that a query may attend to in a layer: sinks, slots, exact tokens,
-            and those that wait for their group to fill; default 512.
+        slots: the most entries that a query may attend to in a layer (on average over layers
+            where they are allocated): sinks, slots, exact tokens, and those that wait for their
+            group to fill; default 512.
         ratio: tokens per slot, >= 2; default 4.
         sinks: first tokens, kept exactly; default 4.
         compressor: a name of :data:`ctx.compression.COMPRESSORS`; default "gated". "most_used" has
             no parameters, but gets a bias and a placement.
         distance: ``"slot"`` (default; bounded) or ``"token"``.
+        allocation: ``"equal"`` (default): every layer has `slots` entries; ``"measured"``: half,
+            one, two or four times as many, as step 3 finds, and all together no more.
         excerpts, validation: their numbers, default 6 and 2.
         excerpt_tokens: tokens of an excerpt, default 4,096, not more than the model was trained
             for.
         queries: random queries per excerpt, default 112.
         steps, lr: of Adam in each layer, default 60 and 3e-2, which falls linearly to 1e-3.
-        end_to_end: whether step 3 runs, default False; then
+        end_to_end: whether step 4 runs, default False; then
         end_to_end_steps, end_to_end_tokens, end_to_end_queries, end_to_end_lr: 48, 2,048, 512 and
             1e-2 by default.
         seed: of excerpts' queries and order, default 0.
@@ -156,6 +163,8 @@ class _Fit:
         self.model.eval().requires_grad_(False)
         try:
             laws, report = self._layers()
+            if self.settings.allocation == "measured":
+                laws = self._allocated(laws, report)
             if self.settings.end_to_end:
                 report["end_to_end"] = self._whole(laws)
         finally:
@@ -217,6 +226,41 @@ class _Fit:
                 }  # fmt: skip
         assert best is not None
         return {**best, "validation": errors}
+
+    def _allocated(self, laws: list[LayerLaw], report: dict[str, Any]) -> list[LayerLaw]:
+        """Step 3: the same compressors over memories of other sizes."""
+        s, numbers = self.settings, range(len(laws))
+        excerpts = excerpts_of(self.texts, s)
+        alone = OneLayer(self.model, *held_out(excerpts, s))
+        made = {(layer, s.slots): laws[layer] for layer in numbers}
+        costs: dict[tuple[int, int], float] = self.partial.state["alone"]
+
+        def measure(stage: str, pairs: Sequence[tuple[int, int]]) -> None:
+            for done, (layer, size) in enumerate(pairs, 1):
+                if (layer, size) not in made:
+                    made[layer, size] = self._resized(laws[layer], size)
+                if (layer, size) not in costs:
+                    costs[layer, size] = alone.kl(layer, made[layer, size])
+                    self.partial.keep()
+                said = f"layer {layer}, {size} entries: KL {costs[layer, size]:.4f}"
+                self.tell(stage, done, len(pairs), said)
+
+        measure("alone", list(made))
+        further = further_sizes([costs[layer, s.slots] for layer in numbers], s)
+        measure("allocation", further)
+        by_layer = [{size: costs[x, size] for at, size in made if at == x} for x in numbers]
+        chosen = allocate(by_layer, s.slots * len(laws))
+        for layer, size in enumerate(chosen):
+            report["layers"][layer] |= {"entries": size, "alone": sorted(by_layer[layer].items())}
+        return [made[layer, size] for layer, size in enumerate(chosen)]
+
+    def _resized(self, law: LayerLaw, slots: int) -> LayerLaw:
+        """A law with the same compressor and bias over so many entries."""
+        assert law.bias is not None and law.geometry is not None
+        (made,) = self.laws([placed_in(slots, law.schedule)], [law.bias.clone()])
+        made.measure(law.geometry, law.bias.device, _WHERE)
+        made.compressor.load_state_dict(law.compressor.state_dict())
+        return made
 
     def _whole(self, laws: list[LayerLaw]) -> list[float]:
         """Step 3."""

@@ -11,9 +11,10 @@ from ctx import _check
 from ctx.hf.budgets import schedule_of
 from ctx.schedule import Schedule
 
-__all__ = ["FitSettings", "placements_of"]
+__all__ = ["FitSettings", "placed_in", "placements_of"]
 
 _WHERE = "ctx.hf.fit"
+_WORDS = {"distance": ("slot", "token"), "allocation": ("equal", "measured")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class FitSettings:
     sinks: int = 4
     compressor: str = "gated"
     distance: str = "slot"
+    allocation: str = "equal"
     excerpts: int = 6
     validation: int = 2
     excerpt_tokens: int = 4096
@@ -51,15 +53,30 @@ class FitSettings:
                 number = _check.number(value, field.name, _WHERE)
                 if not (math.isfinite(number) and number > 0):
                     raise ValueError(f"{_WHERE}: {field.name} must be positive, got {value}")
-        if self.distance not in ("slot", "token"):
-            raise ValueError(f"{_WHERE}: distance must be 'slot' or 'token', got {self.distance!r}")
-        schedule_of(self.slots, 1, self.ratio, self.sinks)
+        for name, known in _WORDS.items():
+            if getattr(self, name) not in known:
+                one, other = known
+                got = getattr(self, name)
+                raise ValueError(f"{_WHERE}: {name} must be {one!r} or {other!r}, got {got!r}")
+        schedule_of(self.sizes[0], 1, self.ratio, self.sinks)
         for name in ("excerpt_tokens", "end_to_end_tokens"):
             if getattr(self, name) <= self.first_query:
                 raise ValueError(
                     f"{_WHERE}: {name} must be more than slots + 8 = {self.first_query}, so that "
                     f"something is compressed, got {getattr(self, name)}"
                 )
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many entries a layer may get: `slots`, or half, two or four times as many, but not
+        more than half of an excerpt, behind which predictions are compared.
+        """
+        if self.allocation == "equal":
+            return [self.slots]
+        most = max(self.excerpt_tokens // 2, self.slots)
+        return [
+            x for x in (self.slots // 2, self.slots, 2 * self.slots, 4 * self.slots) if x <= most
+        ]
 
     @property
     def first_query(self) -> int:
@@ -79,3 +96,12 @@ def placements_of(settings: FitSettings) -> list[Schedule]:
         if compressed > 0 and s.sinks + compressed + s.ratio <= s.slots:
             made.append(schedule_of(s.slots, compressed, s.ratio, s.sinks))
     return made
+
+
+def placed_in(slots: int, schedule: Schedule) -> Schedule:
+    """A placement in other entries than it was made for, of which slots have the same share."""
+    s = schedule
+    if not s.compressed:
+        return schedule_of(slots, sinks=s.sinks)
+    compressed = (s.compressed + s.sinks) * slots // s.max_slots - s.sinks
+    return schedule_of(slots, max(compressed, 1), s.ratio, s.sinks)

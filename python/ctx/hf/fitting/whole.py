@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ctx import engine
 from ctx.compression import MostUsed
 from ctx.engine import Plan
+from ctx.hf import plain
 from ctx.hf.fitting.excerpts import random_excerpt
 from ctx.hf.fitting.hooked import attention_taken_over
 from ctx.hf.fitting.settings import FitSettings
@@ -54,22 +55,28 @@ def compressed_attention(
 
 
 def logits_at(
-    model: Any, laws: Sequence[LayerLaw] | None, tokens: Tensor, positions: Tensor
+    model: Any, laws: Sequence[LayerLaw | None] | None, tokens: Tensor, positions: Tensor
 ) -> Tensor:
-    """What a model says at positions [Q] of tokens [T], under full attention, or over memories of
-    laws: [Q, vocabulary], float32.
+    """What a model says at positions [Q] of tokens [T], [Q, vocabulary], float32.
+
+    Args:
+        laws: of the memories of the full-attention layers; None in place of one that sees
+            everything, or of all.
     """
     inputs = {"input_ids": tokens[None], "use_cache": False, "logits_to_keep": positions}
     if laws is None:
         return model(**inputs).logits[0].float()  # type: ignore[no-any-return]
     number = torch.arange(len(tokens), device=tokens.device)[None]
-    plans = engine.plans(laws, None, number, None, None, False)
+    bounded = [law for law in laws if law is not None]
+    plans = engine.plans(bounded, None, number, None, None, False) if bounded else {}
 
     def attend(
         layer: int, module: nn.Module, q: Tensor, k: Tensor, v: Tensor,
         scale: float, softcap: float | None,
     ) -> Tensor:  # fmt: skip
         law = laws[layer]
+        if law is None:
+            return plain.attend(q, k, v, None, 0.0, scale, softcap, True)
         return compressed_attention(law, plans[law.plan_key], q, k, v, scale, softcap)
 
     with attention_taken_over(model, attend):
