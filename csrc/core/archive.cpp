@@ -1,15 +1,16 @@
 #include "core/archive.h"
 
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Dict.h>
-#include <ATen/core/ivalue.h>
 #include <caffe2/serialize/inline_container.h>
-#include <caffe2/serialize/read_adapter_interface.h>
-#include <torch/csrc/jit/serialization/import_read.h>
+#include <torch/csrc/jit/serialization/unpickler.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <sstream>
 
 #include "core/checksum.h"
 
@@ -96,25 +97,9 @@ std::optional<Record> read_sizes(const Bytes& bytes, uint64_t entry, uint64_t ex
   return record;
 }
 
-// torch::jit::pickle_load would read behind the end of a damaged archive.
-class ArchiveReader : public caffe2::serialize::ReadAdapterInterface {
- public:
-  explicit ArchiveReader(std::span<const char> bytes) : bytes_(bytes) {}
-  size_t size() const override { return bytes_.size(); }
-  size_t read(uint64_t at, void* to, size_t count, const char* /*what*/) const override {
-    if (at >= bytes_.size()) return 0;
-    count = std::min<size_t>(count, bytes_.size() - at);
-    std::memcpy(to, bytes_.data() + at, count);
-    return count;
-  }
-
- private:
-  std::span<const char> bytes_;
-};
-
-}  // namespace
-
-bool is_whole_archive(std::span<const char> given) {
+// Whether all records are stored as they are, each with the right checksum. torch trusts the sizes
+// that it finds.
+bool is_whole(std::span<const char> given) {
   const Bytes bytes(given);
   const auto directory = find_directory(bytes);
   if (!directory || !bytes.has(directory->begin, directory->size)) return false;
@@ -147,16 +132,51 @@ bool is_whole_archive(std::span<const char> given) {
   return entry == end;
 }
 
+}  // namespace
+
 bool is_archive(std::span<const char> bytes) { return Bytes(bytes).marked(0, 4, kRecord); }
 
+Archived read_archived(std::span<const char> bytes, std::string (*rewritten)(std::string_view)) {
+  TORCH_CHECK(is_whole(bytes), "not a whole archive");
+  std::istringstream stream(std::string(bytes.begin(), bytes.end()));
+  caffe2::serialize::PyTorchStreamReader reader(&stream);
+  const auto [data, size] = reader.getRecord("data.pkl");
+  std::string pickle(static_cast<const char*>(data.get()), size);
+  if (rewritten != nullptr) pickle = rewritten(pickle);
+  size_t at = 0;
+  const auto read = [&](char* to, size_t count) {
+    count = std::min(count, pickle.size() - at);
+    std::memcpy(to, pickle.data() + at, count);
+    at += count;
+    return count;
+  };
+  Archived made;
+  const auto record = [&](const std::string& name) {
+    auto [held, length] = reader.getRecord("data/" + name);
+    made.records[held.get()] = length;
+    return std::move(held);
+  };
+  torch::jit::Unpickler unpickler(read, nullptr, nullptr, record, std::nullopt);
+  unpickler.set_version(reader.version());
+  made.value = unpickler.parse_ivalue();
+  return made;
+}
+
+at::Tensor Archived::tensor(const c10::IValue& part) const {
+  at::Tensor made = part.toTensor();
+  if (made.numel() == 0) return made;
+  const auto record = records.find(made.storage().data());
+  const size_t needed = at::detail::computeStorageNbytes(
+      made.sizes(), made.strides(), made.itemsize(), made.storage_offset());
+  TORCH_CHECK(record != records.end() && needed <= record->second, "a tensor beyond its data");
+  return made;
+}
+
 Snapshot read_archive(std::span<const char> bytes) {
-  TORCH_CHECK(is_whole_archive(bytes), "not a whole archive");
-  caffe2::serialize::PyTorchStreamReader reader(std::make_unique<ArchiveReader>(bytes));
-  const c10::IValue value = torch::jit::readArchiveAndTensors(
-      "data", "", "", std::nullopt, std::nullopt, std::nullopt, reader);
-  TORCH_CHECK(value.isGenericDict(), "not a dict");
+  const Archived archive = read_archived(bytes);
+  TORCH_CHECK(archive.value.isGenericDict(), "not a dict");
   Snapshot snapshot;
-  for (const auto& item : value.toGenericDict()) {
+  for (const auto& item : archive.value.toGenericDict()) {
     TORCH_CHECK(item.key().isString(), "not a name");
     auto& part = snapshot[item.key().toStringRef()];
     const c10::IValue& held = item.value();
@@ -167,7 +187,7 @@ Snapshot read_archive(std::span<const char> bytes) {
     } else if (held.isString()) {
       part = held.toStringRef();
     } else {
-      part = held.toTensor();
+      part = archive.tensor(held);
     }
   }
   return snapshot;

@@ -1,17 +1,14 @@
 #include "core/state_pickle.h"
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/Dict.h>
 #include <ATen/core/ivalue.h>
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/pickler.h>
-#include <torch/csrc/jit/serialization/unpickler.h>
 
 #include <algorithm>
 #include <cstring>
 #include <map>
-#include <sstream>
 #include <string_view>
 
 #include "core/archive.h"
@@ -147,56 +144,28 @@ class PlainDicts {
 };
 
 // The tensors of a dict.
-StateDict tensors_of(const c10::IValue& value) {
+StateDict tensors_of(const Archived& archive, const c10::IValue& value) {
   TORCH_CHECK(value.isGenericDict(), "not a dict");
   StateDict made;
   for (const auto& item : value.toGenericDict()) {
     TORCH_CHECK(item.key().isString(), "not a name");
     if (item.key().toStringRef() == "weights" && item.value().isGenericDict())
-      return tensors_of(item.value());
+      return tensors_of(archive, item.value());
   }
   for (const auto& item : value.toGenericDict()) {
     const std::string& name = item.key().toStringRef();
-    if (!name.empty()) made[name] = item.value().toTensor();
+    if (!name.empty()) made[name] = archive.tensor(item.value());
   }
   return made;
 }
 
-// torch believes what a pickle says of sizes.
-void check_inside(const Tensor& tensor, const std::map<const void*, size_t>& records) {
-  if (tensor.numel() == 0) return;
-  const auto record = records.find(tensor.storage().data());
-  const size_t needed = at::detail::computeStorageNbytes(
-      tensor.sizes(), tensor.strides(), tensor.itemsize(), tensor.storage_offset());
-  TORCH_CHECK(record != records.end() && needed <= record->second, "a tensor beyond its data");
-}
+std::string plain_dicts(std::string_view pickle) { return PlainDicts(pickle).rewritten(); }
 
 }  // namespace
 
 StateDict read_state_pickle(const std::vector<char>& bytes) {
-  TORCH_CHECK(is_whole_archive(bytes), "not a whole archive");
-  std::istringstream stream(std::string(bytes.begin(), bytes.end()));
-  caffe2::serialize::PyTorchStreamReader reader(&stream);
-  const auto [data, size] = reader.getRecord("data.pkl");
-  const std::string pickle = PlainDicts({static_cast<const char*>(data.get()), size}).rewritten();
-  size_t at = 0;
-  const auto read = [&](char* to, size_t count) {
-    count = std::min(count, pickle.size() - at);
-    std::memcpy(to, pickle.data() + at, count);
-    at += count;
-    return count;
-  };
-  std::map<const void*, size_t> records;  // how large the data of each storage is
-  const auto record = [&](const std::string& name) {
-    auto [held, length] = reader.getRecord("data/" + name);
-    records[held.get()] = length;
-    return std::move(held);
-  };
-  torch::jit::Unpickler unpickler(read, nullptr, nullptr, record, std::nullopt);
-  unpickler.set_version(reader.version());
-  StateDict made = tensors_of(unpickler.parse_ivalue());
-  for (const auto& [name, tensor] : made) check_inside(tensor, records);
-  return made;
+  const Archived archive = read_archived(bytes, plain_dicts);
+  return tensors_of(archive, archive.value);
 }
 
 // As torch::jit::pickle_save, but without the types of containers, which Python's torch.load with
