@@ -111,7 +111,7 @@ class TestTable:
 
         class Loaded:
             schedules = (schedule_of(24, 8, 4),) * 2
-            slots, distance = 24, "token"
+            mean_slots, distance = 24, "token"
 
         def load(path, model):
             assert path.name == "fitted.safetensors" and model.config.model_type == "llama"

@@ -120,6 +120,8 @@ def test_no_python_in_the_library():
     assert [name for name in needed if "python" in name] == []
 
 
+#: By which kernels in a library of their own enter themselves (csrc/ops/registry.h).
+SEAM = "ctx::ops::register_kernels("
 LINKERS = ("__bss_start", "_edata", "_end")  # some linkers export these of every library
 
 
@@ -133,6 +135,8 @@ def beyond_the_api(symbols, headers):
     wrong = []
     for line in symbols.splitlines():
         kind, name = re.match(r"\s*[0-9a-f]* (\w) (.*)", line).groups()
+        if name.startswith(SEAM):
+            continue
         if not re.match(r"(\w+ for )?ctx::", name):
             if kind not in "WVu" and name not in LINKERS:
                 wrong.append(name)
@@ -156,7 +160,8 @@ def test_only_the_api_is_exported():
         ("00a1 T ctx::KVMemory::step(at::Tensor const&)", True),
         ("00a1 V typeinfo for ctx::KVMemory", True),
         ("00a1 W std::vector<long>::~vector()", True),
-        ("00a1 T ctx::ops::register_kernels(c10::DeviceType)", False),
+        ("00a1 T ctx::ops::register_kernels(c10::DeviceType)", True),
+        ("00a1 T ctx::ops::kernels_for(c10::DeviceType)", False),
         ("00a1 T ctx::KVMemory::hidden()", False),
         ("00a1 W ctx::ops::check()", False),
         ("00a1 T main", False),

@@ -6,15 +6,17 @@
 #include <string>
 #include <vector>
 
+#include "ctx/export.h"
 #include "ops/kernels.h"
 
 namespace ctx::ops {
 
 // `choose` picks a table at the first use, out of the variants that were compiled. Call it once per
-// device type, from a static initialiser.
-void register_kernels(c10::DeviceType type,
-                      std::vector<std::string> variants,
-                      const Kernels& (*choose)());
+// device type, from a static initialiser. Exported for kernels in libraries of their own; not part of
+// the API.
+CTX_API void register_kernels(c10::DeviceType type,
+                              std::vector<std::string> variants,
+                              const Kernels& (*choose)());
 
 // Throws ValueError for a device that this build has no kernels for.
 const Kernels& kernels_for(c10::DeviceType type);
