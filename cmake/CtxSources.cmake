@@ -9,6 +9,7 @@ set(CTX_SOURCES
     csrc/core/checksum.cpp
     csrc/core/compressor.cpp
     csrc/core/files.cpp
+    csrc/core/huge_pages.cpp
     csrc/core/init.cpp
     csrc/core/json.cpp
     csrc/core/memory.cpp

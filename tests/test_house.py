@@ -69,7 +69,7 @@ THEIRS = {
     "seam": None,
     "registry": r"c10/core/",
     # core writes files whole, and reads archives that may be damaged.
-    "core": r"ATen/(?!cuda)|c10/(?!cuda)|torch/|caffe2/serialize/|(fcntl|unistd)\.h",
+    "core": r"ATen/(?!cuda)|c10/(?!cuda)|torch/|caffe2/serialize/|(fcntl|unistd|sys/mman)\.h",
     "ops": r"ATen/(?!cuda)|c10/(?!cuda)|torch/",
     "cuh": CUDA,
     "cpu": r"ATen/Parallel\.h|ATen/cpu/|c10/util/|immintrin\.h",

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/huge_pages.h"
 #include "ctx/session.h"
 #include "ops/check.h"
 #include "ops/rows.h"
@@ -55,8 +56,11 @@ Session::Session(std::vector<MemoryOptions> layers, int64_t rows) {
     layers_.emplace_back(std::move(options));
     counts_attention_ =
         counts_attention_ || layers_.back().options().compressor.name == "most_used";
+    auto& tensors = layers_.back().tensors_;
+    for (size_t i = 0; i < layers_.back().rings().size(); ++i)
+      tensors[i] = in_huge_pages(tensors[i]);
     for (const int clock : {ops::kSeen, ops::kRewindable})
-      layers_.back().tensors_[clock] = layers_[0].tensors_[clock];
+      tensors[clock] = layers_[0].tensors_[clock];
   }
   rows_.resize(rows);
   for (int64_t row = rows - 1; row >= 0; --row) free_.push_back(row);
