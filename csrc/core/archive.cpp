@@ -4,13 +4,14 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Dict.h>
 #include <caffe2/serialize/inline_container.h>
+#include <caffe2/serialize/read_adapter_interface.h>
 #include <torch/csrc/jit/serialization/unpickler.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
-#include <sstream>
 
 #include "core/checksum.h"
 
@@ -97,6 +98,22 @@ std::optional<Record> read_sizes(const Bytes& bytes, uint64_t entry, uint64_t ex
   return record;
 }
 
+// The reader's own adapters copy all bytes, or read a file.
+class ArchiveReader : public caffe2::serialize::ReadAdapterInterface {
+ public:
+  explicit ArchiveReader(std::span<const char> bytes) : bytes_(bytes) {}
+  size_t size() const override { return bytes_.size(); }
+  size_t read(uint64_t at, void* to, size_t count, const char* /*what*/) const override {
+    if (at >= bytes_.size()) return 0;
+    count = std::min<size_t>(count, bytes_.size() - at);
+    std::memcpy(to, bytes_.data() + at, count);
+    return count;
+  }
+
+ private:
+  std::span<const char> bytes_;
+};
+
 // Whether all records are stored as they are, each with the right checksum. torch trusts the sizes
 // that it finds.
 bool is_whole(std::span<const char> given) {
@@ -138,8 +155,7 @@ bool is_archive(std::span<const char> bytes) { return Bytes(bytes).marked(0, 4, 
 
 Archived read_archived(std::span<const char> bytes, std::string (*rewritten)(std::string_view)) {
   TORCH_CHECK(is_whole(bytes), "not a whole archive");
-  std::istringstream stream(std::string(bytes.begin(), bytes.end()));
-  caffe2::serialize::PyTorchStreamReader reader(&stream);
+  caffe2::serialize::PyTorchStreamReader reader(std::make_unique<ArchiveReader>(bytes));
   const auto [data, size] = reader.getRecord("data.pkl");
   std::string pickle(static_cast<const char*>(data.get()), size);
   if (rewritten != nullptr) pickle = rewritten(pickle);

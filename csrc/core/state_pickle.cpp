@@ -6,9 +6,7 @@
 #include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/pickler.h>
 
-#include <algorithm>
 #include <cstring>
-#include <map>
 #include <string_view>
 
 #include "core/archive.h"

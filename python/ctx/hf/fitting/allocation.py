@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctx.hf.fitting.excerpts import Excerpts
+from ctx.hf.fitting.excerpts import Excerpts, drawn_positions
 from ctx.hf.fitting.settings import FitSettings
 from ctx.hf.fitting.whole import logits_at
 from ctx.hf.layer_law import LayerLaw
@@ -62,10 +62,9 @@ def further_sizes(costs: Sequence[float], settings: FitSettings) -> list[tuple[i
 
 def held_out(excerpts: Excerpts, settings: FitSettings) -> tuple[Tensor, Tensor]:
     """The first validation excerpt, and positions in its second half."""
-    half = settings.excerpt_tokens // 2
-    generator = torch.Generator().manual_seed(settings.seed + 2)
-    drawn = torch.randperm(settings.excerpt_tokens - half, generator=generator)
-    at = (drawn[: settings.end_to_end_queries] + half).sort().values
+    s, generator = settings, torch.Generator().manual_seed(settings.seed + 2)
+    half = s.excerpt_tokens // 2
+    at = drawn_positions(half, s.excerpt_tokens, s.end_to_end_queries, generator)
     return excerpts.tokens[excerpts.validating[0]], at
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ctx.hf.fitting.settings import FitSettings
 
-__all__ = ["Excerpts", "excerpts_of", "random_excerpt", "tokens_of"]
+__all__ = ["Excerpts", "drawn_positions", "excerpts_of", "random_excerpt", "tokens_of"]
 
 _WHERE = "ctx.hf.fit"
 
@@ -73,8 +73,7 @@ def excerpts_of(texts: Sequence[Tensor], settings: FitSettings) -> Excerpts:
     queries = []
     first = settings.first_query
     for _ in range(number):
-        drawn = torch.randperm(length - first, generator=generator)[: settings.queries]
-        queries.append((drawn + first).sort().values)
+        queries.append(drawn_positions(first, length, settings.queries, generator))
     # Spread among the others, as texts change on the way.
     validating = [
         (2 * i + 1) * number // (2 * settings.validation) for i in range(settings.validation)
@@ -95,6 +94,12 @@ def _starts(texts: Sequence[Tensor], number: int, length: int) -> list[tuple[int
     return [places[i * len(places) // number] for i in range(number)]
 
 
+def drawn_positions(first: int, end: int, count: int, generator: torch.Generator) -> Tensor:
+    """Different positions in [first, end), rising, int64 [count]; all where there are fewer."""
+    drawn = torch.randperm(end - first, generator=generator)[:count]
+    return (drawn + first).sort().values
+
+
 def random_excerpt(
     texts: Sequence[Tensor], length: int, queries: int, first: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -113,5 +118,4 @@ def random_excerpt(
     ends = room.cumsum(0)
     text = int(torch.searchsorted(ends, at, right=True))
     begin = at - int(ends[text] - room[text])
-    drawn = torch.randperm(length - first, generator=generator)[:queries]
-    return texts[text][begin : begin + length], (drawn + first).sort().values
+    return texts[text][begin : begin + length], drawn_positions(first, length, queries, generator)

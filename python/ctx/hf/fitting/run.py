@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -230,17 +231,19 @@ class _Fit:
     def _allocated(self, laws: list[LayerLaw], report: dict[str, Any]) -> list[LayerLaw]:
         """Step 3: the same compressors over memories of other sizes."""
         s, numbers = self.settings, range(len(laws))
-        excerpts = excerpts_of(self.texts, s)
-        alone = OneLayer(self.model, *held_out(excerpts, s))
         made = {(layer, s.slots): laws[layer] for layer in numbers}
         costs: dict[tuple[int, int], float] = self.partial.state["alone"]
+
+        @functools.cache  # not made where all is measured already
+        def alone() -> OneLayer:
+            return OneLayer(self.model, *held_out(excerpts_of(self.texts, s), s))
 
         def measure(stage: str, pairs: Sequence[tuple[int, int]]) -> None:
             for done, (layer, size) in enumerate(pairs, 1):
                 if (layer, size) not in made:
                     made[layer, size] = self._resized(laws[layer], size)
                 if (layer, size) not in costs:
-                    costs[layer, size] = alone.kl(layer, made[layer, size])
+                    costs[layer, size] = alone().kl(layer, made[layer, size])
                     self.partial.keep()
                 said = f"layer {layer}, {size} entries: KL {costs[layer, size]:.4f}"
                 self.tell(stage, done, len(pairs), said)
