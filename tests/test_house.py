@@ -398,9 +398,8 @@ def test_schedules_agree():
         parameters = inspect.signature(schedule).parameters
         assert list(parameters) == list(law)
         assert parameters["sinks"].default == law["sinks"]
-    checks = re.findall(
-        r'check_range\("(\w+)", \1, (\d+)\)', (CSRC / "core/schedule.cpp").read_text()
-    )
+    source = (CSRC / "core/schedule.cpp").read_text()
+    checks = re.findall(r'check_size\("ctx.Schedule", "(\w+)", \1, (\d+)\)', source)
     least = {name: int(number) for name, number in checks}
     assert least == {**reference.schedule.LEAST, "overlap": 0}
 

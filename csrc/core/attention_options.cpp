@@ -59,21 +59,10 @@ void check_one_of(const std::string& value,
 }
 
 void check_options(const CompressiveAttentionOptions& x, const char* where) {
-  const auto at_least = [&](int64_t least, const char* name, int64_t value) {
-    CTX_CHECK_VALUE(value >= least && value <= Schedule::kLimit,
-                    where,
-                    name,
-                    " must be between ",
-                    least,
-                    " and ",
-                    Schedule::kLimit,
-                    ", got ",
-                    value);
-  };
-  at_least(1, "embed_dim", x.embed_dim);
-  at_least(1, "num_heads", x.num_heads);
-  if (x.num_kv_heads) at_least(1, "num_kv_heads", *x.num_kv_heads);
-  at_least(1, "max_rewind", x.max_rewind);
+  check_size(where, "embed_dim", x.embed_dim);
+  check_size(where, "num_heads", x.num_heads);
+  if (x.num_kv_heads) check_size(where, "num_kv_heads", *x.num_kv_heads);
+  check_size(where, "max_rewind", x.max_rewind);
   CTX_CHECK_VALUE(x.memory_content == "kv",
                   where,
                   "memory_content must be kv in C++, where layer inputs are not remembered, got ",

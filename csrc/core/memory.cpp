@@ -34,25 +34,16 @@ void check_tokens(at::TensorList state,
 
 void MemoryOptions::validate() const {
   constexpr const char* where = "ctx.KVMemory";
-  const auto positive = [&](const char* name, int64_t value) {
-    CTX_CHECK_VALUE(value >= 1 && value <= Schedule::kLimit,
-                    where,
-                    name,
-                    " must be between 1 and ",
-                    Schedule::kLimit,
-                    ", got ",
-                    value);
-  };
-  positive("batch_size", batch_size);
-  positive("kv_heads", kv_heads);
-  positive("head_dim", head_dim);
+  check_size(where, "batch_size", batch_size);
+  check_size(where, "kv_heads", kv_heads);
+  check_size(where, "head_dim", head_dim);
   CTX_CHECK_VALUE(value_dim >= 0 && value_dim <= Schedule::kLimit,
                   where,
                   "value_dim must be between 1 and ",
                   Schedule::kLimit,
                   ", got ",
                   value_dim);
-  positive("max_rewind", max_rewind);
+  check_size(where, "max_rewind", max_rewind);
   attention.validate(head_dim);
   ops::storage_of(dtype, where, "dtype");
   ops::slot_storage_of(slot_dtype(), dtype, where, "compressed_dtype");

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/memory_spec.h"
+#include "core/settings.h"
 #include "ops/check.h"
 #include "ops/settings.h"
 #include "ops/shapes.h"
@@ -71,12 +72,7 @@ ModelMemory empty_memory(const std::shared_ptr<const MemorySpec>& spec,
                          std::optional<at::ScalarType> compressed_dtype,
                          at::Device device,
                          const char* where) {
-  CTX_CHECK_VALUE(batch_size >= 1 && batch_size <= Schedule::kLimit,
-                  where,
-                  "batch_size must be between 1 and ",
-                  Schedule::kLimit,
-                  ", got ",
-                  batch_size);
+  check_size(where, "batch_size", batch_size);
   const at::ScalarType slots = compressed_dtype.value_or(dtype);
   ops::storage_of(dtype, where, "dtype");
   ops::slot_storage_of(slots, dtype, where, "compressed_dtype");

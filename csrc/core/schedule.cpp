@@ -1,31 +1,29 @@
 #include "ctx/schedule.h"
 
+#include "core/settings.h"
 #include "ops/check.h"
 
 namespace ctx {
-namespace {
 
-void check_range(const char* name, int64_t value, int64_t least) {
-  CTX_CHECK_VALUE(value >= least && value <= Schedule::kLimit,
-                  "ctx.Schedule",
+void check_size(const char* where, const char* name, int64_t size, int64_t least) {
+  CTX_CHECK_VALUE(size >= least && size <= Schedule::kLimit,
+                  where,
                   name,
                   " must be between ",
                   least,
                   " and ",
                   Schedule::kLimit,
                   ", got ",
-                  value);
+                  size);
 }
 
-}  // namespace
-
 void Schedule::validate() const {
-  check_range("window", window, 0);
-  check_range("compressed", compressed, 0);
-  check_range("ratio", ratio, 1);
-  check_range("segment", segment, 1);
-  check_range("sinks", sinks, 0);
-  check_range("overlap", overlap, 0);
+  check_size("ctx.Schedule", "window", window, 0);
+  check_size("ctx.Schedule", "compressed", compressed, 0);
+  check_size("ctx.Schedule", "ratio", ratio, 1);
+  check_size("ctx.Schedule", "segment", segment, 1);
+  check_size("ctx.Schedule", "sinks", sinks, 0);
+  check_size("ctx.Schedule", "overlap", overlap, 0);
 }
 
 }  // namespace ctx

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/huge_pages.h"
+#include "core/settings.h"
 #include "ctx/session.h"
 #include "ops/check.h"
 #include "ops/rows.h"
@@ -32,12 +33,7 @@ bool holds(const Snapshot& snapshot, const char* name, const Value& value) {
 Session::Session(std::vector<MemoryOptions> layers, int64_t rows) {
   constexpr const char* where = "ctx.Session";
   CTX_CHECK_VALUE(!layers.empty(), where, "layers must be at least one, got none");
-  CTX_CHECK_VALUE(rows >= 1 && rows <= Schedule::kLimit,
-                  where,
-                  "rows must be between 1 and ",
-                  Schedule::kLimit,
-                  ", got ",
-                  rows);
+  check_size(where, "rows", rows);
   max_rewind_ = layers[0].max_rewind;
   for (MemoryOptions& options : layers) {
     CTX_CHECK_VALUE(options.max_rewind == max_rewind_,

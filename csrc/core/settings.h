@@ -11,4 +11,7 @@ namespace ctx {
 // Of settings that are resolved.
 ops::PackedSettings pack(const AttentionSettings& settings, const std::string& compressor);
 
+// ValueError unless least <= size <= Schedule::kLimit.
+void check_size(const char* where, const char* name, int64_t size, int64_t least = 1);
+
 }  // namespace ctx

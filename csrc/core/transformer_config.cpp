@@ -1,5 +1,6 @@
 // What a model is configured with, and the options of its layers.
 #include "core/attention_options.h"
+#include "core/settings.h"
 #include "ctx/transformer.h"
 #include "ops/check.h"
 
@@ -55,18 +56,9 @@ CompressiveAttentionOptions CompressiveTransformerConfig::attention(int64_t laye
 }
 
 void CompressiveTransformerConfig::validate() const {
-  const auto positive = [](const char* name, int64_t value) {
-    CTX_CHECK_VALUE(value >= 1 && value <= Schedule::kLimit,
-                    kConfigWhere,
-                    name,
-                    " must be between 1 and ",
-                    Schedule::kLimit,
-                    ", got ",
-                    value);
-  };
-  positive("vocab_size", vocab_size);
-  positive("num_layers", num_layers);
-  if (mlp_dim) positive("mlp_dim", *mlp_dim);
+  check_size(kConfigWhere, "vocab_size", vocab_size);
+  check_size(kConfigWhere, "num_layers", num_layers);
+  if (mlp_dim) check_size(kConfigWhere, "mlp_dim", *mlp_dim);
   check_one_of(mlp, "mlp", {"swiglu", "gelu"}, kConfigWhere);
   check_one_of(norm, "norm", {"rms", "layer"}, kConfigWhere);
   check_sizes(window, "window", num_layers);
